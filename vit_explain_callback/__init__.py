@@ -1,0 +1,20 @@
+"""Explanation drift of Vision Transformers, tracked while they are fine-tuned.
+
+`ViTExplainCallback` goes into a Lightning `Trainer`; `explain` gives the same maps without one; `attention_rollout` and
+`gradient_rollout` are the mathematics on explicit attention matrices.
+"""
+
+from vit_explain_callback.callback import ViTExplainCallback
+from vit_explain_callback.explainer import Explanation, explain
+from vit_explain_callback.methods import GradRollout, Rollout
+from vit_explain_callback.rollout import attention_rollout, gradient_rollout
+
+__all__ = [
+    "Explanation",
+    "GradRollout",
+    "Rollout",
+    "ViTExplainCallback",
+    "attention_rollout",
+    "explain",
+    "gradient_rollout",
+]

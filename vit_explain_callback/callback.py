@@ -1,0 +1,289 @@
+"""The Lightning callback: collects a probe batch, explains it on schedule, and logs what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from vit_explain_callback._lightning import Callback, LightningModule, Trainer
+from vit_explain_callback.explainer import check_images, check_start_layers, explain
+from vit_explain_callback.isolation import preserved_random_state
+from vit_explain_callback.methods import Method, resolve_methods
+from vit_explain_callback.probe import ProbeBatch, first_batch
+from vit_explain_callback.report import Report
+from vit_explain_callback.snapshot import History, Snapshot
+from vit_explain_callback.vit import find_vit, normalisation, num_blocks, num_classes, token_layout
+from vit_explain_callback.writer import Writer
+
+
+class ViTExplainCallback(Callback):
+    """Explains the same validation images again and again while a Vision Transformer is fine-tuned.
+
+    A snapshot is taken before the first optimiser step (the baseline), on schedule, and at the end of fit. It logs, for
+    every method, to TensorBoard:
+
+    - `explain_filmstrip/{method}`: image, baseline, earlier snapshots, now; a row for each shown image.
+    - `explain_overlay/{method}/{i}`: the map of shown image i.
+    - `explain_diff/{method}/{i}`: now minus baseline (from the second snapshot on).
+    - `drift_baseline/{method}/{metric}`, `drift_previous/{method}/{metric}`: `spearman`, `jensen_shannon`, `top10_iou`,
+      `centroid_shift` (from the second snapshot on).
+    - `map_stats/{method}/{stat}`: `entropy`, `top10_mass`, `degenerate`.
+    - `probe/target_probability`, `probe/accuracy` (with labels), `probe/changed_predictions` (since the baseline).
+
+    Raw maps go to `explanations/step_{step}.safetensors` in the run's folder. Training is left as it was: no random
+    stream, gradient, buffer or training flag differs after a snapshot.
+
+    Args:
+        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout` and `GradRollout` objects.
+        every_n_epochs: Epochs between snapshots. `"auto"` is 1, unless `every_n_steps` is given.
+        every_n_steps: Optimiser steps between snapshots, instead of `every_n_epochs`.
+        num_images: Images taken from the start of the validation set; drift is averaged over them.
+        images: Images to explain instead, (B, C, H, W) normalised for the model; or the pair (images, labels).
+        num_shown: Images drawn, the first of them.
+        target: Class whose logit gradient rollout follows: `"label"` is the image's label where the batch has one and
+            else the prediction at the baseline; `"prediction"` is always the latter; or one class index. It stays
+            fixed over the run.
+        vit: Attribute path of the ViT inside the LightningModule, needed where it holds several.
+        class_names: Names for the captions. Default: the `classes` of the validation dataset, if it has them.
+        mean: Mean with which images were normalised, to undo it for display. Default: the timm model's own.
+        std: Standard deviation, likewise.
+        batch_size: Images explained in one pass; None takes all at once.
+        save_maps: Whether to save the raw maps of every snapshot.
+        on_error: What becomes of a snapshot that fails during training: `"warn"` says so and goes on, `"raise"` stops.
+
+    Raises:
+        TypeError: If methods or images are of the wrong type.
+        ValueError: If an argument is outside its range; when fit starts, also if the LightningModule holds no supported
+            ViT or several, if there is nothing to explain, or if images, labels or methods do not fit the model.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[str | Method] = ("rollout", "grad_rollout"),
+        every_n_epochs: int | Literal["auto"] | None = "auto",
+        every_n_steps: int | None = None,
+        num_images: int = 16,
+        images: Tensor | tuple[Tensor, Tensor] | None = None,
+        num_shown: int = 6,
+        target: Literal["label", "prediction"] | int = "label",
+        vit: str | None = None,
+        class_names: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        batch_size: int | None = None,
+        save_maps: bool = True,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        self.methods = resolve_methods(methods)
+        if every_n_epochs == "auto":
+            every_n_epochs = 1 if every_n_steps is None else None
+        if (every_n_epochs is None) == (every_n_steps is None):
+            raise ValueError(
+                "Expected one schedule, `every_n_epochs` or `every_n_steps`, but got "
+                f"{'neither' if every_n_steps is None else 'both'}."
+            )
+        counts = {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps, "batch_size": batch_size}
+        for name, count in (counts | {"num_images": num_images, "num_shown": num_shown}).items():
+            if count is not None and count < 1:
+                raise ValueError(f"Expected `{name}` of at least 1, but got {count}.")
+        if isinstance(target, str) and target not in ("label", "prediction"):
+            raise ValueError(f"Expected `target` to be 'label', 'prediction' or a class index, but got {target!r}.")
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"Expected `on_error` to be 'warn' or 'raise', but got {on_error!r}.")
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.num_images = num_images
+        self.num_shown = num_shown
+        self.target = target
+        self.vit = vit
+        self.class_names = class_names
+        self.mean = mean
+        self.std = std
+        self.batch_size = batch_size
+        self.save_maps = save_maps
+        self.on_error = on_error
+        self._given = None if images is None else ProbeBatch.from_batch(images)
+        if self._given is not None:
+            check_images(self._given.images)
+        self._history = History()
+        self._fingerprint: str | None = None
+        self._last_step = 0
+        self._said_degenerate: set[str] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that everything asked for can work."""
+        if stage == "fit":
+            self._check(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect the probe batch and take the baseline, unless a checkpoint brought one."""
+        self._start(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Take a snapshot every `every_n_steps` optimiser steps."""
+        if self.every_n_steps and trainer.global_step // self.every_n_steps > self._last_step // self.every_n_steps:
+            self._snapshot(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take a snapshot every `every_n_epochs` epochs."""
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._snapshot(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the last snapshot, unless the schedule has just done so."""
+        self._snapshot(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history of snapshots, baseline included, and the fingerprint of the probe batch."""
+        return {"fingerprint": self._fingerprint, "history": self._history.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the history of the run that is resumed."""
+        self._fingerprint = state_dict["fingerprint"]
+        self._history.load_state_dict(state_dict["history"])
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        vit = find_vit(pl_module, self.vit)
+        check_start_layers(self.methods, num_blocks(vit))
+        if self._explained(pl_module) is vit and num_classes(vit) == 0:
+            raise ValueError(
+                f"Expected logits from {type(vit).__name__}, but it has no classifier and {type(pl_module).__name__} "
+                "has no `forward`. Define `forward(images)` there, returning logits."
+            )
+        if self._given is None and not trainer.enable_validation:
+            raise ValueError(
+                "Expected a validation loader (and a `validation_step`) to take the probe images from, but there is "
+                "none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
+            )
+        if self._given is not None:
+            height, width = self._given.images.shape[2:]
+            token_layout(vit, (height, width))
+        self._mean_and_std(vit)
+        self._history, self._fingerprint = History(), None
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "explanations"  # log_dir needs every rank
+        self._last_step = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        probe = self._given or self._collect(trainer, pl_module)
+        check_images(probe.images)
+        mean, std = self._mean_and_std(find_vit(pl_module, self.vit))
+        self._report = Report.of(probe, self.num_shown, mean, std, self.class_names or _class_names(trainer))
+        self._writer = Writer(
+            trainer.loggers, folder if self.save_maps and not getattr(trainer, "fast_dev_run", False) else None
+        )
+        if self._history.count and not self._continues(probe):
+            rank_zero_warn(
+                "ViTExplainCallback: the checkpoint's explanations are of other images or methods than this run's, so "
+                "a new baseline is taken."
+            )
+            self._history = History()
+        self._fingerprint = probe.fingerprint
+        if not self._history.count:
+            self._attempt(trainer, pl_module, always_raised=(TypeError, ValueError))
+
+    def _snapshot(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self._attempt(trainer, pl_module)
+
+    def _attempt(
+        self, trainer: Trainer, pl_module: LightningModule, always_raised: tuple[type[Exception], ...] = ()
+    ) -> None:
+        """Take a snapshot; a failure stops training only if it is to, or if it is one of `always_raised`."""
+        try:
+            self._take(trainer, pl_module)
+        except Exception as error:
+            if self.on_error == "raise" or isinstance(error, always_raised):
+                raise
+            rank_zero_warn(
+                f"ViTExplainCallback: the snapshot at step {trainer.global_step} failed, and training goes on: "
+                f"{error!r}. Pass `on_error='raise'` to stop here and see where."
+            )
+
+    def _take(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = self._explained(pl_module)
+        explanation = explain(
+            model,
+            self._report.probe.images,
+            self.methods,
+            self._history.baseline.target if self._history.count else self._first_target(self._report.probe),
+            self.batch_size,
+            vit=self.vit if model is pl_module else None,
+        )
+        maps = {name: value.cpu() for name, value in explanation.maps.items()}
+        snapshot = Snapshot(trainer.global_step, maps, explanation.logits.float().cpu(), explanation.target.cpu())
+        self._history.add(snapshot)
+        self._writer.maps(snapshot)
+        scalars = self._report.scalars(self._history)
+        self._writer.scalars(scalars, snapshot.step)
+        self._say_degenerate(scalars)
+        for tag, picture in self._report.figures(self._history):
+            self._writer.picture(tag, picture, snapshot.step)
+        self._writer.flush()
+
+    def _collect(self, trainer: Trainer, pl_module: LightningModule) -> ProbeBatch:
+        batch = first_batch(_validation_loader(trainer), self.num_images)
+        stage = trainer.state.stage
+        try:
+            # The module's own transfer hooks, which may normalise, do what they do in validation.
+            trainer.validating = True
+            with preserved_random_state(seed=0), torch.no_grad():
+                batch = trainer.strategy.batch_to_device(batch, pl_module.device)
+        finally:
+            trainer.state.stage = stage
+        probe = ProbeBatch.from_batch(batch, self.num_images)
+        if len(probe) < self.num_images:
+            rank_zero_warn(
+                f"ViTExplainCallback: `num_images={self.num_images}`, but the validation set gave {len(probe)}; "
+                "these are used."
+            )
+        return probe
+
+    def _explained(self, pl_module: LightningModule) -> nn.Module:
+        """What turns images into logits: the LightningModule if it has a `forward`, else the ViT itself."""
+        has_forward = type(pl_module).forward is not LightningModule.forward
+        return pl_module if has_forward else find_vit(pl_module, self.vit)
+
+    def _first_target(self, probe: ProbeBatch) -> int | Tensor | None:
+        if isinstance(self.target, int):
+            return self.target
+        return probe.labels if self.target == "label" else None
+
+    def _continues(self, probe: ProbeBatch) -> bool:
+        same_methods = set(self._history.baseline.maps) == {method.name for method in self.methods}
+        return same_methods and self._fingerprint == probe.fingerprint
+
+    def _mean_and_std(self, vit: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
+        if self.mean is not None and self.std is not None:
+            return self.mean, self.std
+        mean, std = normalisation(vit)
+        return self.mean or mean, self.std or std
+
+    def _say_degenerate(self, scalars: dict[str, float]) -> None:
+        for method in self.methods:
+            share = scalars[f"map_stats/{method.name}/degenerate"]
+            if share > 0 and method.name not in self._said_degenerate:
+                self._said_degenerate.add(method.name)
+                rank_zero_warn(
+                    f"ViTExplainCallback: {share:.0%} of the `{method.name}` maps are degenerate (flat, zero or not "
+                    "finite); their drift is NaN. `map_stats` counts them from here on."
+                )
+
+
+def _validation_loader(trainer: Trainer) -> Any:
+    loaders = trainer.val_dataloaders
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    return loaders[0] if isinstance(loaders, list | tuple) else loaders
+
+
+def _class_names(trainer: Trainer) -> Sequence[str] | None:
+    classes = getattr(getattr(_validation_loader(trainer), "dataset", None), "classes", None)
+    return classes if isinstance(classes, list | tuple) else None

@@ -1,0 +1,65 @@
+"""The filmstrip: how each image's map changed over training, in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from vit_explain_callback.overlay import STRIP_HEIGHT, Picture, colour_bar, overlay, resized, write
+from vit_explain_callback.snapshot import Snapshot
+
+_CELL = 128
+_GAP = 4
+
+
+def filmstrip(
+    pictures: Sequence[Picture],
+    titles: Sequence[str],
+    snapshots: Sequence[Snapshot],
+    captions: Sequence[Sequence[str]],
+    method: str,
+    limit: float,
+) -> Picture:
+    """Draw a filmstrip: rows are images; columns are the image itself, the baseline, later snapshots, and now.
+
+    Args:
+        pictures: The shown images, all of one size (H, W, 3).
+        titles: A line under each image.
+        snapshots: The columns, baseline first; their maps begin with those of the shown images.
+        captions: A line under each map: `captions[column][row]`.
+        method: Name of the method whose maps are drawn.
+        limit: Upper end of the colour scale, in multiples of uniform relevance.
+
+    Returns:
+        The picture, (height, width, 3).
+    """
+    height, width, _ = pictures[0].shape
+    cell_height, cell_width = (max(1, round(side * _CELL / max(height, width))) for side in (height, width))
+    row_height = cell_height + STRIP_HEIGHT
+    columns = 1 + len(snapshots)
+    size = (columns * (cell_width + _GAP) - _GAP, STRIP_HEIGHT * 2 + len(pictures) * (row_height + _GAP))
+    canvas = Image.new("RGB", size, (255, 255, 255))
+
+    def paste(cell: Picture, text: str, column: int, row: int) -> None:
+        x, y = column * (cell_width + _GAP), STRIP_HEIGHT + row * (row_height + _GAP)
+        canvas.paste(Image.fromarray(cell), (x, y))
+        write(canvas, text, (x + 2, y + cell_height + 1), cell_width - 2)
+
+    for column, heading in enumerate(_headings(snapshots)):
+        write(canvas, heading, (column * (cell_width + _GAP) + 2, 1), cell_width - 2)
+    for row, picture in enumerate(pictures):
+        small = resized(picture, cell_height, cell_width)
+        paste(small, titles[row], 0, row)
+        for column, snapshot in enumerate(snapshots):
+            paste(overlay(small, snapshot.maps[method][row], limit), captions[column][row], column + 1, row)
+    canvas.paste(Image.fromarray(colour_bar(limit, size[0])), (0, size[1] - STRIP_HEIGHT))
+    return np.asarray(canvas)
+
+
+def _headings(snapshots: Sequence[Snapshot]) -> list[str]:
+    names = [f"step {snapshot.step}" for snapshot in snapshots]
+    names[-1] += " (now)"
+    names[0] = f"baseline ({names[0]})" if len(snapshots) > 1 else names[0]
+    return ["image", *names]

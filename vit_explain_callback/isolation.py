@@ -1,0 +1,74 @@
+"""Run a model for explanation and leave no trace on its training."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluate `model` as it stands, in full precision, and put everything back, also after an error.
+
+    Inside: every module is in evaluation mode, autocast and inference mode are off, a compiled model runs eagerly.
+    Afterwards: every module's own training flag, the autocast, inference and gradient modes and all random streams are
+    what they were.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(preserved_random_state())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast(_device(model).type, enabled=False))
+        stack.enter_context(_evaluation_mode(model))
+        if "torch._dynamo" in sys.modules:  # else nothing can be compiled, and importing it takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def preserved_random_state(seed: int | None = None) -> Iterator[None]:
+    """Put the random streams of Python, NumPy and torch (CPU, CUDA, MPS) back on leaving, also after an error.
+
+    Args:
+        seed: Start of all of these streams inside; None leaves them where they are.
+    """
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda_states = torch.cuda.get_rng_state_all() if cuda_used else None
+    mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+        if mps_state is not None:
+            torch.mps.set_rng_state(mps_state)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    # The flag alone, module by module: `model.train()` would not restore a mixed model, and may be overridden.
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,124 @@
+"""The explanation methods: small frozen objects whose stable names are keys and TensorBoard tags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias, cast
+
+from vit_explain_callback.rollout import HEAD_FUSIONS, HeadFusion
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """Options that attention rollout and gradient rollout share.
+
+    Args:
+        head_fusion: How the heads of a block are fused: `mean`, `max` or `min`.
+        discard_ratio: Share of the smallest entries of each fused matrix set to zero, in [0, 1).
+        start_layer: First block that takes part, counted from 1.
+
+    Raises:
+        ValueError: If an option is outside its range.
+    """
+
+    head_fusion: HeadFusion = "mean"
+    discard_ratio: float = 0.0
+    start_layer: int = 1
+
+    kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.head_fusion not in HEAD_FUSIONS:
+            raise ValueError(
+                f"Expected `head_fusion` to be one of {', '.join(HEAD_FUSIONS)}, but got {self.head_fusion!r}."
+            )
+        if not 0 <= self.discard_ratio < 1:
+            raise ValueError(f"Expected `discard_ratio` in [0, 1), but got {self.discard_ratio}.")
+        if self.start_layer < 1:
+            raise ValueError(f"Expected `start_layer` of at least 1 (the first block), but got {self.start_layer}.")
+
+    @property
+    def name(self) -> str:
+        """The kind, followed by every option that is not at its default."""
+        parts = [self.kind]
+        if self.head_fusion != "mean":
+            parts.append(self.head_fusion)
+        if self.discard_ratio:
+            parts.append(f"{self.discard_ratio:g}")
+        if self.start_layer != 1:
+            parts.append(f"from{self.start_layer}")
+        return "_".join(parts)
+
+
+class Rollout(_Variant):
+    """Attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928): where information flows from, whatever the class.
+
+    Example:
+        >>> Rollout(head_fusion="max", discard_ratio=0.9).name
+        'rollout_max_0.9'
+    """
+
+    kind = "rollout"
+
+
+class GradRollout(_Variant):
+    """Gradient rollout: attention weighted by the gradient of the target's logit, so it depends on the class.
+
+    Example:
+        >>> GradRollout(start_layer=4).name
+        'grad_rollout_from4'
+    """
+
+    kind = "grad_rollout"
+
+
+Method: TypeAlias = Rollout | GradRollout
+
+_NAME = re.compile(
+    r"(?P<kind>rollout|grad_rollout)(_(?P<fusion>[a-z]+))??(_(?P<ratio>\d*\.?\d+))?(_from(?P<start>\d+))?"
+)
+
+
+def method_from_name(name: str) -> Method:
+    """The method a name stands for; the inverse of its `name`.
+
+    Raises:
+        ValueError: If the name stands for no method.
+
+    Example:
+        >>> method_from_name("grad_rollout_max_0.9")
+        GradRollout(head_fusion='max', discard_ratio=0.9, start_layer=1)
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"Expected `methods` to name `rollout` or `grad_rollout`, with options as in `rollout_max_0.9_from2`, "
+            f"but got {name!r}."
+        )
+    method = Rollout if match["kind"] == "rollout" else GradRollout
+    fusion = cast(HeadFusion, match["fusion"] or "mean")
+    return method(fusion, float(match["ratio"] or 0), int(match["start"] or 1))
+
+
+def resolve_methods(methods: Sequence[str | Method]) -> tuple[Method, ...]:
+    """Turn names and method objects into method objects.
+
+    Raises:
+        TypeError: If an entry is neither.
+        ValueError: If there is none, one is misspelt, or two have the same name.
+    """
+    if isinstance(methods, str):
+        methods = [methods]
+    resolved: list[Method] = []
+    for method in methods:
+        if isinstance(method, str):
+            method = method_from_name(method)
+        if not isinstance(method, _Variant):
+            raise TypeError(f"Expected `methods` to hold names, `Rollout` or `GradRollout`, but got {method!r}.")
+        resolved.append(method)
+    names = [method.name for method in resolved]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"Expected `methods` to hold at least one method and each only once, but got {names}.")
+    return tuple(resolved)
