@@ -11,13 +11,13 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from vit_explain_callback._lightning import Callback, LightningModule, Trainer
-from vit_explain_callback.explainer import check_images, check_start_layers, explain
+from vit_explain_callback.explainer import check_classifier, check_images, check_start_layers, explain
 from vit_explain_callback.isolation import preserved_random_state
 from vit_explain_callback.methods import Method, resolve_methods
 from vit_explain_callback.probe import ProbeBatch, first_batch
 from vit_explain_callback.report import Report
 from vit_explain_callback.snapshot import History, Snapshot
-from vit_explain_callback.vit import find_vit, normalisation, num_blocks, num_classes, token_layout
+from vit_explain_callback.vit import find_vit, normalisation, num_blocks, token_layout
 from vit_explain_callback.writer import Writer
 
 
@@ -150,19 +150,15 @@ class ViTExplainCallback(Callback):
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         vit = find_vit(pl_module, self.vit)
         check_start_layers(self.methods, num_blocks(vit))
-        if self._explained(pl_module) is vit and num_classes(vit) == 0:
-            raise ValueError(
-                f"Expected logits from {type(vit).__name__}, but it has no classifier and {type(pl_module).__name__} "
-                "has no `forward`. Define `forward(images)` there, returning logits."
-            )
+        if self._explained(pl_module) is vit:
+            check_classifier(vit)
         if self._given is None and not trainer.enable_validation:
             raise ValueError(
                 "Expected a validation loader (and a `validation_step`) to take the probe images from, but there is "
                 "none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
             )
         if self._given is not None:
-            height, width = self._given.images.shape[2:]
-            token_layout(vit, (height, width))
+            token_layout(vit, self._given.images.shape[1:])
         self._mean_and_std(vit)
         self._history, self._fingerprint = History(), None
 

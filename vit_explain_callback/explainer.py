@@ -15,7 +15,7 @@ from vit_explain_callback.capture import AttentionCall, AttentionRecorder
 from vit_explain_callback.isolation import undisturbed
 from vit_explain_callback.methods import GradRollout, Method, resolve_methods
 from vit_explain_callback.rollout import HeadFuser, discard_lowest, rollout_step
-from vit_explain_callback.vit import TokenLayout, find_vit, num_blocks, split_calls, token_layout
+from vit_explain_callback.vit import TokenLayout, find_vit, num_blocks, num_classes, split_calls, token_layout
 
 # Attention entries alive at once: 128 MiB in float32, and as much again for their gradients.
 _CHUNK_ENTRIES = 2**25
@@ -76,6 +76,8 @@ def explain(
     resolved = resolve_methods(methods)
     found = find_vit(model, vit)
     check_images(images)
+    if model is found and any(isinstance(method, GradRollout) for method in resolved):
+        check_classifier(found)
     check_start_layers(resolved, num_blocks(found))
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"Expected `batch_size` of at least 1, or None, but got {batch_size}.")
@@ -111,6 +113,19 @@ def check_images(images: Tensor) -> None:
         raise ValueError(
             f"Expected `images` normalised as the model expects, but got values up to {images.abs().max():.0f}, as of "
             "bytes. Divide by 255, subtract the mean and divide by the standard deviation."
+        )
+
+
+def check_classifier(vit: nn.Module) -> None:
+    """Refuse a ViT that returns features, where its output is to be taken for logits.
+
+    Raises:
+        ValueError: If it has no classifier.
+    """
+    if num_classes(vit) == 0:
+        raise ValueError(
+            f"Expected logits from {type(vit).__name__}, but it has no classifier (`num_classes` is 0). Explain the "
+            "module whose forward turns images into logits, or give the ViT one with `reset_classifier`."
         )
 
 
@@ -160,7 +175,7 @@ def _batches(images: Tensor, targets: Tensor | None, size: int) -> Iterator[tupl
 def _explain_batch(
     model: nn.Module, vit: nn.Module, images: Tensor, methods: Sequence[Method], target: Tensor | None
 ) -> Explanation:
-    layout = token_layout(vit, (images.shape[2], images.shape[3]))
+    layout = token_layout(vit, images.shape[1:])
     with_gradients = any(isinstance(method, GradRollout) for method in methods)
     with torch.set_grad_enabled(with_gradients):
         # The input carries the graph through a frozen backbone; the parameters' flags are left alone.
@@ -194,15 +209,19 @@ def _logits(output: object, count: int) -> Tensor:
 
 def _output_gradients(logits: Tensor, target: Tensor, calls: Sequence[AttentionCall]) -> list[Tensor | None]:
     """∂y_c/∂O of each call. Images do not mix in evaluation mode, so one pass serves the whole batch."""
-    for call in calls:
-        if not call.output.requires_grad:
+    outputs = [call.output for call in calls]
+    reached: Sequence[Tensor | None] = [None] * len(calls)
+    if logits.requires_grad and all(output.requires_grad for output in outputs):
+        chosen = logits.gather(1, target[:, None])
+        reached = torch.autograd.grad(chosen.sum(), outputs, allow_unused=True)
+    for call, gradient in zip(calls, reached, strict=True):
+        if gradient is None:
             raise ValueError(
                 f"Expected gradients to reach `{call.module}`, but its output is cut off from the logits. Take "
                 "`torch.no_grad()` or `detach()` out of the model's forward (freeze parameters with `requires_grad` "
                 "instead), or leave out gradient rollout."
             )
-    chosen = logits.gather(1, target[:, None])
-    return list(torch.autograd.grad(chosen.sum(), [call.output for call in calls]))
+    return list(reached)
 
 
 def _start_row(

@@ -99,7 +99,7 @@ def colour_bar(limit: float, width: int, colours: str = MAP_COLOURS) -> Picture:
     bar = _coloured(np.linspace(0, 1, 120)[None].repeat(STRIP_HEIGHT - 6, axis=0), colours)
     write(canvas, "0", (3, 2), 12)
     canvas.paste(Image.fromarray((bar * 255).astype(np.uint8)), (15, 3))
-    write(canvas, f"{limit:.3g} × uniform", (140, 2), width - 143)
+    write(canvas, f"{limit:.3g} x uniform", (140, 2), width - 143)
     return np.asarray(canvas)
 
 

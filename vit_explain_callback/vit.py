@@ -5,6 +5,7 @@ Shapes: N tokens = `prefix` tokens (class, distillation, registers) + P patches,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,24 +83,28 @@ def find_vit(model: nn.Module, path: str | None = None) -> nn.Module:
     return next(iter(found_at.values()))
 
 
-def token_layout(vit: nn.Module, image_size: tuple[int, int]) -> TokenLayout:
-    """What the tokens of `vit` are for images of `image_size` = (height, width).
+def token_layout(vit: nn.Module, image_shape: Sequence[int]) -> TokenLayout:
+    """What the tokens of `vit` are for images of `image_shape` = (channels, height, width).
 
     The readout is the class token; class and distillation token together where the model averages their logits; the
     averaged tokens where it pools; an attention-pooling head where it has one.
 
     Raises:
-        ValueError: If the model does not take images of this size, or reads its tokens in a way that no row describes.
+        ValueError: If the model does not take images of this shape, or reads its tokens in a way that no row describes.
     """
     model: Any = vit
     name = type(vit).__name__
+    channels, *size = image_shape
+    wanted = next((p.shape[1] for p in model.patch_embed.parameters() if p.ndim == 4), channels)
+    if channels != wanted:
+        raise ValueError(f"Expected images of {wanted} channels for {name}, but got {channels}.")
     expected = getattr(model.patch_embed, "img_size", None)
-    if expected is not None and tuple(expected) != tuple(image_size):
+    if expected is not None and list(expected) != size:
         raise ValueError(
             f"Expected images of {expected[0]}x{expected[1]} pixels (height x width) for {name}, but got "
-            f"{image_size[0]}x{image_size[1]}. Resize them, or create the model with that `img_size`."
+            f"{size[0]}x{size[1]}. Resize them, or create the model with that `img_size`."
         )
-    height, width = model.patch_embed.dynamic_feat_size(image_size)
+    height, width = model.patch_embed.dynamic_feat_size(tuple(size))
     prefix = int(model.num_prefix_tokens)
     class_token = 0 if getattr(model, "cls_token", None) is not None else None
     tokens = prefix + height * width

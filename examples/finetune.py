@@ -1,0 +1,218 @@
+"""Fine-tune a Vision Transformer and watch where it looks.
+
+With no arguments: offline and on a CPU, a small ViT learns shapes from images in which the colour of a corner square
+gives the label away, and its explanation leaves the object for the square. `--no-shortcut` is the control.
+
+    python examples/finetune.py
+    python examples/finetune.py --no-shortcut
+    python examples/finetune.py --dataset pets --model vit_small_patch16_224 --pretrained --lr 5e-5 --epochs 3
+    python examples/finetune.py --data-dir my_images --model deit_tiny_patch16_224 --checkpoint weights.safetensors
+
+Then `tensorboard --logdir runs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import example_data
+import pytorch_lightning as pl
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pretrain import WEIGHTS, small_vit
+from pytorch_lightning.loggers import TensorBoardLogger
+from shapes import FINETUNE_CLASSES
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vit_explain_callback import ViTExplainCallback
+from vit_explain_callback.drift import spearman
+from vit_explain_callback.probe import ProbeBatch
+from vit_explain_callback.report import Report
+from vit_explain_callback.snapshot import History, Snapshot
+
+
+class FineTune(pl.LightningModule):
+    """A classifier with AdamW; keeps the accuracy on each validation set by step, for the table at the end."""
+
+    def __init__(self, model: nn.Module, lr: float, validation_names: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.lr = lr
+        self.validation_names = validation_names
+        self.accuracy: dict[int, dict[str, float]] = {}
+        self._correct: dict[str, list[Tensor]] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of images (B, 3, H, W)."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch."""
+        images, labels = batch[:2]
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Note which images of a batch are classified correctly."""
+        images, labels = batch[:2]
+        name = self.validation_names[dataloader_idx]
+        self._correct.setdefault(name, []).append(self(images).argmax(dim=1) == labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracy on each validation set."""
+        accuracy = {name: torch.cat(correct).float().mean().item() for name, correct in self._correct.items()}
+        self._correct.clear()
+        self.accuracy[self.global_step] = accuracy
+        self.log_dict({f"accuracy/{name.replace(' ', '_')}": value for name, value in accuracy.items()})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over the parameters that are not frozen."""
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+def main() -> None:
+    """Fine-tune, print the table and write `filmstrip.png`."""
+    args = _arguments()
+    pl.seed_everything(args.seed)
+    model, data = _example(args) if args.data_dir is None and args.dataset == "shapes" else _own(args)
+    if args.freeze_backbone:
+        head = {id(parameter) for parameter in model.get_classifier().parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad = id(parameter) in head
+
+    loader = DataLoader(data.train, args.batch_size, shuffle=True, num_workers=args.workers)
+    validation = [DataLoader(part, args.batch_size, num_workers=args.workers) for part in data.validation.values()]
+    every = args.every_n_steps or max(1, args.epochs * len(loader) // 10)
+    module = FineTune(model, args.lr, list(data.validation))
+    explain = ViTExplainCallback(
+        every_n_steps=every,
+        images=(data.probe.images, data.probe.labels),
+        class_names=data.classes,
+        batch_size=args.batch_size,
+    )
+    trainer = pl.Trainer(
+        max_epochs=args.epochs,
+        callbacks=[explain],
+        logger=TensorBoardLogger(str(args.output), name=""),
+        val_check_interval=every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=-1,  # accuracy before the first step
+        log_every_n_steps=1,
+        accelerator="cpu" if args.cpu else "auto",
+        devices=1,
+    )
+    trainer.fit(module, loader, validation)
+    run = Path(trainer.log_dir or args.output)
+    history = History(capacity=sys.maxsize)
+    for path in sorted((run / "explanations").glob("step_*.safetensors")):
+        history.add(Snapshot.load(path))
+    _print_table(history, data.probe, module.accuracy)
+    _save_filmstrip(run / "filmstrip.png", history, data, model.pretrained_cfg)
+    print(f"\n{run / 'filmstrip.png'} shows it; for curves and pictures: tensorboard --logdir {args.output}")
+
+
+def _example(args: argparse.Namespace) -> tuple[Any, example_data.Data]:
+    model = small_vit(len(FINETUNE_CLASSES))
+    _load_weights(model, WEIGHTS)
+    return model, example_data.shapes(args.num_train, args.num_images, args.seed, shortcut=not args.no_shortcut)
+
+
+def _own(args: argparse.Namespace) -> tuple[Any, example_data.Data]:
+    # The classes are known only from the data, and the normalisation only from the model.
+    size = {} if args.image_size is None else {"img_size": args.image_size}
+    try:
+        model: Any = timm.create_model(args.model, pretrained=args.pretrained, **size)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(
+            f"--model {args.model}: cannot be created: {error}\nWithout the hub, use --checkpoint FILE instead of "
+            "--pretrained."
+        ) from error
+    config = model.pretrained_cfg
+    layout = (args.image_size or config["input_size"][1], config["mean"], config["std"], args.num_images)
+    if args.data_dir is not None:
+        data = example_data.folder(args.data_dir, *layout)
+    else:
+        data = example_data.pets(args.pets_dir, *layout)
+    model.reset_classifier(len(data.classes))
+    if args.checkpoint is not None:
+        _load_weights(model, args.checkpoint)
+    return model, data
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise SystemExit(f"--checkpoint: there is no file {path}.")
+    state = timm.models.load_state_dict(str(path))
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    state = adapt(state, model) if adapt else state
+    own = model.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    if not fitting:
+        raise SystemExit(f"--checkpoint: {path} holds nothing that fits {type(model).__name__}.")
+    model.load_state_dict(fitting, strict=False)
+    fresh = [name for name in own if name not in fitting]
+    print(f"{path.name}: {len(fitting)} of {len(own)} tensors loaded; fresh: {', '.join(fresh) or 'none'}")
+
+
+def _print_table(history: History, probe: example_data.Probe, accuracy: dict[int, dict[str, float]]) -> None:
+    """One line a snapshot: accuracy, drift (1 − Spearman's ρ to the baseline) and share of the map on each region."""
+    method = "grad_rollout"
+    names = list(next(iter(accuracy.values()), {}))
+    print(f"\n{method}, mean over {len(probe.images)} images")
+    print(" | ".join(["step", *(f"accuracy {name}" for name in names), "drift", *(f"on {r}" for r in probe.regions)]))
+    for snapshot in history.snapshots:
+        maps = snapshot.maps[method]
+        cells = [f"{snapshot.step:4d}"]
+        cells += [f"{accuracy.get(snapshot.step, {}).get(name, float('nan')):{9 + len(name)}.3f}" for name in names]
+        cells += [f"{1 - spearman(maps, history.baseline.maps[method]).nanmean().item():5.3f}"]
+        cells += [f"{_share(maps, mask):{3 + len(region)}.3f}" for region, mask in probe.regions.items()]
+        print(" | ".join(cells))
+
+
+def _share(maps: Tensor, masks: Tensor) -> float:
+    """Share of the maps' mass inside the masks, in [0, 1]; a patch counts by the part of it that is covered."""
+    covered = F.adaptive_avg_pool2d(masks.double()[:, None], (maps.shape[1], maps.shape[2]))[:, 0]
+    return ((maps * covered).sum(dim=(1, 2)) / maps.sum(dim=(1, 2))).nanmean().item()
+
+
+def _save_filmstrip(path: Path, history: History, data: example_data.Data, config: dict[str, Any]) -> None:
+    probe = ProbeBatch(data.probe.images, data.probe.labels)
+    report = Report.of(probe, 6, config["mean"], config["std"], data.classes)
+    Image.fromarray(dict(report.figures(history))["explain_filmstrip/grad_rollout"]).save(path)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-shortcut", action="store_true", help="the corner square says nothing about the label")
+    parser.add_argument("--dataset", choices=["shapes", "pets"], default="shapes")
+    parser.add_argument("--data-dir", type=Path, help="folder with train/ and val/, one folder for each class inside")
+    parser.add_argument("--pets-dir", type=Path, default=Path("data"), help="where the pets are, or are downloaded to")
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="any timm ViT, with --data-dir or pets")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--pretrained", action="store_true", help="start from the weights on the hub")
+    weights.add_argument("--checkpoint", type=Path, help="start from a file that timm can read")
+    parser.add_argument("--image-size", type=int)
+    parser.add_argument("--freeze-backbone", action="store_true", help="train the classifier only")
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--num-train", type=int, default=6400, help="training images of the shapes")
+    parser.add_argument("--num-images", type=int, default=32, help="images that are explained")
+    parser.add_argument("--every-n-steps", type=int, help="steps between snapshots; default: ten over the run")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true", help="even if there is an accelerator")
+    parser.add_argument("--output", type=Path, default=Path("runs"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
