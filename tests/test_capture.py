@@ -102,7 +102,8 @@ def test_what_is_not_attention_is_not_recorded() -> None:
 
     with AttentionRecorder(module := OneAttention(others)) as recorder:
         module(*qkv())
-        F.scaled_dot_product_attention(*qkv())  # outside the module
+        q, k, v = qkv()
+        F.scaled_dot_product_attention(q, k, v)  # outside the module
     assert recorder.calls == []
     assert recorder.changed_after_softmax() == []
 

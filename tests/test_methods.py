@@ -10,7 +10,7 @@ from vit_explain_callback import GradRollout, Rollout
 from vit_explain_callback.methods import Method, method_from_name, resolve_methods
 
 EVERY: list[Method] = [
-    kind(fusion, ratio, start)
+    kind(fusion, ratio, start)  # type: ignore[arg-type]
     for kind, fusion, ratio, start in itertools.product(
         (Rollout, GradRollout), ("mean", "max", "min"), (0.0, 0.5, 0.95), (1, 12)
     )
@@ -29,7 +29,6 @@ def test_names_leave_out_defaults() -> None:
 
 
 def test_methods_of_different_kinds_differ() -> None:
-    assert Rollout() != GradRollout()
     assert len({Rollout(), GradRollout(), Rollout()}) == 2
 
 

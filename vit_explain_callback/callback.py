@@ -95,6 +95,8 @@ class ViTExplainCallback(Callback):
             raise ValueError(f"Expected `target` to be 'label', 'prediction' or a class index, but got {target!r}.")
         if on_error not in ("warn", "raise"):
             raise ValueError(f"Expected `on_error` to be 'warn' or 'raise', but got {on_error!r}.")
+        if (mean is None) != (std is None):
+            raise ValueError("Expected both `mean` and `std`, or neither, but got one of them.")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.num_images = num_images
@@ -257,10 +259,7 @@ class ViTExplainCallback(Callback):
         return same_methods and self._fingerprint == probe.fingerprint
 
     def _mean_and_std(self, vit: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
-        if self.mean is not None and self.std is not None:
-            return self.mean, self.std
-        mean, std = normalisation(vit)
-        return self.mean or mean, self.std or std
+        return (self.mean, self.std) if self.mean is not None and self.std is not None else normalisation(vit)
 
     def _say_degenerate(self, scalars: dict[str, float]) -> None:
         for method in self.methods:

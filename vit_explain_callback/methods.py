@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias, cast
+from typing import ClassVar, cast
 
 from vit_explain_callback.rollout import HEAD_FUSIONS, HeadFusion
 
 
 @dataclass(frozen=True)
-class _Variant:
-    """Options that attention rollout and gradient rollout share.
+class Method:
+    """What attention rollout and gradient rollout share; use one of these.
 
     Args:
         head_fusion: How the heads of a block are fused: `mean`, `max` or `min`.
@@ -52,7 +52,7 @@ class _Variant:
         return "_".join(parts)
 
 
-class Rollout(_Variant):
+class Rollout(Method):
     """Attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928): where information flows from, whatever the class.
 
     Example:
@@ -63,7 +63,7 @@ class Rollout(_Variant):
     kind = "rollout"
 
 
-class GradRollout(_Variant):
+class GradRollout(Method):
     """Gradient rollout: attention weighted by the gradient of the target's logit, so it depends on the class.
 
     Example:
@@ -73,8 +73,6 @@ class GradRollout(_Variant):
 
     kind = "grad_rollout"
 
-
-Method: TypeAlias = Rollout | GradRollout
 
 _NAME = re.compile(
     r"(?P<kind>rollout|grad_rollout)(_(?P<fusion>[a-z]+))??(_(?P<ratio>\d*\.?\d+))?(_from(?P<start>\d+))?"
@@ -115,7 +113,7 @@ def resolve_methods(methods: Sequence[str | Method]) -> tuple[Method, ...]:
     for method in methods:
         if isinstance(method, str):
             method = method_from_name(method)
-        if not isinstance(method, _Variant):
+        if not isinstance(method, Method):
             raise TypeError(f"Expected `methods` to hold names, `Rollout` or `GradRollout`, but got {method!r}.")
         resolved.append(method)
     names = [method.name for method in resolved]

@@ -49,7 +49,7 @@ class ProbeBatch:
 
         Raises:
             TypeError: If the batch is of another kind.
-            ValueError: If a mapping has no image under a usual name.
+            ValueError: If a mapping has no image under a usual name, or the labels are not as many as the images.
         """
         images, labels = _images_and_labels(batch)
         if not isinstance(images, Tensor):
@@ -59,7 +59,10 @@ class ProbeBatch:
             labels = torch.tensor(labels)
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape[1:] not in ((), (1,)):
             return cls(images)
-        return cls(images, labels.detach()[:num_images].flatten().to("cpu", torch.int64, copy=True))
+        labels = labels.detach()[:num_images].flatten().to("cpu", torch.int64, copy=True)
+        if len(labels) != len(images):
+            raise ValueError(f"Expected one label an image, but got {len(images)} images but {len(labels)} labels.")
+        return cls(images, labels)
 
 
 def first_batch(loader: Iterable[Any], num_images: int) -> Any:

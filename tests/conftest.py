@@ -1,0 +1,19 @@
+"""Settings for every test."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_configure() -> None:
+    # The models are tiny: more threads only wait for one another. Child processes follow the variable.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
