@@ -23,6 +23,7 @@ import pytorch_lightning as pl
 import timm
 import torch
 import torch.nn.functional as F
+from checkpoints import load_weights
 from PIL import Image
 from pretrain import WEIGHTS, small_vit
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -121,7 +122,7 @@ def main() -> None:
 
 def _example(args: argparse.Namespace) -> tuple[Any, example_data.Data]:
     model = small_vit(len(FINETUNE_CLASSES))
-    _load_weights(model, WEIGHTS)
+    load_weights(model, WEIGHTS)
     return model, example_data.shapes(args.num_train, args.num_images, args.seed, shortcut=not args.no_shortcut)
 
 
@@ -143,23 +144,8 @@ def _own(args: argparse.Namespace) -> tuple[Any, example_data.Data]:
         data = example_data.pets(args.pets_dir, *layout)
     model.reset_classifier(len(data.classes))
     if args.checkpoint is not None:
-        _load_weights(model, args.checkpoint)
+        load_weights(model, args.checkpoint)
     return model, data
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise SystemExit(f"--checkpoint: there is no file {path}.")
-    state = timm.models.load_state_dict(str(path))
-    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    state = adapt(state, model) if adapt else state
-    own = model.state_dict()
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    if not fitting:
-        raise SystemExit(f"--checkpoint: {path} holds nothing that fits {type(model).__name__}.")
-    model.load_state_dict(fitting, strict=False)
-    fresh = [name for name in own if name not in fitting]
-    print(f"{path.name}: {len(fitting)} of {len(own)} tensors loaded; fresh: {', '.join(fresh) or 'none'}")
 
 
 def _print_table(history: History, probe: example_data.Probe, accuracy: dict[int, dict[str, float]]) -> None:

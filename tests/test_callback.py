@@ -449,6 +449,21 @@ def test_a_resumed_run_keeps_its_baseline_and_takes_no_snapshot_twice(tmp_path: 
         assert curve == [(event.step, event.value) for event in events(whole).Scalars(tag)]
 
 
+@pytest.mark.parametrize("schedule", [{"every_n_epochs": 1}, {"every_n_steps": 2}])
+def test_a_run_resumed_from_lightnings_own_checkpoint_misses_no_snapshot(
+    tmp_path: Path, schedule: dict[str, Any]
+) -> None:
+    """`ModelCheckpoint` saves after validation, and so before the snapshot at the end of that epoch."""
+    whole = fit(ViTExplainCallback(**schedule), tmp_path / "whole", max_epochs=3)
+    first = fit(ViTExplainCallback(**schedule), tmp_path / "first", max_epochs=2, enable_checkpointing=True)
+    (checkpoint,) = Path(first.log_dir or "").rglob("*.ckpt")
+    resumed: dict[str, Any] = {"enable_checkpointing": True, "ckpt_path": str(checkpoint)}
+    second = fit(ViTExplainCallback(**schedule), tmp_path / "second", max_epochs=3, **resumed)
+    tag = "drift_baseline/grad_rollout/spearman"
+    curve = {event.step: event.value for run in (first, second) for event in events(run).Scalars(tag)}
+    assert curve == {event.step: event.value for event in events(whole).Scalars(tag)}
+
+
 def test_other_images_after_resuming_are_said_and_start_a_new_baseline(tmp_path: Path) -> None:
     trainer = fit(ViTExplainCallback(), tmp_path)
     trainer.save_checkpoint(tmp_path / "half.ckpt")

@@ -166,7 +166,6 @@ class ViTExplainCallback(Callback):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "explanations"  # log_dir needs every rank
-        self._last_step = trainer.global_step
         if not trainer.is_global_zero:
             return
         probe = self._given or self._collect(trainer, pl_module)
@@ -183,7 +182,10 @@ class ViTExplainCallback(Callback):
             )
             self._history = History()
         self._fingerprint = probe.fingerprint
-        if not self._history.count:
+        if self._history.count:
+            self._last_step = self._history.snapshots[-1].step
+        else:
+            self._last_step = trainer.global_step
             self._attempt(trainer, pl_module, always_raised=(TypeError, ValueError))
 
     def _snapshot(self, trainer: Trainer, pl_module: LightningModule) -> None:
