@@ -82,8 +82,9 @@ class FineTune(pl.LightningModule):
 def main() -> None:
     """Fine-tune, print the table and write `filmstrip.png`."""
     args = _arguments()
+    made_up = args.data_dir is None and args.dataset == "shapes"
     pl.seed_everything(args.seed)
-    model, data = _example(args) if args.data_dir is None and args.dataset == "shapes" else _own(args)
+    model, data = _example(args) if made_up else _own(args)
     if args.freeze_backbone:
         head = {id(parameter) for parameter in model.get_classifier().parameters()}
         for parameter in model.parameters():
@@ -92,7 +93,7 @@ def main() -> None:
     loader = DataLoader(data.train, args.batch_size, shuffle=True, num_workers=args.workers)
     validation = [DataLoader(part, args.batch_size, num_workers=args.workers) for part in data.validation.values()]
     every = args.every_n_steps or max(1, args.epochs * len(loader) // 10)
-    module = FineTune(model, args.lr, list(data.validation))
+    module = FineTune(model, args.lr or (1e-3 if made_up else 1e-4), list(data.validation))
     explain = ViTExplainCallback(
         every_n_steps=every,
         images=(data.probe.images, data.probe.labels),
@@ -187,10 +188,10 @@ def _arguments() -> argparse.Namespace:
     weights.add_argument("--checkpoint", type=Path, help="start from a file that timm can read")
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--freeze-backbone", action="store_true", help="train the classifier only")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, help="default: 1e-3 for the shapes, else 1e-4")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--num-train", type=int, default=6400, help="training images of the shapes")
+    parser.add_argument("--num-train", type=int, default=7680, help="training images of the shapes")
     parser.add_argument("--num-images", type=int, default=32, help="images that are explained")
     parser.add_argument("--every-n-steps", type=int, help="steps between snapshots; default: ten over the run")
     parser.add_argument("--workers", type=int, default=0)

@@ -24,7 +24,7 @@ from vit_explain_callback.filmstrip import filmstrip
 from vit_explain_callback.snapshot import Snapshot
 
 METRICS = ("spearman", "jensen_shannon", "top10_iou", "centroid_shift")
-STATISTICS = ("entropy", "top10_mass", "degenerate")
+STATISTICS = ("entropy", "top10_mass", "patch_mass", "degenerate")
 
 
 class Pictures(Dataset[Any]):

@@ -141,6 +141,7 @@ def test_statistics_by_hand() -> None:
     p = np.array([1, 1, 2, 4]) / 8
     assert map_statistics(maps)["entropy"].item() == pytest.approx(-(p * np.log(p)).sum() / np.log(4))
     assert map_statistics(maps)["top10_mass"].item() == pytest.approx(0.5)
+    assert map_statistics(maps / 16)["patch_mass"].item() == pytest.approx(0.5)
 
 
 def test_shapes_that_do_not_match_are_refused() -> None:

@@ -40,27 +40,29 @@ def test_unnormalise_undoes_normalisation() -> None:
 
 
 def test_an_overlay_shows_each_patch_in_one_flat_colour_of_the_shared_scale() -> None:
-    relevance = torch.tensor([[0.0, 0.25, 0.5], [0.75, 1.0, 9.0]]) / 6  # times P, these are 0, .25, .5, …
-    shown = overlay(BLACK, relevance, limit=1.0, alpha=1.0)
+    relevance = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 20.0]])  # of the mean, 5: 0, 0.2, 0.4, …
+    shown = overlay(BLACK, relevance, limit=2.0, alpha=1.0)
+    assert (overlay(BLACK, relevance / 1000, limit=2.0, alpha=1.0) == shown).all()
     for row in range(2):
         for column in range(3):
             cell = shown[row * 12 : row * 12 + 12, column * 12 : column * 12 + 12].reshape(-1, 3)
             assert (cell == cell[0]).all()
-            value = min(1.0, relevance[row, column].item() * 6)
+            value = min(1.0, relevance[row, column].item() / 5 / 2)
             assert np.abs(cell[0] - colour("inferno", value)).max() <= 1
 
 
 def test_the_picture_shines_through_in_grey() -> None:
     picture = np.full((8, 8, 3), (200, 100, 0), dtype=np.uint8)
-    shown = overlay(picture, torch.zeros(2, 2), limit=1.0, alpha=0.0)
+    shown = overlay(picture, torch.ones(2, 2), limit=1.0, alpha=0.0)
     assert (shown[..., 0] == shown[..., 1]).all()
     assert np.abs(shown[0, 0, 0].astype(int) - (0.299 * 200 + 0.587 * 100)) <= 1
-    assert (overlay(picture, torch.full((2, 2), torch.nan), limit=1.0) == shown).all()
+    for nothing in (torch.nan, torch.inf, 0.0):
+        assert (overlay(picture, torch.full((2, 2), nothing), limit=1.0) == shown).all()
 
 
 def test_a_difference_is_white_where_nothing_changed_red_where_gained_and_blue_where_lost() -> None:
-    before = torch.tensor([[0.2, 0.2], [0.2, 0.2]])
-    after = torch.tensor([[0.2, 0.9], [0.0, 0.2]])
+    before = torch.tensor([[2.0, 2.0], [2.0, 2.0]])
+    after = torch.tensor([[0.2, 0.4], [0.0, 0.2]])
     shown = difference(BLACK, after, before, limit=2.0, alpha=1.0).astype(int)
     assert np.abs(shown[0, 0] - colour("RdBu_r", 0.5)).max() <= 1
     assert shown[0, -1, 0] > shown[0, -1, 2]
@@ -71,11 +73,12 @@ def test_the_colour_limit_is_robust_and_never_below_twice_uniform() -> None:
     flat = torch.full((4, 10, 10), 0.01)
     assert colour_limit(flat) == 2.0
     spiked = flat.clone()
-    spiked[0, 0, 0] = 1000.0
+    spiked[0, 0, 0] = 0.05
     assert colour_limit(spiked) == 2.0
+    assert colour_limit(torch.zeros(1, 2, 2)) == 2.0
     broad = flat.clone()
-    broad[:, :5] = 0.07
-    assert colour_limit(broad) == pytest.approx(7.0)
+    broad[:, 0] = 0.09
+    assert colour_limit(broad) == pytest.approx(0.09 / 0.018)
     assert colour_limit(torch.full((1, 2, 2), torch.nan)) == 2.0
 
 
@@ -96,9 +99,8 @@ def test_resizing_keeps_pixels_sharp() -> None:
 def test_a_filmstrip_has_a_row_for_each_image_and_a_column_for_each_snapshot() -> None:
     maps = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0)) / 12
     logits = torch.zeros(3, 2)
-    snapshots = [
-        Snapshot(step, {"rollout": maps * scale}, logits, logits.argmax(1)) for step, scale in ((0, 1), (9, 0))
-    ]
+    both = {0: maps, 9: maps.flip(1)}
+    snapshots = [Snapshot(step, {"rollout": m}, logits, logits.argmax(1)) for step, m in both.items()]
     captions = [["cat · p=0.50"] * 3] * 2
     strip = filmstrip([BLACK] * 3, ["target cat"] * 3, snapshots, captions, "rollout", 2.0)
     cell_height, cell_width, gap = 85, 128, 4
@@ -110,5 +112,5 @@ def test_a_filmstrip_has_a_row_for_each_image_and_a_column_for_each_snapshot() -
         assert (image == 0).all()
         small = resized(BLACK, cell_height, cell_width)
         assert (baseline == overlay(small, maps[row], 2.0)).all()
-        assert (now == overlay(small, maps[row] * 0, 2.0)).all()
+        assert (now == overlay(small, maps[row].flip(0), 2.0)).all()
         assert not (baseline == now).all()

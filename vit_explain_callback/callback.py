@@ -32,7 +32,7 @@ class ViTExplainCallback(Callback):
     - `explain_diff/{method}/{i}`: now minus baseline (from the second snapshot on).
     - `drift_baseline/{method}/{metric}`, `drift_previous/{method}/{metric}`: `spearman`, `jensen_shannon`, `top10_iou`,
       `centroid_shift` (from the second snapshot on).
-    - `map_stats/{method}/{stat}`: `entropy`, `top10_mass`, `degenerate`.
+    - `map_stats/{method}/{stat}`: `entropy`, `top10_mass`, `patch_mass`, `degenerate`.
     - `probe/target_probability`, `probe/accuracy` (with labels), `probe/changed_predictions` (since the baseline).
 
     Raw maps go to `explanations/step_{step}.safetensors` in the run's folder. Training is left as it was: no random

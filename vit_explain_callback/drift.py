@@ -83,16 +83,19 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def map_statistics(maps: Tensor) -> dict[str, Tensor]:
-    """Shape of each map, as (B,) tensors; NaN where a map is degenerate, but for `degenerate` itself.
+    """Shape of each map, as (B,) tensors; `entropy` and `top10_mass` are NaN where a map is degenerate.
 
     - `entropy`: −Σ p ln p / ln P of the map divided by its sum, in [0, 1]; 1 is uniform.
     - `top10_mass`: share of the sum on the strongest tenth of the patches, in [0.1, 1].
+    - `patch_mass`: the sum itself, in [0, 1]: what a rollout leaves on the patches instead of the prefix tokens. For
+      gradient rollout it falls with the gradients, as when the target's probability nears 1.
     - `degenerate`: 1 where the map is degenerate, else 0.
     """
     patches = maps[0].numel()
     return {
         "entropy": _measured(maps, maps, lambda p, _: torch.special.entr(p).sum(dim=1) / math.log(patches)),
         "top10_mass": _measured(maps, maps, lambda p, _: (p * _strongest(p)).sum(dim=1)),
+        "patch_mass": maps.double().sum(dim=(1, 2)),
         "degenerate": is_degenerate(maps).double(),
     }
 

@@ -1,7 +1,7 @@
 """Pictures of maps: images for display, overlays, differences, and the strip of text that goes with them.
 
-Pictures are uint8 arrays (H, W, 3). Colour scales are the caller's, so that they can be shared over time: a map's value
-times the number of patches is 1 where relevance is uniform.
+Pictures are uint8 arrays (H, W, 3). Maps are drawn as multiples of uniform: divided by their sum and multiplied by the
+number of patches. Colour limits are the caller's, so that they can be shared over time.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def unnormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> P
 
 
 def colour_limit(maps: Tensor) -> float:
-    """Upper end of the colour scale for maps like these: the 99th percentile of value × P, at least 2.
+    """Upper end of the colour scale for maps (B, grid_h, grid_w) like these: the 99th percentile, at least 2 x uniform.
 
-    Robust against the single bright patches of artifact tokens. NaN and Inf are left out.
+    Robust against the single bright patches of artifact tokens. Maps with no sum to divide by are left out.
     """
-    values = (maps.double() * maps[0].numel()).flatten()
+    values = _times_uniform(maps).flatten()
     values = values[values.isfinite()]
     return max(2.0, values.quantile(0.99).item()) if len(values) else 2.0
 
@@ -56,15 +56,15 @@ def colour_limit(maps: Tensor) -> float:
 def overlay(picture: Picture, relevance: Tensor, limit: float, alpha: float = 0.6) -> Picture:
     """Lay a map (grid_h, grid_w) over the greyscale picture: one flat colour a patch, from 0 to `limit` × uniform.
 
-    A map that is not finite is shown as the plain grey picture.
+    A map that is zero or not finite is shown as the plain grey picture.
     """
-    values = relevance.detach().cpu().double() * relevance.numel() / limit
+    values = _times_uniform(relevance) / limit
     return _blend(picture, values, MAP_COLOURS, alpha)
 
 
 def difference(picture: Picture, relevance: Tensor, reference: Tensor, limit: float, alpha: float = 0.7) -> Picture:
     """Lay `relevance` − `reference` over the greyscale picture: red gained, blue lost, ends at ± `limit` × uniform."""
-    values = (relevance - reference).detach().cpu().double() * relevance.numel() / limit
+    values = (_times_uniform(relevance) - _times_uniform(reference)) / limit
     return _blend(picture, values / 2 + 0.5, DIFFERENCE_COLOURS, alpha)
 
 
@@ -101,6 +101,12 @@ def colour_bar(limit: float, width: int, colours: str = MAP_COLOURS) -> Picture:
     canvas.paste(Image.fromarray((bar * 255).astype(np.uint8)), (15, 3))
     write(canvas, f"{limit:.3g} x uniform", (140, 2), width - 143)
     return np.asarray(canvas)
+
+
+def _times_uniform(maps: Tensor) -> Tensor:
+    """Maps (…, grid_h, grid_w) in multiples of uniform relevance; NaN where the sum is zero or not finite."""
+    maps = maps.detach().cpu().double()
+    return maps / maps.sum(dim=(-2, -1), keepdim=True) * maps.shape[-2] * maps.shape[-1]
 
 
 def _blend(picture: Picture, values: Tensor, colours: str, alpha: float) -> Picture:
