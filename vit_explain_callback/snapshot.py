@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -84,14 +83,15 @@ class History:
         self.snapshots.append(snapshot)
         self.count += 1
         if len(self.snapshots) > self.capacity:
-            del self.snapshots[_most_crowded([s.step for s in self.snapshots])]
+            # The one before the latest is what the next drift is measured against.
+            del self.snapshots[_most_crowded(self.snapshots[:-1])]
 
     def columns(self, count: int) -> list[Snapshot]:
         """At most `count` snapshots to show: baseline, some between it and now, spaced by the log of the step, now."""
-        if len(self.snapshots) <= count:
-            return list(self.snapshots)
-        steps = [snapshot.step for snapshot in self.snapshots]
-        return [self.snapshots[index] for index in _log_spaced(steps, count)]
+        shown = list(self.snapshots)
+        while len(shown) > max(2, count):
+            del shown[_most_crowded(shown)]
+        return shown
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""
@@ -103,20 +103,7 @@ class History:
         self.snapshots = [Snapshot(**snapshot) for snapshot in state["snapshots"]]
 
 
-def _log_spaced(steps: Sequence[int], count: int) -> list[int]:
-    """Indices of `count` steps, first and last included, as evenly spaced in log(1 + elapsed) as the steps allow."""
-    position = [math.log1p(step - steps[0]) for step in steps]
-    chosen = {0, len(steps) - 1}
-    start = position[1]
-    for k in range(count - 2):
-        wanted = start + (position[-1] - start) * k / max(1, count - 2)
-        free = [index for index in range(len(steps)) if index not in chosen]
-        chosen.add(min(free, key=lambda index: abs(position[index] - wanted)))
-    return sorted(chosen)
-
-
-def _most_crowded(steps: Sequence[int]) -> int:
-    """Index of the step, neither first nor one of the last two, whose neighbours lie closest in log(1 + elapsed)."""
-    position = torch.tensor([step - steps[0] for step in steps], dtype=torch.float64).log1p()
-    gaps = position[2:-1] - position[:-3]
-    return int(gaps.argmin()) + 1
+def _most_crowded(snapshots: Sequence[Snapshot]) -> int:
+    """Index of the snapshot, neither first nor last, whose neighbours lie closest in log(1 + steps since the first)."""
+    place = [math.log1p(snapshot.step - snapshots[0].step) for snapshot in snapshots]
+    return min(range(1, len(place) - 1), key=lambda index: place[index + 1] - place[index - 1])
