@@ -43,10 +43,11 @@ def test_the_example_writes_its_table_and_filmstrip(tmp_path: Path) -> None:
     rows = table(output)
     assert rows[:, 0].tolist() == [0, 1, 2]
     assert rows.shape[1] == 6
-    assert (rows[:, 1:3] > 0.5).all()  # the starting weights know the shapes
+    assert (rows[0, 1:3] > 0.65).all()  # the starting weights know the shapes
     assert rows[0, 3] == 0 < rows[-1, 3]
     (strip,) = tmp_path.rglob("filmstrip.png")
-    assert Image.open(strip).width > 3 * 128
+    with Image.open(strip) as picture:
+        assert picture.width > 3 * 128
 
 
 def test_a_folder_of_ones_own_images(tmp_path: Path) -> None:
@@ -100,7 +101,8 @@ def test_overlays_of_photographs(tmp_path: Path) -> None:
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     options = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--checkpoint", "w.safetensors"]
     script(tmp_path, "overlays.py", "a.png", *options, "--methods", "rollout", "grad_rollout")
-    assert Image.open(tmp_path / "overlays.png").size == (3 * 32, 32 + 18)
+    with Image.open(tmp_path / "overlays.png") as picture:
+        assert picture.size == (3 * 32, 32 + 18)
 
 
 def test_shapes_can_be_made_again_and_never_touch_the_corner() -> None:
