@@ -172,7 +172,7 @@ def _share(maps: Tensor, masks: Tensor) -> float:
 
 def _save_filmstrip(path: Path, history: History, data: example_data.Data, config: dict[str, Any]) -> None:
     probe = ProbeBatch(data.probe.images, data.probe.labels)
-    report = Report.of(probe, 6, config["mean"], config["std"], data.classes)
+    report = Report.of(probe, 6, (config["mean"], config["std"]), data.classes)
     Image.fromarray(dict(report.figures(history))["explain_filmstrip/grad_rollout"]).save(path)
 
 

@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from unittest import mock
 
 import torch
@@ -32,8 +31,18 @@ def matrices(model: nn.Module, images: Tensor, target: Sequence[int] | None = No
     attentions: list[Tensor] = []
     scores: list[Tensor] = []
 
-    def textbook(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
-        score = torch.einsum("bhnd,bhmd->bhnm", q, k) * rest.get("scale", None or 1 / math.sqrt(q.shape[-1]))
+    def textbook(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        assert (dropout_p, is_causal, enable_gqa) == (0.0, False, False)
+        score = torch.einsum("bhnd,bhmd->bhnm", q, k) * (scale or 1 / math.sqrt(q.shape[-1]))
         if attn_mask is not None:
             score = score + attn_mask
         score.requires_grad_() if score.is_leaf else score.retain_grad()

@@ -170,7 +170,7 @@ def test_attention_over_part_of_the_tokens_is_named() -> None:
     model.blocks[0].attn = Half()
     message = refusal(model)
     assert "`blocks.0.attn.whole`" in message
-    assert "all 17 tokens (1 prefix + 4x4 patches), but its attention is 9x9" in message
+    assert "all 17 tokens of each of 1 images, but its attention is (B, H, N, N) = (1, 3, 9, 9)" in message
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "xcit_tiny_12_p16_224", "samvit_base_patch16"])
@@ -183,7 +183,9 @@ def test_models_without_global_attention_are_refused(name: str) -> None:
 
 
 def test_none_or_several_vits_are_told() -> None:
-    assert "Sequential to hold a Vision Transformer, but found no module" in refusal(nn.Sequential(nn.Linear(2, 2)))
+    assert "to be or hold a Vision Transformer, but Sequential has no list of blocks" in refusal(
+        nn.Sequential(nn.Linear(2, 2))
+    )
     pair = nn.ModuleDict({"student": tiny_vit(), "teacher": tiny_vit()})
     assert "found 2: student, teacher. Name the one to explain, as in `vit='student'`" in refusal(pair)
 

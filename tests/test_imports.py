@@ -9,9 +9,11 @@ import vit_explain_callback
 
 PACKAGE = Path(vit_explain_callback.__file__).parent
 LAYERS: list[set[str]] = [
-    {"rollout", "capture", "drift", "overlay", "isolation", "_lightning"},
-    {"methods", "vit", "snapshot", "probe"},
-    {"explainer", "filmstrip"},
+    {"rollout", "mha", "layout", "drift", "overlay", "isolation", "snapshot", "_lightning"},
+    {"capture", "methods", "experiment", "probe", "filmstrip"},
+    {"stack"},
+    {"vit"},
+    {"explainer"},
     {"report", "writer"},
     {"callback"},
     {"__init__"},

@@ -17,7 +17,14 @@ from vit_explain_callback.methods import Method, resolve_methods
 from vit_explain_callback.probe import ProbeBatch, first_batch
 from vit_explain_callback.report import Report
 from vit_explain_callback.snapshot import History, Snapshot
-from vit_explain_callback.vit import find_vit, normalisation, num_blocks, token_layout
+from vit_explain_callback.vit import (
+    find_vit,
+    is_timm_vit,
+    normalisation,
+    num_blocks,
+    refuse_other_timm_models,
+    timm_layout,
+)
 from vit_explain_callback.writer import Writer
 
 
@@ -50,7 +57,8 @@ class ViTExplainCallback(Callback):
             fixed over the run.
         vit: Attribute path of the ViT inside the LightningModule, needed where it holds several.
         class_names: Names for the captions. Default: the `classes` of the validation dataset, if it has them.
-        mean: Mean with which images were normalised, to undo it for display. Default: the timm model's own.
+        mean: Mean with which images were normalised, to undo it for display. Default: the timm model's own, or, where
+            there is none, the range of the images is stretched.
         std: Standard deviation, likewise.
         batch_size: Images explained in one pass; None takes all at once.
         save_maps: Whether to save the raw maps of every snapshot.
@@ -151,7 +159,10 @@ class ViTExplainCallback(Callback):
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         vit = find_vit(pl_module, self.vit)
-        check_start_layers(self.methods, num_blocks(vit))
+        if is_timm_vit(vit):
+            check_start_layers(self.methods, num_blocks(vit))
+        else:
+            refuse_other_timm_models(vit)
         if self._explained(pl_module) is vit:
             check_classifier(vit)
         if self._given is None and not trainer.enable_validation:
@@ -159,9 +170,8 @@ class ViTExplainCallback(Callback):
                 "Expected a validation loader (and a `validation_step`) to take the probe images from, but there is "
                 "none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
             )
-        if self._given is not None:
-            token_layout(vit, self._given.images.shape[1:])
-        self._mean_and_std(vit)
+        if self._given is not None and is_timm_vit(vit):
+            timm_layout(vit, self._given.images.shape[1:])
         self._history, self._fingerprint = History(), None
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,8 +180,8 @@ class ViTExplainCallback(Callback):
             return
         probe = self._given or self._collect(trainer, pl_module)
         check_images(probe.images)
-        mean, std = self._mean_and_std(find_vit(pl_module, self.vit))
-        self._report = Report.of(probe, self.num_shown, mean, std, self.class_names or _class_names(trainer))
+        normalised = (self.mean, self.std) if self.mean and self.std else normalisation(find_vit(pl_module, self.vit))
+        self._report = Report.of(probe, self.num_shown, normalised, self.class_names or _class_names(trainer))
         self._writer = Writer(
             trainer.loggers, folder if self.save_maps and not getattr(trainer, "fast_dev_run", False) else None
         )
@@ -248,8 +258,15 @@ class ViTExplainCallback(Callback):
 
     def _explained(self, pl_module: LightningModule) -> nn.Module:
         """What turns images into logits: the LightningModule if it has a `forward`, else the ViT itself."""
-        has_forward = type(pl_module).forward is not LightningModule.forward
-        return pl_module if has_forward else find_vit(pl_module, self.vit)
+        if type(pl_module).forward is not LightningModule.forward:
+            return pl_module
+        vit = find_vit(pl_module, self.vit)
+        if vit is pl_module:
+            raise ValueError(
+                f"Expected {type(pl_module).__name__} to define `forward(images)`, returning logits, or `vit=` to name "
+                "the attribute that holds its model, but got neither."
+            )
+        return vit
 
     def _first_target(self, probe: ProbeBatch) -> int | Tensor | None:
         if isinstance(self.target, int):
@@ -259,9 +276,6 @@ class ViTExplainCallback(Callback):
     def _continues(self, probe: ProbeBatch) -> bool:
         same_methods = set(self._history.baseline.maps) == {method.name for method in self.methods}
         return same_methods and self._fingerprint == probe.fingerprint
-
-    def _mean_and_std(self, vit: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
-        return (self.mean, self.std) if self.mean is not None and self.std is not None else normalisation(vit)
 
     def _say_degenerate(self, scalars: dict[str, float]) -> None:
         for method in self.methods:

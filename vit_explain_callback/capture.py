@@ -24,9 +24,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+
+from vit_explain_callback.mha import MultiHeadParts, take_apart
 
 _MATMULS = {"matmul", "__matmul__", "bmm"}
 # What may stand between the softmax and the product with the values without changing the attention.
@@ -61,8 +62,9 @@ class AttentionCall:
 class AttentionRecorder(TorchFunctionMode):
     """Context manager that records every attention operation a module runs inside it.
 
-    Sees `torch.nn.functional.scaled_dot_product_attention`, and a hand-written `softmax(…, dim=-1)` that is multiplied
-    with the values. Nothing of the module is changed; what is registered on entry is removed on exit.
+    Sees `torch.nn.functional.scaled_dot_product_attention`, the attention inside `torch.nn.MultiheadAttention`, and a
+    hand-written `softmax(…, dim=-1)` that is multiplied with the values. Nothing of the module is changed; what is
+    registered on entry is removed on exit.
 
     Args:
         module: Only attention that runs inside it, or inside one of its submodules, is recorded.
@@ -88,10 +90,10 @@ class AttentionRecorder(TorchFunctionMode):
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> AttentionRecorder:
-        self._handles = [
-            register_module_forward_pre_hook(self._enter_module),
-            register_module_forward_hook(self._leave_module, always_call=True),
-        ]
+        # On each module: hooks on all modules at once would make a compiled model warn.
+        for module in self._names:
+            self._handles.append(module.register_forward_pre_hook(self._enter_module))
+            self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -112,20 +114,29 @@ class AttentionRecorder(TorchFunctionMode):
         ]
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
-        if module in self._names:
-            self._running.append(self._names[module])
+        self._running.append(self._names[module])
 
-    def _leave_module(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        if module in self._names and self._running:
+    def _leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if self._running:
             self._running.pop()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self._running and func is F.multi_head_attention_forward and (parts := take_apart(args, kwargs)):
+            return self._multi_head(parts)
+        output = func(*args, **kwargs)
         if self._running and isinstance(output, Tensor):
-            self._observe(func, output, args, kwargs or {})
+            self._observe(func, output, args, kwargs)
         return output
+
+    def _multi_head(self, parts: MultiHeadParts) -> tuple[Tensor, Tensor | None]:
+        output = F.scaled_dot_product_attention(parts.query, parts.key, parts.value, parts.mask)
+        call = _fused_call(self._running[-1], output, parts.query, parts.key, parts.value, parts.mask)
+        self.calls.append(call)
+        weights = None if parts.wants_weights is None else call.attention(slice(None), slice(None))
+        return parts.finish(output), weights.mean(dim=1) if weights is not None and parts.wants_weights else weights
 
     def _observe(self, func: Callable[..., Any], output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if func is F.scaled_dot_product_attention:

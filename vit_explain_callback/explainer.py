@@ -6,16 +6,19 @@ Shapes: B images, C channels of the image or classes of the logits, N tokens, H 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from vit_explain_callback.capture import AttentionCall, AttentionRecorder
+from vit_explain_callback.experiment import observed_layout
 from vit_explain_callback.isolation import undisturbed
+from vit_explain_callback.layout import TokenLayout
 from vit_explain_callback.methods import GradRollout, Method, resolve_methods
 from vit_explain_callback.rollout import HeadFuser, discard_lowest, rollout_step
-from vit_explain_callback.vit import TokenLayout, find_vit, num_blocks, num_classes, split_calls, token_layout
+from vit_explain_callback.stack import Stack, find_stack
+from vit_explain_callback.vit import find_vit, is_timm_vit, num_classes, refuse_other_timm_models, timm_layout
 
 # Attention entries alive at once: 128 MiB in float32, and as much again for their gradients.
 _CHUNK_ENTRIES = 2**25
@@ -76,9 +79,10 @@ def explain(
     resolved = resolve_methods(methods)
     found = find_vit(model, vit)
     check_images(images)
+    if not is_timm_vit(found):
+        refuse_other_timm_models(found)
     if model is found and any(isinstance(method, GradRollout) for method in resolved):
         check_classifier(found)
-    check_start_layers(resolved, num_blocks(found))
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"Expected `batch_size` of at least 1, or None, but got {batch_size}.")
     targets = _as_targets(target, len(images))
@@ -175,27 +179,58 @@ def _batches(images: Tensor, targets: Tensor | None, size: int) -> Iterator[tupl
 def _explain_batch(
     model: nn.Module, vit: nn.Module, images: Tensor, methods: Sequence[Method], target: Tensor | None
 ) -> Explanation:
-    layout = token_layout(vit, images.shape[1:])
+    layout = timm_layout(vit, images.shape[1:]) if is_timm_vit(vit) else None
     with_gradients = any(isinstance(method, GradRollout) for method in methods)
     with torch.set_grad_enabled(with_gradients):
         # The input carries the graph through a frozen backbone; the parameters' flags are left alone.
         images = images.detach().requires_grad_(with_gradients)
         with AttentionRecorder(vit) as recorder:
             logits = _logits(model(images), len(images))
-        blocks, pool = split_calls(vit, recorder, layout)
+        stack = find_stack(vit, recorder, len(images))
         recorder.calls.clear()
+        check_start_layers(methods, len(stack.calls))
         target = logits.detach().argmax(dim=1) if target is None else target.to(logits.device)
         check_target(target, logits.shape[1])
-        calls = [*blocks, pool] if pool is not None else blocks
-        gradients: list[Tensor | None] = [None] * len(calls)
+        if layout is None:
+            layout = _observed(model, stack, images)
+            stack = stack if layout.readout is None else replace(stack, pool=None)  # a pool that no logit depends on
+        _check_tokens(stack, layout)
+        blocks, pool = stack.calls, stack.pool
+        gradients: list[Tensor | None] = [None] * len(blocks)
         if with_gradients:
-            gradients = _output_gradients(logits, target, calls)
+            gradients = _output_gradients(logits, target, blocks if pool is None else [*blocks, pool])
     with torch.no_grad():
-        pool_gradient = gradients.pop() if pool is not None else None
+        pool_gradient = gradients.pop() if len(gradients) > len(blocks) else None
         rows = {method: _start_row(method, layout, blocks[-1], pool, pool_gradient) for method in methods}
         _fold(rows, blocks, gradients, layout.class_token)
     maps = {method.name: layout.to_grid(row) for method, row in rows.items()}
     return Explanation(maps, logits.detach(), target)
+
+
+def _observed(model: nn.Module, stack: Stack, images: Tensor) -> TokenLayout:
+    def forward(images: Tensor) -> Tensor:
+        return _logits(model(images), len(images))
+
+    with torch.no_grad():
+        return observed_layout(forward, stack.blocks[0], stack.blocks[-1], stack.tokens, images, stack.pool is not None)
+
+
+def _check_tokens(stack: Stack, layout: TokenLayout) -> None:
+    patches = layout.grid[0] * layout.grid[1]
+    if stack.tokens != layout.tokens:
+        raise ValueError(
+            f"Expected `{stack.calls[0].module}` to attend over all {layout.tokens} tokens ({layout.tokens - patches} "
+            f"prefix + {layout.grid[0]}x{layout.grid[1]} patches), but its attention is {stack.tokens}x{stack.tokens}: "
+            "there is no global attention to roll out."
+        )
+    if (stack.pool is None) == (layout.readout is None) or (
+        stack.pool is not None and stack.pool.shape[3] not in (layout.tokens, patches)
+    ):
+        seen = "none" if stack.pool is None else f"`{stack.pool.module}` with {stack.pool.shape[3]} keys"
+        raise ValueError(
+            f"Expected {'an' if layout.readout is None else 'no'} attention-pooling head over the tokens after the "
+            f"blocks, but saw {seen}."
+        )
 
 
 def _logits(output: object, count: int) -> Tensor:
@@ -230,10 +265,11 @@ def _start_row(
     """(B, N) relevance of the last block's output tokens."""
     example = last.attention(slice(0, 1), slice(0, 1))
     if pool is None:
-        return layout.start_row(example).repeat(last.shape[0], 1)
+        assert layout.readout is not None
+        return layout.readout.to(example).repeat(last.shape[0], 1)
     fused = _fused(pool, gradient, slice(None), {method})[method].mean(dim=1)
-    row = fused.new_zeros(fused.shape[0], layout.num_tokens)
-    row[:, layout.num_tokens - fused.shape[1] :] = fused / fused.sum(dim=1, keepdim=True)
+    row = fused.new_zeros(fused.shape[0], layout.tokens)
+    row[:, layout.patches if fused.shape[1] < layout.tokens else slice(None)] = fused / fused.sum(dim=1, keepdim=True)
     return row
 
 

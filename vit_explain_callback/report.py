@@ -37,14 +37,21 @@ class Report:
         cls,
         probe: ProbeBatch,
         num_shown: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        normalised: tuple[Sequence[float], Sequence[float]] | None,
         class_names: Sequence[str] | None,
     ) -> Report:
-        """Undo the normalisation of the first `num_shown` images, scaled to a longer side of 224 pixels for display."""
+        """Undo the normalisation (mean, std) of the images that are shown, with a longer side of 224 pixels.
+
+        Without a normalisation, the range of the images is stretched to that of a picture.
+        """
+        if normalised is None:
+            low, high = probe.images.amin().item(), probe.images.amax().item()
+            channels = probe.images.shape[1]
+            scale = 1 / max(high - low, 1e-6)
+            normalised = [-low * scale] * channels, [scale] * channels
         height, width = probe.images.shape[2:]
         size = [round(side * _SIDE / max(height, width)) for side in (height, width)]
-        pictures = [resized(unnormalise(image, mean, std), *size) for image in probe.images[:num_shown]]
+        pictures = [resized(unnormalise(image, *normalised), *size) for image in probe.images[:num_shown]]
         return cls(probe, pictures, class_names)
 
     def scalars(self, history: History) -> dict[str, float]:
