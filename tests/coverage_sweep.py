@@ -51,6 +51,7 @@ REFUSED_FAMILIES = (
     "hiera",
     "twins",
 )
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 METHODS = (Rollout(), Rollout("max", 0.5), GradRollout(), GradRollout("max", 0.5, 2))
 
 
@@ -76,7 +77,7 @@ def shrunk(name: str) -> tuple[Any, tuple[int, int]]:
     native = config.input_size[1:] if config is not None else (224, 224)
     attempts: list[dict[str, Any]] = []
     for side_option in ({"img_size": 64}, {"img_size": 128}, {}):
-        for shape in ({"depth": 2, "embed_dim": 48, "num_heads": 3}, {"depth": 2}, {}):
+        for shape in (SMALL, {**SMALL, "num_kv_heads": (3, 1)}, {"depth": 2}, {}):
             attempts.append({**side_option, **shape})
     error: Exception | None = None
     for options in attempts:
