@@ -104,7 +104,7 @@ def expected(model: Any, found: oracle.Matrices, method: Any, tokens: int, image
     attentions = [a[image] for a in found.attentions]
     gradients = [g[image] for g in found.gradients] if gradients_wanted else None
     prefix = model.num_prefix_tokens
-    class_token = 0 if getattr(model, "cls_token", None) is not None else None
+    class_token = 0 if getattr(model, "has_class_token", getattr(model, "cls_token", None) is not None) else None
     if attentions[-1].shape[-2] != attentions[-1].shape[-1]:
         row = oracle.fused_matrix(attentions.pop(), gradients.pop() if gradients else None, method.head_fusion).mean(0)
         start = torch.cat([torch.zeros(tokens - len(row)), row / row.sum()]).double()

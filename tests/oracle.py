@@ -43,9 +43,8 @@ def matrices(model: nn.Module, images: Tensor, target: Sequence[int] | None = No
     ) -> Tensor:
         assert (dropout_p, is_causal) == (0.0, False)
         if enable_gqa:  # several query heads share a key head
-            k, v = (
-                torch.stack([t[:, head * t.shape[1] // q.shape[1]] for head in range(q.shape[1])], 1) for t in (k, v)
-            )
+            shared = [head * k.shape[1] // q.shape[1] for head in range(q.shape[1])]
+            k, v = k[:, shared], v[:, shared]
         score = torch.einsum("bhnd,bhmd->bhnm", q, k) * (scale or 1 / math.sqrt(q.shape[-1]))
         if attn_mask is not None:
             score = score + attn_mask

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.models import CLASSES, FAMILIES, Family, random_images, tiny_vit
 from vit_explain_callback import GradRollout, Rollout, explain
-from vit_explain_callback.explainer import _CHUNK_ENTRIES
+from vit_explain_callback.fold import CHUNK_ENTRIES
 
 VARIANTS = [
     kind(fusion, ratio, start)
@@ -94,9 +94,9 @@ def test_a_batch_equals_its_images_one_by_one(batch_size: int) -> None:
 def test_chunks_of_images_and_heads_do_not_change_the_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = tiny_vit().double(), random_images(3)
     whole = explain(model, images, VARIANTS)
-    assert _CHUNK_ENTRIES > 3 * 3 * 17 * 17
+    assert CHUNK_ENTRIES > 3 * 3 * 17 * 17
     for entries in (17 * 17, 2 * 17 * 17, 4 * 17 * 17):  # one head, two heads, one image at a time
-        monkeypatch.setattr("vit_explain_callback.explainer._CHUNK_ENTRIES", entries)
+        monkeypatch.setattr("vit_explain_callback.fold.CHUNK_ENTRIES", entries)
         for key, maps in explain(model, images, VARIANTS).maps.items():
             torch.testing.assert_close(maps, whole.maps[key], rtol=1e-12, atol=0)
 
@@ -340,7 +340,7 @@ def test_models_that_cannot_be_explained_are_refused_with_the_reason() -> None:
     with pytest.raises(TypeError, match="tensor of logits"):
         explain(Outputs(lambda logits: [logits]), images)
     with pytest.raises(ValueError, match=r"logits of shape \(2, C\)"):
-        explain(Outputs(lambda logits: logits.sum(dim=1)), images)
+        explain(Outputs(lambda logits: logits[:, None]), images)
     with pytest.raises(ValueError, match=r"`blocks.0.attn`, but its output is cut off"):
         explain(Outputs(lambda logits: logits.detach()), images)
     with pytest.raises(ValueError, match="no classifier"):

@@ -12,13 +12,14 @@ LAYERS: list[set[str]] = [
     {"rollout", "mha", "layout", "drift", "overlay", "isolation", "snapshot", "_lightning"},
     {"capture", "methods", "experiment", "probe", "filmstrip"},
     {"stack"},
-    {"vit"},
+    {"vit", "fold"},
+    {"checks"},
     {"explainer"},
-    {"report", "writer"},
+    {"report", "writer", "validation"},
     {"callback"},
     {"__init__"},
 ]
-LIGHTNING = {"_lightning", "callback", "writer"}
+LIGHTNING = {"_lightning", "callback", "validation", "writer"}
 
 
 def imported(source: str) -> set[str]:

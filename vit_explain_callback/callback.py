@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from vit_explain_callback._lightning import Callback, LightningModule, Trainer
-from vit_explain_callback.explainer import check_classifier, check_images, check_start_layers, explain
-from vit_explain_callback.isolation import preserved_random_state
+from vit_explain_callback.checks import check_classifier, check_images, check_start_layers
+from vit_explain_callback.explainer import LogitsOf, explain
 from vit_explain_callback.methods import Method, resolve_methods
-from vit_explain_callback.probe import ProbeBatch, first_batch
+from vit_explain_callback.probe import ProbeBatch
 from vit_explain_callback.report import Report
 from vit_explain_callback.snapshot import History, Snapshot
+from vit_explain_callback.validation import class_names, collect_probe
 from vit_explain_callback.vit import (
     find_vit,
     is_timm_vit,
@@ -60,6 +60,9 @@ class ViTExplainCallback(Callback):
         mean: Mean with which images were normalised, to undo it for display. Default: the timm model's own, or, where
             there is none, the range of the images is stretched.
         std: Standard deviation, likewise.
+        forward: How to get logits (B, C) from the LightningModule and images, if not by its own `forward(images)`.
+        prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
+        grid_size: Patches as (grid_h, grid_w), likewise.
         batch_size: Images explained in one pass; None takes all at once.
         save_maps: Whether to save the raw maps of every snapshot.
         on_error: What becomes of a snapshot that fails during training: `"warn"` says so and goes on, `"raise"` stops.
@@ -83,6 +86,9 @@ class ViTExplainCallback(Callback):
         class_names: Sequence[str] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        forward: LogitsOf | None = None,
+        prefix_tokens: int | None = None,
+        grid_size: tuple[int, int] | None = None,
         batch_size: int | None = None,
         save_maps: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
@@ -114,6 +120,9 @@ class ViTExplainCallback(Callback):
         self.class_names = class_names
         self.mean = mean
         self.std = std
+        self.forward = forward
+        self.prefix_tokens = prefix_tokens
+        self.grid_size = grid_size
         self.batch_size = batch_size
         self.save_maps = save_maps
         self.on_error = on_error
@@ -161,8 +170,7 @@ class ViTExplainCallback(Callback):
         vit = find_vit(pl_module, self.vit)
         if is_timm_vit(vit):
             check_start_layers(self.methods, num_blocks(vit))
-        else:
-            refuse_other_timm_models(vit)
+        refuse_other_timm_models(vit)
         if self._explained(pl_module) is vit:
             check_classifier(vit)
         if self._given is None and not trainer.enable_validation:
@@ -170,7 +178,7 @@ class ViTExplainCallback(Callback):
                 "Expected a validation loader (and a `validation_step`) to take the probe images from, but there is "
                 "none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
             )
-        if self._given is not None and is_timm_vit(vit):
+        if self._given is not None:
             timm_layout(vit, self._given.images.shape[1:])
         self._history, self._fingerprint = History(), None
 
@@ -178,10 +186,10 @@ class ViTExplainCallback(Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "explanations"  # log_dir needs every rank
         if not trainer.is_global_zero:
             return
-        probe = self._given or self._collect(trainer, pl_module)
+        probe = self._given or collect_probe(trainer, pl_module, self.num_images)
         check_images(probe.images)
         normalised = (self.mean, self.std) if self.mean and self.std else normalisation(find_vit(pl_module, self.vit))
-        self._report = Report.of(probe, self.num_shown, normalised, self.class_names or _class_names(trainer))
+        self._report = Report.of(probe, self.num_shown, normalised, self.class_names or class_names(trainer))
         self._writer = Writer(
             trainer.loggers, folder if self.save_maps and not getattr(trainer, "fast_dev_run", False) else None
         )
@@ -226,6 +234,9 @@ class ViTExplainCallback(Callback):
             self._history.baseline.target if self._history.count else self._first_target(self._report.probe),
             self.batch_size,
             vit=self.vit if model is pl_module else None,
+            forward=self.forward,
+            prefix_tokens=self.prefix_tokens,
+            grid_size=self.grid_size,
         )
         maps = {name: value.cpu() for name, value in explanation.maps.items()}
         snapshot = Snapshot(trainer.global_step, maps, explanation.logits.float().cpu(), explanation.target.cpu())
@@ -238,27 +249,9 @@ class ViTExplainCallback(Callback):
             self._writer.picture(tag, picture, snapshot.step)
         self._writer.flush()
 
-    def _collect(self, trainer: Trainer, pl_module: LightningModule) -> ProbeBatch:
-        batch = first_batch(_validation_loader(trainer), self.num_images)
-        stage = trainer.state.stage
-        try:
-            # The module's own transfer hooks, which may normalise, do what they do in validation.
-            trainer.validating = True
-            with preserved_random_state(seed=0), torch.no_grad():
-                batch = trainer.strategy.batch_to_device(batch, pl_module.device)
-        finally:
-            trainer.state.stage = stage
-        probe = ProbeBatch.from_batch(batch, self.num_images)
-        if len(probe) < self.num_images:
-            rank_zero_warn(
-                f"ViTExplainCallback: `num_images={self.num_images}`, but the validation set gave {len(probe)}; "
-                "these are used."
-            )
-        return probe
-
     def _explained(self, pl_module: LightningModule) -> nn.Module:
-        """What turns images into logits: the LightningModule if it has a `forward`, else the ViT itself."""
-        if type(pl_module).forward is not LightningModule.forward:
+        """What turns images into logits: the LightningModule if it can, else the ViT itself."""
+        if self.forward is not None or type(pl_module).forward is not LightningModule.forward:
             return pl_module
         vit = find_vit(pl_module, self.vit)
         if vit is pl_module:
@@ -286,15 +279,3 @@ class ViTExplainCallback(Callback):
                     f"ViTExplainCallback: {share:.0%} of the `{method.name}` maps are degenerate (flat, zero or not "
                     "finite); their drift is NaN. `map_stats` counts them from here on."
                 )
-
-
-def _validation_loader(trainer: Trainer) -> Any:
-    loaders = trainer.val_dataloaders
-    if isinstance(loaders, dict):
-        loaders = list(loaders.values())
-    return loaders[0] if isinstance(loaders, list | tuple) else loaders
-
-
-def _class_names(trainer: Trainer) -> Sequence[str] | None:
-    classes = getattr(getattr(_validation_loader(trainer), "dataset", None), "classes", None)
-    return classes if isinstance(classes, list | tuple) else None

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_explain_callback.layout import TokenLayout, mean_of
+from vit_explain_callback.layout import StatedLayout, TokenLayout, mean_of
 
 Forward = Callable[[Tensor], Tensor]
+
+_CURE = "State it: `prefix_tokens=`, `grid_size=`."
 
 
 class _Enough(Exception):
@@ -29,7 +31,13 @@ class _Enough(Exception):
 
 
 def observed_layout(
-    forward: Forward, first: nn.Module, last: nn.Module, tokens: int, images: Tensor, pooled: bool
+    forward: Forward,
+    first: nn.Module,
+    last: nn.Module,
+    tokens: int,
+    images: Tensor,
+    pooled: bool,
+    stated: StatedLayout,
 ) -> TokenLayout:
     """The layout of a model, found with a few passes of its own forward in evaluation mode.
 
@@ -39,13 +47,15 @@ def observed_layout(
         last: The last block, whose output are the tokens.
         tokens: N, as seen in the attention.
         images: Images of the size in question, (B, C, H, W).
+        stated: What the user says of the tokens, which is then not asked for.
         pooled: Whether there is an attention-pooling head, which may or may not be what the classifier reads.
 
     Raises:
         ValueError: If the layout cannot be told with certainty.
     """
     noise = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
-    first_patch, grid = _grid(forward, first, tokens, noise)
+    stated_grid = stated.first_patch_and_grid(tokens, images.shape[2], images.shape[3])
+    first_patch, grid = stated_grid or _grid(forward, first, tokens, noise)
     patches = range(first_patch, first_patch + grid[0] * grid[1])
     try:
         readout = _readout(forward, last, tokens, noise[:1], patches)
@@ -71,7 +81,7 @@ def _grid(forward: Forward, first: nn.Module, tokens: int, noise: Tensor) -> tup
     if count == 0 or indices != list(range(indices[0], indices[0] + count)):
         raise ValueError(
             f"Expected the {tokens} tokens to be prefix tokens and patches side by side, but those that depend on the "
-            f"image are {indices}: the grid cannot be told."
+            f"image are {indices}: the grid cannot be told. {_CURE}"
         )
     differences = (entering[2:] - entering[0]).abs().sum(dim=2)[:, is_patch]
     top_left, top_right, bottom_left = differences.argmax(dim=1).tolist()
@@ -80,7 +90,7 @@ def _grid(forward: Forward, first: nn.Module, tokens: int, noise: Tensor) -> tup
     if top_left != 0 or bottom_left % width or height * width != count or not (differences.amax(dim=1) > 0).all():
         raise ValueError(
             f"Expected the {count} patches to follow one another row by row, but the corners of the image are patches "
-            f"{top_left}, {top_right} and {bottom_left}: the grid cannot be told."
+            f"{top_left}, {top_right} and {bottom_left}: the grid cannot be told. {_CURE}"
         )
     return indices[0], (height, width)
 

@@ -5,23 +5,24 @@ Shapes: B images, C channels of the image or classes of the logits, N tokens, H 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from vit_explain_callback.capture import AttentionCall, AttentionRecorder
+from vit_explain_callback.checks import check_classifier, check_images, check_start_layers, check_target
 from vit_explain_callback.experiment import observed_layout
+from vit_explain_callback.fold import fold
 from vit_explain_callback.isolation import undisturbed
-from vit_explain_callback.layout import TokenLayout
+from vit_explain_callback.layout import StatedLayout, TokenLayout
 from vit_explain_callback.methods import GradRollout, Method, resolve_methods
-from vit_explain_callback.rollout import HeadFuser, discard_lowest, rollout_step
 from vit_explain_callback.stack import Stack, find_stack
-from vit_explain_callback.vit import find_vit, is_timm_vit, num_classes, refuse_other_timm_models, timm_layout
+from vit_explain_callback.vit import find_vit, refuse_other_timm_models, timm_layout
 
-# Attention entries alive at once: 128 MiB in float32, and as much again for their gradients.
-_CHUNK_ENTRIES = 2**25
+LogitsOf: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ def explain(
     batch_size: int | None = None,
     *,
     vit: str | None = None,
+    forward: LogitsOf | None = None,
+    prefix_tokens: int | None = None,
+    grid_size: tuple[int, int] | None = None,
 ) -> Explanation:
     """Explain the predictions of a Vision Transformer with attention rollout and gradient rollout.
 
@@ -61,6 +65,12 @@ def explain(
         target: Class to explain: None for the predicted one, one index for all images, or (B,) integer indices.
         batch_size: Images per pass; None takes all at once. It changes memory, not results.
         vit: Attribute path of the ViT inside `model`, needed where it holds several.
+        forward: How to get logits (B, C) from `model` and images, if not by `model(images)`.
+        prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
+        grid_size: Patches as (grid_h, grid_w), likewise.
+
+    A head with one logit z counts as two classes with the logits -z/2 and z/2, so that their softmax is the sigmoid of
+    z. With several labels an image, `target` names the one to explain.
 
     Returns:
         Maps, logits and targets, on the model's device.
@@ -79,17 +89,17 @@ def explain(
     resolved = resolve_methods(methods)
     found = find_vit(model, vit)
     check_images(images)
-    if not is_timm_vit(found):
-        refuse_other_timm_models(found)
+    refuse_other_timm_models(found)
     if model is found and any(isinstance(method, GradRollout) for method in resolved):
         check_classifier(found)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"Expected `batch_size` of at least 1, or None, but got {batch_size}.")
     targets = _as_targets(target, len(images))
     parameter = next(found.parameters())
+    subject = _Subject(model, found, forward or _call, StatedLayout(prefix_tokens, grid_size))
     with undisturbed(model):
         parts = [
-            _explain_batch(model, found, part.to(parameter, copy=True), resolved, part_targets)
+            _explain_batch(subject, part.to(parameter, copy=True), resolved, part_targets)
             for part, part_targets in _batches(images, targets, batch_size or len(images))
         ]
     return Explanation(
@@ -97,66 +107,6 @@ def explain(
         logits=torch.cat([part.logits for part in parts]),
         target=torch.cat([part.target for part in parts]),
     )
-
-
-def check_images(images: Tensor) -> None:
-    """Refuse what is not a batch of normalised images.
-
-    Raises:
-        TypeError: If `images` is not a floating-point tensor.
-        ValueError: If it is not (B, C, H, W) with B >= 1, holds NaN or Inf, or looks like bytes.
-    """
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"Expected `images` to be a floating-point tensor, normalised for the model, but got {got}.")
-    if images.ndim != 4 or len(images) == 0:
-        raise ValueError(f"Expected `images` of shape (B, C, H, W) with B >= 1, but got {tuple(images.shape)}.")
-    if not images.isfinite().all():
-        raise ValueError("Expected `images` to be finite, but they hold NaN or Inf.")
-    if images.abs().max() > 50:
-        raise ValueError(
-            f"Expected `images` normalised as the model expects, but got values up to {images.abs().max():.0f}, as of "
-            "bytes. Divide by 255, subtract the mean and divide by the standard deviation."
-        )
-
-
-def check_classifier(vit: nn.Module) -> None:
-    """Refuse a ViT that returns features, where its output is to be taken for logits.
-
-    Raises:
-        ValueError: If it has no classifier.
-    """
-    if num_classes(vit) == 0:
-        raise ValueError(
-            f"Expected logits from {type(vit).__name__}, but it has no classifier (`num_classes` is 0). Explain the "
-            "module whose forward turns images into logits, or give the ViT one with `reset_classifier`."
-        )
-
-
-def check_start_layers(methods: Sequence[Method], blocks: int) -> None:
-    """Refuse methods that start past the last block.
-
-    Raises:
-        ValueError: If one does.
-    """
-    for method in methods:
-        if method.start_layer > blocks:
-            raise ValueError(
-                f"Expected `start_layer` in 1 … {blocks} (the model's blocks), but {method.name} has "
-                f"{method.start_layer}."
-            )
-
-
-def check_target(target: Tensor, classes: int) -> None:
-    """Refuse classes that the model's head does not have.
-
-    Raises:
-        ValueError: If an entry of `target`, (B,), lies outside 0 … classes - 1.
-    """
-    if ((target < 0) | (target >= classes)).any():
-        raise ValueError(
-            f"Expected `target` classes in 0 … {classes - 1} (the model's logits), but got {target.tolist()}."
-        )
 
 
 def _as_targets(target: int | Tensor | None, count: int) -> Tensor | None:
@@ -176,43 +126,56 @@ def _batches(images: Tensor, targets: Tensor | None, size: int) -> Iterator[tupl
         yield images[start : start + size], None if targets is None else targets[start : start + size]
 
 
-def _explain_batch(
-    model: nn.Module, vit: nn.Module, images: Tensor, methods: Sequence[Method], target: Tensor | None
-) -> Explanation:
-    layout = timm_layout(vit, images.shape[1:]) if is_timm_vit(vit) else None
+@dataclass(frozen=True)
+class _Subject:
+    """The model to explain, the ViT in it, and what the user says of them."""
+
+    model: nn.Module
+    vit: nn.Module
+    forward: LogitsOf
+    stated: StatedLayout
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, C)."""
+        return _logits(self.forward(self.model, images), len(images))
+
+    def layout(self, image_shape: Sequence[int]) -> TokenLayout | None:
+        """The layout of the tokens, if it is known without an experiment."""
+        return timm_layout(self.vit, image_shape) if self.stated == StatedLayout() else None
+
+    def observed_layout(self, stack: Stack, images: Tensor) -> TokenLayout:
+        """The layout of the tokens, by experiment."""
+        first, last, pooled = stack.blocks[0], stack.blocks[-1], stack.pool is not None
+        with torch.no_grad():
+            return observed_layout(self.logits, first, last, stack.tokens, images, pooled, self.stated)
+
+
+def _explain_batch(subject: _Subject, images: Tensor, methods: Sequence[Method], target: Tensor | None) -> Explanation:
+    layout = subject.layout(images.shape[1:])
     with_gradients = any(isinstance(method, GradRollout) for method in methods)
     with torch.set_grad_enabled(with_gradients):
         # The input carries the graph through a frozen backbone; the parameters' flags are left alone.
         images = images.detach().requires_grad_(with_gradients)
-        with AttentionRecorder(vit) as recorder:
-            logits = _logits(model(images), len(images))
-        stack = find_stack(vit, recorder, len(images))
+        with AttentionRecorder(subject.vit) as recorder:
+            logits = subject.logits(images)
+        stack = find_stack(subject.vit, recorder, len(images))
         recorder.calls.clear()
         check_start_layers(methods, len(stack.calls))
         target = logits.detach().argmax(dim=1) if target is None else target.to(logits.device)
         check_target(target, logits.shape[1])
         if layout is None:
-            layout = _observed(model, stack, images)
+            layout = subject.observed_layout(stack, images)
             stack = stack if layout.readout is None else replace(stack, pool=None)  # a pool that no logit depends on
         _check_tokens(stack, layout)
-        blocks, pool = stack.calls, stack.pool
-        gradients: list[Tensor | None] = [None] * len(blocks)
+        calls = stack.calls if stack.pool is None else [*stack.calls, stack.pool]
+        gradients: list[Tensor | None] = [None] * len(calls)
         if with_gradients:
-            gradients = _output_gradients(logits, target, blocks if pool is None else [*blocks, pool])
+            gradients = _output_gradients(logits, target, calls)
+        del calls
     with torch.no_grad():
-        pool_gradient = gradients.pop() if len(gradients) > len(blocks) else None
-        rows = {method: _start_row(method, layout, blocks[-1], pool, pool_gradient) for method in methods}
-        _fold(rows, blocks, gradients, layout.class_token)
+        rows = fold(methods, stack, gradients, layout)
     maps = {method.name: layout.to_grid(row) for method, row in rows.items()}
     return Explanation(maps, logits.detach(), target)
-
-
-def _observed(model: nn.Module, stack: Stack, images: Tensor) -> TokenLayout:
-    def forward(images: Tensor) -> Tensor:
-        return _logits(model(images), len(images))
-
-    with torch.no_grad():
-        return observed_layout(forward, stack.blocks[0], stack.blocks[-1], stack.tokens, images, stack.pool is not None)
 
 
 def _check_tokens(stack: Stack, layout: TokenLayout) -> None:
@@ -233,10 +196,20 @@ def _check_tokens(stack: Stack, layout: TokenLayout) -> None:
         )
 
 
+def _call(model: nn.Module, images: Tensor) -> Any:
+    return model(images)
+
+
 def _logits(output: object, count: int) -> Tensor:
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
-        raise TypeError(f"Expected the model to return a tensor of logits, (B, C), but got {type(output).__name__}.")
+        raise TypeError(
+            f"Expected the model to return a tensor of logits, (B, C), but got {type(output).__name__}. Say how to get "
+            "them: `forward=lambda model, images: …`."
+        )
+    if output.shape in ((count,), (count, 1)):
+        half = output.reshape(count, 1) / 2
+        output = torch.cat([-half, half], dim=1)
     if output.ndim != 2 or len(output) != count or output.shape[1] == 0:
         raise ValueError(f"Expected the model to return logits of shape ({count}, C), but got {tuple(output.shape)}.")
     return output
@@ -257,58 +230,3 @@ def _output_gradients(logits: Tensor, target: Tensor, calls: Sequence[AttentionC
                 "instead), or leave out gradient rollout."
             )
     return list(reached)
-
-
-def _start_row(
-    method: Method, layout: TokenLayout, last: AttentionCall, pool: AttentionCall | None, gradient: Tensor | None
-) -> Tensor:
-    """(B, N) relevance of the last block's output tokens."""
-    example = last.attention(slice(0, 1), slice(0, 1))
-    if pool is None:
-        assert layout.readout is not None
-        return layout.readout.to(example).repeat(last.shape[0], 1)
-    fused = _fused(pool, gradient, slice(None), {method})[method].mean(dim=1)
-    row = fused.new_zeros(fused.shape[0], layout.tokens)
-    row[:, layout.patches if fused.shape[1] < layout.tokens else slice(None)] = fused / fused.sum(dim=1, keepdim=True)
-    return row
-
-
-def _fold(
-    rows: dict[Method, Tensor], calls: list[AttentionCall], gradients: list[Tensor | None], class_token: int | None
-) -> None:
-    """Carry `rows` (B, N) from the last block to the first, in place; a block's tensors are let go once it is done."""
-    while calls:
-        layer = len(calls)
-        call, gradient = calls.pop(), gradients.pop()
-        active = {method for method in rows if method.start_layer <= layer}
-        batch, heads, tokens, _ = call.shape
-        step = max(1, _CHUNK_ENTRIES // (heads * tokens * tokens))
-        for start in range(0, batch, step):
-            images = slice(start, min(start + step, batch))
-            for method, fused in _fused(call, gradient, images, active).items():
-                kept = discard_lowest(fused, method.discard_ratio, class_token)
-                rows[method][images] = rollout_step(rows[method][images], kept)
-
-
-def _fused(call: AttentionCall, gradient: Tensor | None, images: slice, methods: set[Method]) -> dict[Method, Tensor]:
-    """F of some images for each method, (b, N, M); methods that differ only later share one tensor."""
-    fusers = {(method.kind, method.head_fusion): HeadFuser(method.head_fusion) for method in methods}
-    _, heads, queries, keys = call.shape
-    step = max(1, _CHUNK_ENTRIES // (queries * keys))
-    for start in range(0, heads, step):
-        chunk = slice(start, min(start + step, heads))
-        attention = call.attention(images, chunk)
-        for (kind, _), fuser in fusers.items():
-            if kind == "rollout":
-                fuser.add(attention)
-        if any(kind == "grad_rollout" for kind, _ in fusers):
-            assert gradient is not None
-            weighted = call.attention_gradient(gradient, images, chunk).mul_(attention)
-            for (kind, _), fuser in fusers.items():
-                if kind == "grad_rollout":
-                    fuser.add(weighted)
-    fused = {
-        (kind, fusion): fuser.result() if kind == "rollout" else fuser.result().relu_()
-        for (kind, fusion), fuser in fusers.items()
-    }
-    return {method: fused[method.kind, method.head_fusion] for method in methods}

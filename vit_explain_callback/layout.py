@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,46 @@ class TokenLayout:
     def to_grid(self, row: Tensor) -> Tensor:
         """Keep the patches of a token row: (B, N) to (B, grid_h, grid_w)."""
         return row[:, self.patches].reshape(-1, *self.grid)
+
+
+@dataclass(frozen=True)
+class StatedLayout:
+    """What the user says of a model's tokens; the prefix tokens then stand before the patches.
+
+    Attributes:
+        prefix_tokens: Number of prefix tokens.
+        grid_size: Patches as (grid_h, grid_w).
+    """
+
+    prefix_tokens: int | None = None
+    grid_size: tuple[int, int] | None = None
+
+    def first_patch_and_grid(self, tokens: int, height: int, width: int) -> tuple[int, tuple[int, int]] | None:
+        """Where the patches begin, and their grid, for `tokens` N and an image size; None if nothing is stated.
+
+        Raises:
+            ValueError: If what is stated does not add up to N, or leaves the grid open.
+        """
+        if self.grid_size is not None:
+            grid = (self.grid_size[0], self.grid_size[1])
+            prefix = tokens - grid[0] * grid[1] if self.prefix_tokens is None else self.prefix_tokens
+        elif self.prefix_tokens is not None:
+            prefix = self.prefix_tokens
+            rows = round(math.sqrt(max(0, tokens - prefix) * height / width))
+            grid = (rows, max(0, tokens - prefix) // max(1, rows))
+            if grid[0] * width != grid[1] * height:
+                raise ValueError(
+                    f"Expected {tokens - prefix} patches in a grid of the image's proportions, {height}x{width}, but "
+                    "there is none. State `grid_size=` as well."
+                )
+        else:
+            return None
+        if prefix < 0 or min(grid) < 1 or prefix + grid[0] * grid[1] != tokens:
+            raise ValueError(
+                f"Expected `prefix_tokens` and `grid_size` to add up to the model's {tokens} tokens, but {prefix} + "
+                f"{grid[0]}x{grid[1]} do not."
+            )
+        return prefix, grid
 
 
 def mean_of(rows: range, tokens: int) -> Tensor:

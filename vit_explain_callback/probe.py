@@ -45,7 +45,8 @@ class ProbeBatch:
     def from_batch(cls, batch: Any, num_images: int | None = None) -> ProbeBatch:
         """Take images and class labels out of a batch: a tensor, an (images, labels, …) pair or a mapping.
 
-        Labels that are not one class index an image (soft labels, several labels, boxes) are left out.
+        Labels that are not one class index an image (soft labels, several labels, boxes) are left out; those of a
+        one-logit head may be floats, 0 and 1.
 
         Raises:
             TypeError: If the batch is of another kind.
@@ -57,7 +58,7 @@ class ProbeBatch:
         images = images.detach()[:num_images].to("cpu", copy=True)
         if isinstance(labels, Sequence) and all(isinstance(label, int) for label in labels):
             labels = torch.tensor(labels)
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape[1:] not in ((), (1,)):
+        if not isinstance(labels, Tensor) or labels.shape[1:] not in ((), (1,)) or (labels != labels.round()).any():
             return cls(images)
         labels = labels.detach()[:num_images].flatten().to("cpu", torch.int64, copy=True)
         if len(labels) != len(images):

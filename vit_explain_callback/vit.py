@@ -53,22 +53,27 @@ def is_timm_vit(module: nn.Module) -> bool:
     """Blocks over one sequence of patch and prefix tokens, in the attribute names that timm gives all of its ViTs."""
     return (
         isinstance(getattr(module, "blocks", None), nn.ModuleList | nn.Sequential)
-        and hasattr(getattr(module, "patch_embed", None), "dynamic_feat_size")
+        and hasattr(getattr(module, "patch_embed", getattr(module, "embeds", None)), "dynamic_feat_size")
         and hasattr(module, "num_prefix_tokens")
         and hasattr(module, "global_pool")
     )
 
 
-def timm_layout(vit: nn.Module, image_shape: Sequence[int]) -> TokenLayout:
-    """What the tokens of a timm ViT are for images of `image_shape` = (channels, height, width).
+def timm_layout(vit: nn.Module, image_shape: Sequence[int]) -> TokenLayout | None:
+    """What the tokens of a timm ViT are for images of `image_shape` = (channels, height, width), if it says so.
 
     The readout is the class token; class and distillation token together where the model averages their logits; the
     averaged tokens where it pools; an attention-pooling head where it has one.
+
+    Returns:
+        The layout; None for other models, and for NaFlexViT.
 
     Raises:
         ValueError: If the model does not take images of this shape, or reads its tokens in a way that no row describes.
     """
     model: Any = vit
+    if not is_timm_vit(vit) or not hasattr(vit, "patch_embed"):
+        return None
     name = type(vit).__name__
     channels, *size = image_shape
     wanted = next((p.shape[1] for p in model.patch_embed.parameters() if p.ndim == 4), channels)
@@ -108,7 +113,7 @@ def refuse_other_timm_models(model: nn.Module) -> None:
         ValueError: If it is.
     """
     others = [module for module in model.modules() if getattr(module, "pretrained_cfg", None)]
-    if others:
+    if others and not any(is_timm_vit(module) for module in model.modules()):
         raise ValueError(
             f"Expected {type(model).__name__} to hold a Vision Transformer, but found {type(others[0]).__name__}, "
             f"which is not a stack of blocks that all attend over one set of patch tokens ({ONLY_GLOBAL})."

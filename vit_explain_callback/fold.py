@@ -1,0 +1,95 @@
+"""Fold the attention of a stack into one row of relevance for each method, from the last block to the first.
+
+Shapes: B images, b of them at a time, H heads, N query tokens, M key tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from vit_explain_callback.capture import AttentionCall
+from vit_explain_callback.layout import TokenLayout
+from vit_explain_callback.methods import Method
+from vit_explain_callback.rollout import HeadFuser, discard_lowest, rollout_step
+from vit_explain_callback.stack import Stack
+
+# Attention entries alive at once: 128 MiB in float32, and as much again for their gradients.
+CHUNK_ENTRIES = 2**25
+
+
+def fold(
+    methods: Sequence[Method], stack: Stack, gradients: list[Tensor | None], layout: TokenLayout
+) -> dict[Method, Tensor]:
+    """Relevance of every token by method, (B, N).
+
+    Args:
+        methods: Any number of variants; those that fuse heads alike share the work.
+        stack: The blocks' attention, and that of an attention pool.
+        gradients: ∂y/∂O of each block's attention output, and of the pool's if there is one; None where no method
+            needs them. Like the calls of `stack`, it is emptied on the way, so that a block's tensors are let go once
+            it is done.
+        layout: The tokens.
+    """
+    pool_gradient = gradients.pop() if stack.pool is not None else None
+    last = stack.calls[-1]
+    rows = {method: _start_row(method, layout, last, stack.pool, pool_gradient) for method in methods}
+    del last
+    _fold(rows, stack.calls, gradients, layout.class_token)
+    return rows
+
+
+def _start_row(
+    method: Method, layout: TokenLayout, last: AttentionCall, pool: AttentionCall | None, gradient: Tensor | None
+) -> Tensor:
+    """(B, N) relevance of the last block's output tokens."""
+    example = last.attention(slice(0, 1), slice(0, 1))
+    if pool is None:
+        assert layout.readout is not None
+        return layout.readout.to(example).repeat(last.shape[0], 1)
+    fused = _fused(pool, gradient, slice(None), {method})[method].mean(dim=1)
+    row = fused.new_zeros(fused.shape[0], layout.tokens)
+    row[:, layout.patches if fused.shape[1] < layout.tokens else slice(None)] = fused / fused.sum(dim=1, keepdim=True)
+    return row
+
+
+def _fold(
+    rows: dict[Method, Tensor], calls: list[AttentionCall], gradients: list[Tensor | None], class_token: int | None
+) -> None:
+    """Carry `rows` (B, N) from the last block to the first, in place; a block's tensors are let go once it is done."""
+    while calls:
+        layer = len(calls)
+        call, gradient = calls.pop(), gradients.pop()
+        active = {method for method in rows if method.start_layer <= layer}
+        batch, heads, tokens, _ = call.shape
+        step = max(1, CHUNK_ENTRIES // (heads * tokens * tokens))
+        for start in range(0, batch, step):
+            images = slice(start, min(start + step, batch))
+            for method, fused in _fused(call, gradient, images, active).items():
+                kept = discard_lowest(fused, method.discard_ratio, class_token)
+                rows[method][images] = rollout_step(rows[method][images], kept)
+
+
+def _fused(call: AttentionCall, gradient: Tensor | None, images: slice, methods: set[Method]) -> dict[Method, Tensor]:
+    """F of some images for each method, (b, N, M); methods that differ only later share one tensor."""
+    fusers = {(method.kind, method.head_fusion): HeadFuser(method.head_fusion) for method in methods}
+    _, heads, queries, keys = call.shape
+    step = max(1, CHUNK_ENTRIES // (queries * keys))
+    for start in range(0, heads, step):
+        chunk = slice(start, min(start + step, heads))
+        attention = call.attention(images, chunk)
+        for (kind, _), fuser in fusers.items():
+            if kind == "rollout":
+                fuser.add(attention)
+        if any(kind == "grad_rollout" for kind, _ in fusers):
+            assert gradient is not None
+            weighted = call.attention_gradient(gradient, images, chunk).mul_(attention)
+            for (kind, _), fuser in fusers.items():
+                if kind == "grad_rollout":
+                    fuser.add(weighted)
+    fused = {
+        (kind, fusion): fuser.result() if kind == "rollout" else fuser.result().relu_()
+        for (kind, fusion), fuser in fusers.items()
+    }
+    return {method: fused[method.kind, method.head_fusion] for method in methods}

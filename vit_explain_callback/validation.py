@@ -1,0 +1,48 @@
+"""What the callback takes from a trainer's validation data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from vit_explain_callback._lightning import LightningModule, Trainer
+from vit_explain_callback.isolation import preserved_random_state
+from vit_explain_callback.probe import ProbeBatch, first_batch
+
+
+def collect_probe(trainer: Trainer, pl_module: LightningModule, num_images: int) -> ProbeBatch:
+    """The first `num_images` validation images as the model gets them; fewer, with a warning, if there are no more.
+
+    The module's own transfer hooks, which may normalise, do what they do in validation.
+    """
+    batch = first_batch(_loader(trainer), num_images)
+    stage = trainer.state.stage
+    try:
+        trainer.validating = True
+        with preserved_random_state(seed=0), torch.no_grad():
+            batch = trainer.strategy.batch_to_device(batch, pl_module.device)
+    finally:
+        trainer.state.stage = stage
+    probe = ProbeBatch.from_batch(batch, num_images)
+    if len(probe) < num_images:
+        rank_zero_warn(
+            f"ViTExplainCallback: `num_images={num_images}`, but the validation set gave {len(probe)}; these are used."
+        )
+    return probe
+
+
+def class_names(trainer: Trainer) -> Sequence[str] | None:
+    """The `classes` of the validation data set, if it has them."""
+    classes = getattr(getattr(_loader(trainer), "dataset", None), "classes", None)
+    return classes if isinstance(classes, list | tuple) else None
+
+
+def _loader(trainer: Trainer) -> Any:
+    """The validation loader, the first if there are several."""
+    loaders = trainer.val_dataloaders
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    return loaders[0] if isinstance(loaders, list | tuple) else loaders
