@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
+import transformers
+import vit_pytorch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tests import oracle
 from tests.models import CLASSES, random_images, randomised, tiny_vit
 from vit_explain_callback import GradRollout, Rollout, explain
 
-transformers = pytest.importorskip("transformers")
 METHODS = [Rollout(), Rollout("max", 0.5), GradRollout(), GradRollout("max", 0.5, 2)]
 SMALL = {
     "hidden_size": 48,
@@ -138,9 +142,8 @@ def test_hugging_face_models_equal_the_oracle_and_both_attentions_agree(name: st
 
 
 def test_a_timm_model_wrapped_by_hugging_face() -> None:
-    config = transformers.TimmWrapperConfig(
-        architecture="vit_tiny_patch16_224", num_labels=CLASSES, model_args={"img_size": 32, "depth": 2}
-    )
+    options: dict[str, Any] = {"architecture": "vit_tiny_patch16_224", "num_labels": CLASSES}
+    config = transformers.TimmWrapperConfig(**options, model_args={"img_size": 32, "depth": 2})
     model = transformers.TimmWrapperForImageClassification(config).eval()
     images = random_images(2)
     for key, maps in explain(model, images).maps.items():
@@ -167,6 +170,131 @@ def test_plain_pytorch(pooling: str, first: int, readout: dict[Any, float], batc
 def test_a_readout_that_cannot_be_told_is_refused(pooling: str) -> None:
     with pytest.raises(ValueError, match="no row of the rollout stands for its prediction"):
         explain(randomised(Plain(pooling), seed=0), random_images(2, (32, 48)))
+
+
+@pytest.mark.parametrize(("kind", "pooling"), [("ViT", "cls"), ("ViT", "mean"), ("SimpleViT", "mean")])
+def test_lucidrains(kind: str, pooling: str) -> None:
+    """Softmax by hand, blocks that are lists, patches by reshaping; the oracle reads its attention from `attend`."""
+    options: dict[str, Any] = {"dim": 48, "depth": 3, "heads": 3, "mlp_dim": 96, "dim_head": 16, "num_classes": CLASSES}
+    if kind == "ViT":
+        options["pool"] = pooling
+    model = getattr(vit_pytorch, kind)(image_size=(24, 32), patch_size=8, **options)
+    model, images = randomised(model, seed=0).double().eval(), random_images(2, (24, 32)).double()
+    seen: list[Tensor] = []
+    transformer: Any = model.transformer
+    for attention, _ in transformer.layers:
+        attention.attend.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    model(images)
+    prefix = seen[0].shape[-1] - 12
+    start = torch.zeros(seen[0].shape[-1], dtype=torch.float64)
+    if pooling == "cls":
+        start[0] = 1
+    else:
+        start[:] = 1 / len(start)
+    for method in (Rollout(), Rollout("max", 0.5)):
+        maps = explain(model, images, [method]).maps[method.name]
+        class_token = 0 if pooling == "cls" else None
+        for image in range(2):
+            blocks = [attention[image] for attention in seen[:3]]
+            row = oracle.rollout(blocks, None, start, method.head_fusion, method.discard_ratio, 1, class_token)
+            torch.testing.assert_close(maps[image], row[prefix:].reshape(3, 4), rtol=1e-9, atol=1e-12)
+
+
+def test_low_rank_adapters_and_parametrized_weights() -> None:
+    model, images = tiny_vit(), random_images(2)
+    expected = explain(model, images)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["qkv"]))
+    normed = copy.deepcopy(model)
+    for block in normed.blocks:
+        nn.utils.parametrizations.weight_norm(block.attn.qkv)
+    for other in (adapted, normed):
+        for key, maps in explain(other, images).maps.items():
+            torch.testing.assert_close(maps, expected.maps[key], rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_wrapped_for_data_parallel_training(tmp_path: Path) -> None:
+    model, images = tiny_vit(), random_images(2)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for key, maps in explain(wrapped, images).maps.items():
+            torch.testing.assert_close(maps, explain(model, images).maps[key])
+        assert all(parameter.grad is None for parameter in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_forward_that_takes_and_returns_more() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = tiny_vit()
+
+        def forward(self, images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+            return {"class": self.vit(images), "boxes": boxes}
+
+    model, images = Detector(), random_images(2)
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        explain(model, images)
+    maps = explain(model, images, forward=lambda model, images: model(images, images)["class"]).maps
+    for key, value in explain(model.vit, images).maps.items():
+        torch.testing.assert_close(maps[key], value)
+
+
+def test_one_logit_counts_as_two_classes() -> None:
+    model, images = tiny_vit(num_classes=1), random_images(3)
+    explanation = explain(model, images)
+    with torch.no_grad():
+        logit = model(images)[:, 0]
+    torch.testing.assert_close(explanation.logits.softmax(dim=1)[:, 1], logit.sigmoid())
+    assert explanation.target.equal((logit > 0).long())
+    double = copy.deepcopy(model).double()
+    found = oracle.matrices(Scaled(double), images)
+    start = torch.eye(17, dtype=torch.float64)[0]
+    maps = explain(double, images, ["grad_rollout"], target=1).maps["grad_rollout"]
+    expected = oracle.rollout([a[0] for a in found.attentions], [g[0] for g in found.gradients], start)
+    torch.testing.assert_close(maps[0], expected[1:].reshape(4, 4), rtol=1e-9, atol=1e-12)
+
+
+class Scaled(nn.Module):
+    """One logit z as z / 2."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images) / 2
+
+
+class Shuffled(Plain):
+    """Patches in columns instead of rows: the grid cannot be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.transpose(2, 3))
+
+
+def test_what_cannot_be_told_can_be_stated() -> None:
+    model, images = randomised(Shuffled(), seed=0), random_images(2, (32, 48))
+    with pytest.raises(ValueError, match=r"the grid cannot be told. State it: `prefix_tokens=`, `grid_size=`"):
+        explain(model, images)
+    stated = explain(model, images, grid_size=(6, 4))
+    assert stated.maps["rollout"].shape == (2, 6, 4)
+    told = explain(randomised(Plain(), seed=0), images.transpose(2, 3))
+    torch.testing.assert_close(stated.maps["rollout"], told.maps["rollout"])
+    square = explain(tiny_vit(), random_images(2), prefix_tokens=1)
+    torch.testing.assert_close(square.maps["rollout"], explain(tiny_vit(), random_images(2)).maps["rollout"])
+    for wrong, message in (
+        ({"prefix_tokens": 3}, "22 patches in a grid of the image's proportions"),
+        ({"grid_size": (3, 4), "prefix_tokens": 1}, "1 \\+ 3x4 do not"),
+        ({"grid_size": (9, 9)}, "-56 \\+ 9x9 do not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explain(model, images, **wrong)  # type: ignore[arg-type]
 
 
 def test_a_compiled_model_gives_the_same_maps() -> None:

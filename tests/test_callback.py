@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchvision
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -232,6 +234,45 @@ def test_a_module_without_forward_is_explained_through_its_vit(tmp_path: Path) -
             return torch.optim.SGD(self.parameters(), 1e-2)
 
     assert len(saved(fit(ViTExplainCallback(on_error="raise"), tmp_path, Bare()))) == 3
+
+
+class Torchvision(Classifier):
+    """A model that says nothing of its tokens or its normalisation."""
+
+    def __init__(self) -> None:
+        shape = {"num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 96, "num_classes": CLASSES}
+        super().__init__(torchvision.models.VisionTransformer(image_size=32, patch_size=8, **shape))
+
+    def forward(self, images: Tensor) -> Any:
+        return SimpleNamespace(logits=self.net(images))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]).logits, batch[1])
+
+
+def test_a_model_that_is_not_timms_needs_no_configuration_either(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="100% of the `grad_rollout` maps are degenerate"):  # its new head is all zero
+        trainer = fit(ViTExplainCallback(on_error="raise"), tmp_path, Torchvision())
+    assert [snapshot.maps["grad_rollout"].shape for snapshot in saved(trainer)] == [(16, 4, 4)] * 3
+    picture = events(trainer).Images("explain_filmstrip/grad_rollout")[-1].encoded_image_string
+    left_column = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))[18:146, :128]
+    assert left_column.min() < 60
+    assert left_column.max() > 195
+
+
+def test_a_module_without_forward_whose_model_is_not_timms_must_name_it(tmp_path: Path) -> None:
+    class NoForward(Torchvision):
+        forward = pl.LightningModule.forward
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    with pytest.raises(ValueError, match="NoForward to define `forward\\(images\\)`, returning logits, or `vit=`"):
+        fit(ViTExplainCallback(), tmp_path, NoForward())
+    named = ViTExplainCallback(["rollout"], vit="net", on_error="raise")
+    assert len(saved(fit(named, tmp_path, NoForward()))) == 3
+    asked = ViTExplainCallback(["rollout"], forward=lambda module, images: module.net(images), on_error="raise")  # type: ignore
+    assert len(saved(fit(asked, tmp_path, NoForward()))) == 3
 
 
 def test_one_of_two_vits_is_named(tmp_path: Path) -> None:

@@ -17,13 +17,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vit_explain_callback.layout import StatedLayout, TokenLayout, mean_of
 
 Forward = Callable[[Tensor], Tensor]
 
 _CURE = "State it: `prefix_tokens=`, `grid_size=`."
+
+
+class _FreshHead(TorchFunctionMode):
+    """Lets a linear layer whose weights are all zero, as a new classifier's often are, run with random ones."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and not args[1].any():
+            weight = torch.randn(args[1].shape, generator=torch.Generator().manual_seed(2)).to(args[1])
+            args = (args[0], weight, *args[2:])
+        return func(*args, **(kwargs or {}))
 
 
 class _Enough(Exception):
@@ -184,7 +198,8 @@ def _logits_with(
 
     handle = last.register_forward_hook(replace)
     try:
-        return forward(image)
+        with _FreshHead():
+            return forward(image)
     finally:
         handle.remove()
 

@@ -145,9 +145,9 @@ class _Subject:
 
     def observed_layout(self, stack: Stack, images: Tensor) -> TokenLayout:
         """The layout of the tokens, by experiment."""
-        first, last, pooled = stack.blocks[0], stack.blocks[-1], stack.pool is not None
+        pooled = stack.pool is not None
         with torch.no_grad():
-            return observed_layout(self.logits, first, last, stack.tokens, images, pooled, self.stated)
+            return observed_layout(self.logits, stack.entry, stack.exit, stack.tokens, images, pooled, self.stated)
 
 
 def _explain_batch(subject: _Subject, images: Tensor, methods: Sequence[Method], target: Tensor | None) -> Explanation:

@@ -13,15 +13,17 @@ ONLY_GLOBAL = "windowed, hierarchical and convolutional models have no global at
 
 @dataclass(frozen=True)
 class Stack:
-    """A model's blocks and the attention each of them ran.
+    """The attention that a model's blocks ran, and where their tokens come in and out.
 
     Attributes:
-        blocks: The block modules, first block first.
-        calls: Their attention, (B, H, N, N) each.
+        entry: The module whose input are the tokens that enter the first block.
+        exit: The module whose output are the tokens that leave the last block, or those after a final norm.
+        calls: The attention of each block, first block first, (B, H, N, N).
         pool: The attention of a pooling head that reads the tokens, (B, H, Q, M) with M keys, or None.
     """
 
-    blocks: list[nn.Module]
+    entry: nn.Module
+    exit: nn.Module
     calls: list[AttentionCall]
     pool: AttentionCall | None
 
@@ -84,7 +86,11 @@ def find_stack(model: nn.Module, recorder: AttentionRecorder, images: int) -> St
             f"Expected no attention of {name} outside `{container}` but that of one pooling head over its tokens, but "
             f"captured {[(call.module, call.shape) for call in others]}."
         )
-    return Stack(list(children.values()), calls, others[0] if others else None)
+    blocks = list(children.values())
+    first, last = blocks[0], blocks[-1]
+    if isinstance(first, nn.ModuleList):  # a block that is only a list is never called itself
+        first, last = next(iter(first)), model.get_submodule(container.rpartition(".")[0])
+    return Stack(first, last, calls, others[0] if others else None)
 
 
 def _container(model: nn.Module, calls: list[AttentionCall]) -> str:

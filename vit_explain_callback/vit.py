@@ -80,7 +80,7 @@ def timm_layout(vit: nn.Module, image_shape: Sequence[int]) -> TokenLayout | Non
     if channels != wanted:
         raise ValueError(f"Expected images of {wanted} channels for {name}, but got {channels}.")
     expected = getattr(model.patch_embed, "img_size", None)
-    if expected is not None and list(expected) != size:
+    if expected is not None and list(expected) != size and getattr(model.patch_embed, "strict_img_size", True):
         raise ValueError(
             f"Expected images of {expected[0]}x{expected[1]} pixels (height x width) for {name}, but got "
             f"{size[0]}x{size[1]}. Resize them, or create the model with that `img_size`."
