@@ -97,7 +97,14 @@ class Plain(nn.Module):
         return self.head(pooled)
 
 
-def check(model: Any, images: Tensor, grid: tuple[int, int], first: int, readout: dict[Any, float]) -> None:
+def check(
+    model: Any,
+    images: Tensor,
+    grid: tuple[int, int],
+    first: int,
+    readout: dict[Any, float],
+    class_token: int | None = None,
+) -> None:
     """Maps of `model` against the oracle, told by the test what the tokens are."""
     model = model.double()
     explanation = explain(model, images, METHODS)
@@ -107,7 +114,7 @@ def check(model: Any, images: Tensor, grid: tuple[int, int], first: int, readout
     for key, weight in readout.items():
         rows = patches if key == "patches" else slice(0, tokens) if key == "all" else slice(key, key + 1)
         start[rows] += weight / len(start[rows])
-    class_token = next((key for key in readout if isinstance(key, int)), None)
+    class_token = next((key for key in readout if isinstance(key, int)), class_token)
     for method in METHODS:
         for image in range(len(images)):
             blocks = [a[image] for a in found.attentions[:3]]
@@ -239,6 +246,50 @@ def test_a_forward_that_takes_and_returns_more() -> None:
     maps = explain(model, images, forward=lambda model, images: model(images, images)["class"]).maps
     for key, value in explain(model.vit, images).maps.items():
         torch.testing.assert_close(maps[key], value)
+
+
+class OwnHead(nn.Module):
+    """A head of one's own on a timm backbone, whatever the backbone's own pooling."""
+
+    def __init__(self, read: Any, **options: Any) -> None:
+        super().__init__()
+        self.backbone = tiny_vit(num_classes=0, **options)
+        self.read = read
+        self.head = randomised(nn.Linear(48, CLASSES), seed=2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.read(self.backbone, images))
+
+
+@pytest.mark.parametrize(
+    ("read", "options", "readout"),
+    [
+        (lambda vit, images: vit(images), {}, CLASS),
+        (lambda vit, images: vit.forward_features(images)[:, 0], {"global_pool": "avg"}, CLASS),
+        (lambda vit, images: vit(images)[:, 0], {"global_pool": ""}, CLASS),
+        (lambda vit, images: vit.forward_features(images)[:, 1:].mean(dim=1), {}, PATCHES),
+        (lambda vit, images: vit.forward_features(images).mean(dim=1), {"global_pool": "avg"}, {"all": 1.0}),
+    ],
+)
+def test_a_head_of_ones_own_is_believed_before_timm(read: Any, options: Any, readout: dict[Any, float]) -> None:
+    check(OwnHead(read, **options), random_images(2), (4, 4), 1, readout, class_token=0)
+
+
+def test_a_frozen_backbone_under_no_grad() -> None:
+    def without_gradients(vit: nn.Module, images: Tensor) -> Any:
+        with torch.no_grad():
+            return vit(images)
+
+    images = random_images(2)
+    plain = explain(OwnHead(lambda vit, images: vit(images)), images)
+    frozen = explain(OwnHead(without_gradients), images)
+    assert torch.is_grad_enabled()
+    for key, maps in plain.maps.items():
+        torch.testing.assert_close(frozen.maps[key], maps)
+    detached = OwnHead(lambda vit, images: vit(images).detach())
+    with pytest.raises(ValueError, match=r"`blocks.0.attn`, but its output is cut off from the logits"):
+        explain(detached, images)
+    torch.testing.assert_close(explain(detached, images, ["rollout"]).maps["rollout"], plain.maps["rollout"])
 
 
 def test_one_logit_counts_as_two_classes() -> None:

@@ -10,8 +10,8 @@ import vit_explain_callback
 PACKAGE = Path(vit_explain_callback.__file__).parent
 LAYERS: list[set[str]] = [
     {"rollout", "mha", "layout", "drift", "overlay", "isolation", "snapshot", "_lightning"},
-    {"capture", "methods", "experiment", "probe", "filmstrip"},
-    {"stack"},
+    {"capture", "methods", "probe", "filmstrip"},
+    {"stack", "experiment"},
     {"vit", "fold"},
     {"checks"},
     {"explainer"},

@@ -179,7 +179,7 @@ class ViTExplainCallback(Callback):
                 "none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
             )
         if self._given is not None:
-            timm_layout(vit, self._given.images.shape[1:])
+            timm_layout(vit, self._given.images.shape[1:], own_head=False)
         self._history, self._fingerprint = History(), None
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:

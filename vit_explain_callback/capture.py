@@ -68,6 +68,8 @@ class AttentionRecorder(TorchFunctionMode):
 
     Args:
         module: Only attention that runs inside it, or inside one of its submodules, is recorded.
+        through_no_grad: Whether to keep gradients where the model's forward says `torch.no_grad()`, as round a frozen
+            backbone.
 
     Attributes:
         calls: The operations so far, in the order in which they ran.
@@ -81,8 +83,9 @@ class AttentionRecorder(TorchFunctionMode):
         [('blocks.0.attn', (1, 3, 197, 197)), ('blocks.1.attn', (1, 3, 197, 197))]
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, through_no_grad: bool = False) -> None:
         super().__init__()
+        self._through_no_grad = through_no_grad
         self.calls: list[AttentionCall] = []
         self._names = {child: name for name, child in module.named_modules()}
         self._running: list[str] = []
@@ -124,6 +127,8 @@ class AttentionRecorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._through_no_grad and is_no_grad(func, args):
+            return None
         if self._running and func is F.multi_head_attention_forward and (parts := take_apart(args, kwargs)):
             return self._multi_head(parts)
         output = func(*args, **kwargs)
@@ -150,6 +155,11 @@ class AttentionRecorder(TorchFunctionMode):
         elif name in _MATMULS and len(args) == 2 and id(args[0]) in self._softmaxes:
             _, attention, module = self._softmaxes[id(args[0])]
             self.calls.append(_explicit_call(module, output, attention, args[1]))
+
+
+def is_no_grad(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a function seen by a `TorchFunctionMode` is the switching off of gradients."""
+    return getattr(func, "__name__", "") == "_set_grad_enabled" and not args[0]
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

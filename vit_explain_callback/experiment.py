@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vit_explain_callback.capture import is_no_grad
 from vit_explain_callback.layout import StatedLayout, TokenLayout, mean_of
 
 Forward = Callable[[Tensor], Tensor]
@@ -28,12 +29,14 @@ Forward = Callable[[Tensor], Tensor]
 _CURE = "State it: `prefix_tokens=`, `grid_size=`."
 
 
-class _FreshHead(TorchFunctionMode):
-    """Lets a linear layer whose weights are all zero, as a new classifier's often are, run with random ones."""
+class _Differentiable(TorchFunctionMode):
+    """Keeps logits depending on tokens: through `torch.no_grad()`, and through a new classifier that is all zero."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if is_no_grad(func, args):
+            return None
         if func is F.linear and not args[1].any():
             weight = torch.randn(args[1].shape, generator=torch.Generator().manual_seed(2)).to(args[1])
             args = (args[0], weight, *args[2:])
@@ -82,6 +85,28 @@ def observed_layout(
     return TokenLayout(tokens, first_patch, grid, class_token, readout)
 
 
+def tokens_read(forward: Forward, last: nn.Module, tokens: int, image: Tensor) -> list[int] | None:
+    """Indices of the tokens out of the last block that the logits of one image, (1, C, H, W), depend on.
+
+    None if the logits are detached from them.
+    """
+    leaves: list[Tensor] = []
+
+    def as_leaf(leaving: Tensor) -> Tensor:
+        leaves.append(leaving.detach().requires_grad_())
+        return leaves[-1]
+
+    with torch.enable_grad():
+        logits = _logits_with(forward, last, tokens, image, as_leaf)
+        if not logits.requires_grad:
+            return None
+        probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+        (gradient,) = torch.autograd.grad((logits * probe).sum(), leaves, allow_unused=True)
+    if gradient is None:
+        return None
+    return [index for index, norm in enumerate(gradient[0].abs().sum(dim=1).tolist()) if norm > 0]
+
+
 def _grid(forward: Forward, first: nn.Module, tokens: int, noise: Tensor) -> tuple[int, tuple[int, int]]:
     """Index of the first patch, and (grid_h, grid_w)."""
     changed = noise[:1].repeat(3, 1, 1, 1)
@@ -111,17 +136,12 @@ def _grid(forward: Forward, first: nn.Module, tokens: int, noise: Tensor) -> tup
 
 def _readout(forward: Forward, last: nn.Module, tokens: int, image: Tensor, patches: range) -> Tensor:
     """(N,) weights of the tokens that the classifier reads."""
-    leaves: list[Tensor] = []
-
-    def as_leaf(leaving: Tensor) -> Tensor:
-        leaves.append(leaving.detach().requires_grad_())
-        return leaves[-1]
-
-    with torch.enable_grad():
-        logits = _logits_with(forward, last, tokens, image, as_leaf)
-        probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
-        (gradient,) = torch.autograd.grad((logits * probe).sum(), leaves)
-    read = [index for index, norm in enumerate(gradient[0].abs().sum(dim=1).tolist()) if norm > 0]
+    read = tokens_read(forward, last, tokens, image)
+    if read is None:
+        raise ValueError(
+            "Expected logits that depend on the tokens out of the blocks, but they are detached, so that nothing tells "
+            "which tokens the classifier reads. Take `detach()` out of the model's forward."
+        )
     prefix = [index for index in read if index not in patches]
     if read and len(read) == len(prefix):
         return torch.zeros(tokens, dtype=torch.float64).index_fill(0, torch.tensor(read), 1 / len(read))
@@ -198,7 +218,7 @@ def _logits_with(
 
     handle = last.register_forward_hook(replace)
     try:
-        with _FreshHead():
+        with _Differentiable():
             return forward(image)
     finally:
         handle.remove()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vit_explain_callback.capture import AttentionCall, AttentionRecorder
 from vit_explain_callback.checks import check_classifier, check_images, check_start_layers, check_target
-from vit_explain_callback.experiment import observed_layout
+from vit_explain_callback.experiment import observed_layout, tokens_read
 from vit_explain_callback.fold import fold
 from vit_explain_callback.isolation import undisturbed
 from vit_explain_callback.layout import StatedLayout, TokenLayout
@@ -139,33 +139,42 @@ class _Subject:
         """(B, C)."""
         return _logits(self.forward(self.model, images), len(images))
 
-    def layout(self, image_shape: Sequence[int]) -> TokenLayout | None:
-        """The layout of the tokens, if it is known without an experiment."""
-        return timm_layout(self.vit, image_shape) if self.stated == StatedLayout() else None
+    def known_layout(self, image_shape: Sequence[int]) -> TokenLayout | None:
+        """The layout of the tokens as timm has it, unless the user says something else."""
+        return timm_layout(self.vit, image_shape, self.model is self.vit) if self.stated == StatedLayout() else None
 
-    def observed_layout(self, stack: Stack, images: Tensor) -> TokenLayout:
-        """The layout of the tokens, by experiment."""
+    def layout(self, known: TokenLayout | None, stack: Stack, images: Tensor) -> TokenLayout:
+        """The known layout if the logits agree that it is what they read, else what an experiment finds."""
+        if known is not None and (self.model is self.vit or self._is_read(known, stack, images)):
+            return known
         pooled = stack.pool is not None
         with torch.no_grad():
-            return observed_layout(self.logits, stack.entry, stack.exit, stack.tokens, images, pooled, self.stated)
+            seen = observed_layout(self.logits, stack.entry, stack.exit, stack.tokens, images, pooled, self.stated)
+        return seen if known is None else replace(seen, class_token=known.class_token)
+
+    def _is_read(self, known: TokenLayout, stack: Stack, images: Tensor) -> bool:
+        if known.readout is None or known.tokens != stack.tokens:
+            return stack.pool is not None
+        read = tokens_read(self.logits, stack.exit, stack.tokens, images[:1].detach())
+        return read is None or read == known.readout.nonzero().flatten().tolist()
 
 
 def _explain_batch(subject: _Subject, images: Tensor, methods: Sequence[Method], target: Tensor | None) -> Explanation:
-    layout = subject.layout(images.shape[1:])
+    known = subject.known_layout(images.shape[1:])
     with_gradients = any(isinstance(method, GradRollout) for method in methods)
     with torch.set_grad_enabled(with_gradients):
         # The input carries the graph through a frozen backbone; the parameters' flags are left alone.
         images = images.detach().requires_grad_(with_gradients)
-        with AttentionRecorder(subject.vit) as recorder:
+        with AttentionRecorder(subject.vit, through_no_grad=with_gradients) as recorder:
             logits = subject.logits(images)
         stack = find_stack(subject.vit, recorder, len(images))
         recorder.calls.clear()
         check_start_layers(methods, len(stack.calls))
         target = logits.detach().argmax(dim=1) if target is None else target.to(logits.device)
         check_target(target, logits.shape[1])
-        if layout is None:
-            layout = subject.observed_layout(stack, images)
-            stack = stack if layout.readout is None else replace(stack, pool=None)  # a pool that no logit depends on
+        layout = subject.layout(known, stack, images)
+        if layout is not known and layout.readout is not None:
+            stack = replace(stack, pool=None)  # no logit depends on it
         _check_tokens(stack, layout)
         calls = stack.calls if stack.pool is None else [*stack.calls, stack.pool]
         gradients: list[Tensor | None] = [None] * len(calls)
@@ -226,7 +235,7 @@ def _output_gradients(logits: Tensor, target: Tensor, calls: Sequence[AttentionC
         if gradient is None:
             raise ValueError(
                 f"Expected gradients to reach `{call.module}`, but its output is cut off from the logits. Take "
-                "`torch.no_grad()` or `detach()` out of the model's forward (freeze parameters with `requires_grad` "
-                "instead), or leave out gradient rollout."
+                "`detach()` out of the model's forward (freeze parameters with `requires_grad` instead), or leave out "
+                "gradient rollout."
             )
     return list(reached)

@@ -17,7 +17,7 @@ class TokenLayout:
         tokens: N, prefix tokens and patches together.
         first_patch: Index of the first patch; the patches follow one another, row by row.
         grid: Patches as (grid_h, grid_w).
-        class_token: Index of the class token, or None.
+        class_token: Index of the class token, or None. Found by experiment, it is one that the classifier reads.
         readout: Weight of each token in what the classifier reads, (N,) summing to 1; None where an attention-pooling
             head does the reading.
     """

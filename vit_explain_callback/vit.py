@@ -59,14 +59,19 @@ def is_timm_vit(module: nn.Module) -> bool:
     )
 
 
-def timm_layout(vit: nn.Module, image_shape: Sequence[int]) -> TokenLayout | None:
+def timm_layout(vit: nn.Module, image_shape: Sequence[int], own_head: bool = True) -> TokenLayout | None:
     """What the tokens of a timm ViT are for images of `image_shape` = (channels, height, width), if it says so.
 
     The readout is the class token; class and distillation token together where the model averages their logits; the
     averaged tokens where it pools; an attention-pooling head where it has one.
 
+    Args:
+        vit: The model.
+        image_shape: What it is to be given.
+        own_head: Whether its own head makes the prediction, and not a module around it that may read other tokens.
+
     Returns:
-        The layout; None for other models, and for NaFlexViT.
+        The layout; None for other models, for NaFlexViT, and for a readout that only the module around it knows.
 
     Raises:
         ValueError: If the model does not take images of this shape, or reads its tokens in a way that no row describes.
@@ -98,6 +103,8 @@ def timm_layout(vit: nn.Module, image_shape: Sequence[int]) -> TokenLayout | Non
         elif pooling == "avg":
             includes_prefix = bool(getattr(model, "pool_include_prefix", False))
             readout = mean_of(range(0 if includes_prefix else prefix, tokens), tokens)
+        elif not own_head:
+            return None
         else:
             raise ValueError(
                 f"Expected {name} to read its class token, the mean of its tokens or an attention pool, but its "
