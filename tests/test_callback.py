@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,98 +13,17 @@ import pytorch_lightning as pl
 import torch
 import torchvision
 from PIL import Image
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from tests.models import CLASSES, random_images, tiny_vit
+from tests.runs import Classifier, Pictures, events, fit, loader, saved
 from vit_explain_callback import Rollout, ViTExplainCallback, explain
 from vit_explain_callback.drift import spearman
 from vit_explain_callback.filmstrip import filmstrip
-from vit_explain_callback.snapshot import Snapshot
 
 METRICS = ("spearman", "jensen_shannon", "top10_iou", "centroid_shift")
 STATISTICS = ("entropy", "top10_mass", "patch_mass", "degenerate")
-
-
-class Pictures(Dataset[Any]):
-    """`length` random images with labels, as pairs or as mappings."""
-
-    def __init__(self, length: int = 16, keys: tuple[str, str] | None = None) -> None:
-        self.images = random_images(length, seed=7)
-        self.labels = torch.arange(length) % CLASSES
-        self.keys = keys
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Any:
-        item = (self.images[index], int(self.labels[index]))
-        return item if self.keys is None else dict(zip(self.keys, item, strict=True))
-
-
-class Classifier(pl.LightningModule):
-    def __init__(self, vit: Any = None, lr: float = 1e-2) -> None:
-        super().__init__()
-        self.net = tiny_vit() if vit is None else vit
-        self.lr = lr
-
-    def forward(self, images: Tensor) -> Any:
-        return self.net(images)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, labels = batch if isinstance(batch, list) else batch.values()
-        return nn.functional.cross_entropy(self(images), labels)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), self.lr)
-
-
-def loader(data: Dataset[Any] | None = None, batch_size: int = 4) -> DataLoader[Any]:
-    return DataLoader(Pictures() if data is None else data, batch_size)
-
-
-def fit(
-    callback: ViTExplainCallback,
-    folder: Path,
-    module: pl.LightningModule | None = None,
-    validation: Any = "same",
-    train: Any = None,
-    ckpt_path: str | None = None,
-    **options: Any,
-) -> pl.Trainer:
-    """A run of 2 epochs of 4 steps on the CPU with TensorBoard."""
-    defaults: dict[str, Any] = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": TensorBoardLogger(str(folder)),
-        "default_root_dir": str(folder),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "log_every_n_steps": 1,
-        "num_sanity_val_steps": 0,
-        "callbacks": [callback],
-    }
-    trainer = pl.Trainer(**(defaults | options))
-    module = Classifier() if module is None else module
-    trainer.fit(
-        module.train(), train or loader(), loader() if validation == "same" else validation, ckpt_path=ckpt_path
-    )
-    return trainer
-
-
-def events(trainer: pl.Trainer) -> EventAccumulator:
-    accumulator = EventAccumulator(trainer.log_dir)
-    accumulator.Reload()
-    return accumulator
-
-
-def saved(trainer: pl.Trainer) -> list[Snapshot]:
-    return [Snapshot.load(path) for path in sorted(Path(trainer.log_dir or "").glob("explanations/*.safetensors"))]
 
 
 def test_zero_configuration_writes_exactly_the_documented_tags(tmp_path: Path) -> None:
@@ -146,7 +64,9 @@ def test_snapshots_are_taken_before_the_first_step_on_schedule_and_at_the_end(
 ) -> None:
     trainer = fit(ViTExplainCallback(["rollout"], **schedule), tmp_path)
     assert [snapshot.step for snapshot in saved(trainer)] == steps
-    assert [event.step for event in events(trainer).Scalars("drift_baseline/rollout/spearman")] == steps[1:]
+    drift = events(trainer).Scalars("drift_baseline/rollout/spearman")
+    assert [event.step for event in drift] == steps
+    assert drift[0].value == pytest.approx(1)  # the baseline against itself
 
 
 def test_accumulated_gradients_count_as_one_step(tmp_path: Path) -> None:
@@ -401,117 +321,10 @@ def test_validation_images_that_are_bytes_stop_before_training(tmp_path: Path) -
         fit(ViTExplainCallback(), tmp_path, validation=loader(data))
 
 
-def messages(caught: list[warnings.WarningMessage]) -> list[str]:
-    return [str(w.message) for w in caught if "ViTExplainCallback" in str(w.message)]
-
-
-def test_a_failing_snapshot_is_said_and_training_ends_as_without_it(tmp_path: Path) -> None:
-    class Fails(Classifier):
-        def forward(self, images: Tensor) -> Any:
-            if not self.net.training and self.global_step in (4, 5):
-                raise RuntimeError("no memory left")
-            return super().forward(images)
-
-    plain, failing = Classifier(), Fails()
-    fit(ViTExplainCallback(num_images=1, every_n_steps=100), tmp_path, plain)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer = fit(ViTExplainCallback(every_n_steps=1), tmp_path, failing)
-    assert [m for m in messages(caught) if "no memory left" in m and "training goes on" in m] == messages(caught)
-    assert len(messages(caught)) == 2
-    assert [snapshot.step for snapshot in saved(trainer)] == [0, 1, 2, 3, 6, 7, 8]
-    assert all(a.equal(b) for a, b in zip(plain.parameters(), failing.parameters(), strict=True))
-    with pytest.raises(RuntimeError, match="no memory left"):
-        fit(ViTExplainCallback(every_n_steps=1, on_error="raise"), tmp_path, Fails())
-
-
-def test_nan_weights_give_nan_said_once_and_the_run_goes_on(tmp_path: Path) -> None:
-    class Diverges(Classifier):
-        def on_train_batch_end(self, *_: Any) -> None:
-            if self.global_step == 3:
-                with torch.no_grad():
-                    self.net.blocks[0].attn.qkv.weight.fill_(torch.nan)
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=1), tmp_path, Diverges())
-    assert len(messages(caught)) == 1
-    assert "100% of the `rollout` maps are degenerate" in messages(caught)[0]
-    drift = [event.value for event in events(trainer).Scalars("drift_baseline/rollout/spearman")]
-    assert np.isfinite(drift[:2]).all()
-    assert np.isnan(drift[3:]).all()
-    assert events(trainer).Scalars("map_stats/rollout/degenerate")[-1].value == 1
-
-
-def test_without_a_logger_maps_are_still_saved_and_it_is_said_once(tmp_path: Path) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(ViTExplainCallback(["rollout"]), tmp_path, logger=False)
-    assert len(messages(caught)) == 1
-    assert "no TensorBoardLogger" in messages(caught)[0]
-    assert len(list((tmp_path / "explanations").glob("step_*.safetensors"))) == 3
-
-
-def test_another_logger_gets_the_scalars(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="no TensorBoardLogger"):
-        trainer = fit(ViTExplainCallback(["rollout"]), tmp_path, logger=CSVLogger(str(tmp_path)))
-    trainer.logger.save()  # type: ignore[union-attr]
-    table = Path(trainer.log_dir or "", "metrics.csv").read_text(encoding="utf-8")
-    assert "drift_baseline/rollout/spearman" in table
-
-
-def test_a_folder_that_cannot_be_written_is_said_once_and_pictures_go_on(tmp_path: Path) -> None:
-    logger = TensorBoardLogger(str(tmp_path))
-    Path(logger.log_dir).mkdir(parents=True)
-    Path(logger.log_dir, "explanations").write_text("a file is in the way", encoding="utf-8")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=1), tmp_path, logger=logger)
-    assert len(messages(caught)) == 1
-    assert "cannot save raw maps in" in messages(caught)[0]
-    assert len(events(trainer).Scalars("drift_baseline/rollout/spearman")) == 8
-    assert events(trainer).Images("explain_filmstrip/rollout")[-1].step == 8
-
-
 def test_nothing_is_saved_without_save_maps_or_in_a_fast_dev_run(tmp_path: Path) -> None:
     fit(ViTExplainCallback(["rollout"], save_maps=False), tmp_path)
     fit(ViTExplainCallback(["rollout"]), tmp_path, fast_dev_run=True)
     assert list(tmp_path.rglob("*.safetensors")) == []
-
-
-def test_a_resumed_run_keeps_its_baseline_and_takes_no_snapshot_twice(tmp_path: Path) -> None:
-    whole = fit(ViTExplainCallback(), tmp_path / "whole", max_epochs=4)
-    first = fit(ViTExplainCallback(), tmp_path / "parts", max_epochs=2)
-    first.save_checkpoint(tmp_path / "half.ckpt")
-    second = fit(ViTExplainCallback(), tmp_path / "parts", max_epochs=4, ckpt_path=str(tmp_path / "half.ckpt"))
-    assert [snapshot.step for snapshot in saved(second)] == [12, 16]
-    for tag in ("drift_baseline/grad_rollout/spearman", "drift_previous/rollout/jensen_shannon"):
-        curve = [(event.step, event.value) for run in (first, second) for event in events(run).Scalars(tag)]
-        assert curve == [(event.step, event.value) for event in events(whole).Scalars(tag)]
-
-
-@pytest.mark.parametrize("schedule", [{"every_n_epochs": 1}, {"every_n_steps": 2}])
-def test_a_run_resumed_from_lightnings_own_checkpoint_misses_no_snapshot(
-    tmp_path: Path, schedule: dict[str, Any]
-) -> None:
-    """`ModelCheckpoint` saves after validation, and so before the snapshot at the end of that epoch."""
-    whole = fit(ViTExplainCallback(**schedule), tmp_path / "whole", max_epochs=3)
-    first = fit(ViTExplainCallback(**schedule), tmp_path / "first", max_epochs=2, enable_checkpointing=True)
-    (checkpoint,) = Path(first.log_dir or "").rglob("*.ckpt")
-    resumed: dict[str, Any] = {"enable_checkpointing": True, "ckpt_path": str(checkpoint)}
-    second = fit(ViTExplainCallback(**schedule), tmp_path / "second", max_epochs=3, **resumed)
-    tag = "drift_baseline/grad_rollout/spearman"
-    curve = {event.step: event.value for run in (first, second) for event in events(run).Scalars(tag)}
-    assert curve == {event.step: event.value for event in events(whole).Scalars(tag)}
-
-
-def test_other_images_after_resuming_are_said_and_start_a_new_baseline(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(), tmp_path)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    other = ViTExplainCallback(images=random_images(3, seed=5))
-    with pytest.warns(UserWarning, match="a new baseline is taken"):
-        resumed = fit(other, tmp_path, max_epochs=3, ckpt_path=str(tmp_path / "half.ckpt"))
-    assert [snapshot.step for snapshot in saved(resumed)] == [8, 12]
 
 
 def test_a_second_fit_with_the_same_callback_starts_afresh(tmp_path: Path) -> None:

@@ -9,17 +9,18 @@ import vit_explain_callback
 
 PACKAGE = Path(vit_explain_callback.__file__).parent
 LAYERS: list[set[str]] = [
-    {"rollout", "mha", "layout", "drift", "overlay", "isolation", "snapshot", "_lightning"},
+    {"rollout", "mha", "layout", "drift", "overlay", "isolation", "snapshot", "explanation", "_lightning"},
     {"capture", "methods", "probe", "filmstrip"},
     {"stack", "experiment"},
     {"vit", "fold"},
-    {"checks"},
+    {"checks", "subject"},
     {"explainer"},
-    {"report", "writer", "validation"},
+    {"report", "writer", "ranks"},
+    {"validation", "explained"},
     {"callback"},
     {"__init__"},
 ]
-LIGHTNING = {"_lightning", "callback", "validation", "writer"}
+LIGHTNING = {"_lightning", "callback", "explained", "ranks", "validation", "writer"}
 
 
 def imported(source: str) -> set[str]:

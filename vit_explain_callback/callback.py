@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
-from vit_explain_callback._lightning import Callback, LightningModule, Trainer
-from vit_explain_callback.checks import check_classifier, check_images, check_start_layers
-from vit_explain_callback.explainer import LogitsOf, explain
+from vit_explain_callback._lightning import Callback, LightningModule, Trainer, is_overridden
+from vit_explain_callback.checks import check_classifier, check_counts, check_images, check_start_layers
+from vit_explain_callback.explained import explain_together, explained_module, forward_of
+from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.methods import Method, resolve_methods
 from vit_explain_callback.probe import ProbeBatch
+from vit_explain_callback.ranks import Ranks
 from vit_explain_callback.report import Report
 from vit_explain_callback.snapshot import History, Snapshot
+from vit_explain_callback.subject import LogitsOf
 from vit_explain_callback.validation import class_names, collect_probe
 from vit_explain_callback.vit import (
     find_vit,
@@ -38,12 +42,13 @@ class ViTExplainCallback(Callback):
     - `explain_overlay/{method}/{i}`: the map of shown image i.
     - `explain_diff/{method}/{i}`: now minus baseline (from the second snapshot on).
     - `drift_baseline/{method}/{metric}`, `drift_previous/{method}/{metric}`: `spearman`, `jensen_shannon`, `top10_iou`,
-      `centroid_shift` (from the second snapshot on).
+      `centroid_shift`; the baseline is compared with itself.
     - `map_stats/{method}/{stat}`: `entropy`, `top10_mass`, `patch_mass`, `degenerate`.
     - `probe/target_probability`, `probe/accuracy` (with labels), `probe/changed_predictions` (since the baseline).
 
-    Raw maps go to `explanations/step_{step}.safetensors` in the run's folder. Training is left as it was: no random
-    stream, gradient, buffer or training flag differs after a snapshot.
+    Every scalar is in `trainer.callback_metrics` too, for `ModelCheckpoint(monitor=…)` and `EarlyStopping`. Raw maps go
+    to `explanations/step_{step}.safetensors` in the run's folder. Training is left as it was: no random stream,
+    gradient, buffer or training flag differs after a snapshot. Under several processes each explains a share.
 
     Args:
         methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout` and `GradRollout` objects.
@@ -101,10 +106,8 @@ class ViTExplainCallback(Callback):
                 "Expected one schedule, `every_n_epochs` or `every_n_steps`, but got "
                 f"{'neither' if every_n_steps is None else 'both'}."
             )
-        counts = {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps, "batch_size": batch_size}
-        for name, count in (counts | {"num_images": num_images, "num_shown": num_shown}).items():
-            if count is not None and count < 1:
-                raise ValueError(f"Expected `{name}` of at least 1, but got {count}.")
+        check_counts(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps)
+        check_counts(num_images=num_images, num_shown=num_shown, batch_size=batch_size)
         if isinstance(target, str) and target not in ("label", "prediction"):
             raise ValueError(f"Expected `target` to be 'label', 'prediction' or a class index, but got {target!r}.")
         if on_error not in ("warn", "raise"):
@@ -132,6 +135,7 @@ class ViTExplainCallback(Callback):
         self._history = History()
         self._fingerprint: str | None = None
         self._last_step = 0
+        self._report: Report | None = None
         self._said_degenerate: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -167,56 +171,57 @@ class ViTExplainCallback(Callback):
         self._history.load_state_dict(state_dict["history"])
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        vit = find_vit(pl_module, self.vit)
-        if is_timm_vit(vit):
-            check_start_layers(self.methods, num_blocks(vit))
-        refuse_other_timm_models(vit)
-        if self._explained(pl_module) is vit:
-            check_classifier(vit)
+        self._history, self._fingerprint = History(), None
         if self._given is None and not trainer.enable_validation:
             raise ValueError(
                 "Expected a validation loader (and a `validation_step`) to take the probe images from, but there is "
                 "none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
             )
+        if is_overridden("configure_model", pl_module):
+            return  # which may be what makes the model; it runs after this
+        vit = find_vit(pl_module, self.vit)
+        if is_timm_vit(vit):
+            check_start_layers(self.methods, num_blocks(vit))
+        refuse_other_timm_models(vit)
+        if explained_module(pl_module, self.vit, self.forward) is vit:
+            check_classifier(vit)
         if self._given is not None:
             timm_layout(vit, self._given.images.shape[1:], own_head=False)
-        self._history, self._fingerprint = History(), None
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "explanations"  # log_dir needs every rank
-        if not trainer.is_global_zero:
-            return
-        probe = self._given or collect_probe(trainer, pl_module, self.num_images)
-        check_images(probe.images)
-        normalised = (self.mean, self.std) if self.mean and self.std else normalisation(find_vit(pl_module, self.vit))
-        self._report = Report.of(probe, self.num_shown, normalised, self.class_names or class_names(trainer))
-        self._writer = Writer(
-            trainer.loggers, folder if self.save_maps and not getattr(trainer, "fast_dev_run", False) else None
+        self._ranks = Ranks.of(trainer)
+        model = explained_module(pl_module, self.vit, self.forward)
+        self._explainer = Explainer(
+            model,
+            self.methods,
+            vit=self.vit if model is pl_module else None,
+            forward=self.forward or (forward_of(trainer) if model is pl_module else None),
+            prefix_tokens=self.prefix_tokens,
+            grid_size=self.grid_size,
         )
-        if self._history.count and not self._continues(probe):
-            rank_zero_warn(
-                "ViTExplainCallback: the checkpoint's explanations are of other images or methods than this run's, so "
-                "a new baseline is taken."
-            )
-            self._history = History()
-        self._fingerprint = probe.fingerprint
-        if self._history.count:
-            self._last_step = self._history.snapshots[-1].step
-        else:
-            self._last_step = trainer.global_step
-            self._attempt(trainer, pl_module, always_raised=(TypeError, ValueError))
+        self._report = None
+        if trainer.is_global_zero:
+            no_files = getattr(trainer, "fast_dev_run", False)
+            self._writer = Writer(trainer.loggers, None if no_files else folder, self.save_maps, self.on_error)
+        self._last_step = trainer.global_step
+        self._attempt(trainer, pl_module, self._begin, always_raised=(TypeError, ValueError))
 
     def _snapshot(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and trainer.global_step != self._last_step:
+        if trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
-            self._attempt(trainer, pl_module)
+            self._attempt(trainer, pl_module, self._take)
 
     def _attempt(
-        self, trainer: Trainer, pl_module: LightningModule, always_raised: tuple[type[Exception], ...] = ()
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        work: Callable[[Trainer, LightningModule], None],
+        always_raised: tuple[type[Exception], ...] = (),
     ) -> None:
-        """Take a snapshot; a failure stops training only if it is to, or if it is one of `always_raised`."""
+        """Do what a snapshot needs; a failure stops training only if it is to, or if it is one of `always_raised`."""
         try:
-            self._take(trainer, pl_module)
+            work(trainer, pl_module)
         except Exception as error:
             if self.on_error == "raise" or isinstance(error, always_raised):
                 raise
@@ -225,41 +230,51 @@ class ViTExplainCallback(Callback):
                 f"{error!r}. Pass `on_error='raise'` to stop here and see where."
             )
 
-    def _take(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = self._explained(pl_module)
-        explanation = explain(
-            model,
-            self._report.probe.images,
-            self.methods,
-            self._history.baseline.target if self._history.count else self._first_target(self._report.probe),
-            self.batch_size,
-            vit=self.vit if model is pl_module else None,
-            forward=self.forward,
-            prefix_tokens=self.prefix_tokens,
-            grid_size=self.grid_size,
-        )
-        maps = {name: value.cpu() for name, value in explanation.maps.items()}
-        snapshot = Snapshot(trainer.global_step, maps, explanation.logits.float().cpu(), explanation.target.cpu())
-        self._history.add(snapshot)
-        self._writer.maps(snapshot)
-        scalars = self._report.scalars(self._history)
-        self._writer.scalars(scalars, snapshot.step)
-        self._say_degenerate(scalars)
-        for tag, picture in self._report.figures(self._history):
-            self._writer.picture(tag, picture, snapshot.step)
-        self._writer.flush()
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the baseline; in a resumed run, the snapshot that was due after its checkpoint was written."""
+        report = self._prepared(trainer, pl_module)
+        if not self._history.count or self._is_overdue(trainer):
+            self._take(trainer, pl_module)
+        else:
+            trainer.callback_metrics.update(_tensors(report.scalars(self._history)))
 
-    def _explained(self, pl_module: LightningModule) -> nn.Module:
-        """What turns images into logits: the LightningModule if it can, else the ViT itself."""
-        if self.forward is not None or type(pl_module).forward is not LightningModule.forward:
-            return pl_module
-        vit = find_vit(pl_module, self.vit)
-        if vit is pl_module:
-            raise ValueError(
-                f"Expected {type(pl_module).__name__} to define `forward(images)`, returning logits, or `vit=` to name "
-                "the attribute that holds its model, but got neither."
-            )
-        return vit
+    def _prepared(self, trainer: Trainer, pl_module: LightningModule) -> Report:
+        """The report on the probe batch, which is collected the first time this is called."""
+        if self._report is None:
+            probe = self._given or collect_probe(trainer, pl_module, self.num_images, self._ranks)
+            check_images(probe.images)
+            if self._history.count and not self._continues(probe):
+                rank_zero_warn(
+                    "ViTExplainCallback: the checkpoint's explanations are of other images or methods than this run's, "
+                    "so a new baseline is taken."
+                )
+                self._history = History()
+            self._fingerprint = probe.fingerprint
+            given = (self.mean, self.std) if self.mean and self.std else None
+            normalised = given or normalisation(find_vit(pl_module, self.vit))
+            self._report = Report.of(probe, self.num_shown, normalised, self.class_names or class_names(trainer))
+        return self._report
+
+    def _is_overdue(self, trainer: Trainer) -> bool:
+        """Whether a checkpoint was written at a step of the schedule, but before the snapshot."""
+        last = self._history.snapshots[-1].step
+        if self.every_n_steps:
+            return trainer.global_step // self.every_n_steps > last // self.every_n_steps
+        # Lightning does not end an epoch again whose last batch is done; the next one is then the current one.
+        ended = trainer.is_last_batch and trainer.current_epoch % (self.every_n_epochs or 1) == 0
+        return ended and trainer.global_step > last
+
+    def _take(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        report = self._prepared(trainer, pl_module)
+        target = self._history.baseline.target if self._history.count else self._first_target(report.probe)
+        found = explain_together(self._ranks, self._explainer, report.probe.images, target, self.batch_size)
+        snapshot = Snapshot(trainer.global_step, found.maps, found.logits, found.target)
+        self._history.add(snapshot)
+        scalars = report.scalars(self._history)
+        trainer.callback_metrics.update(_tensors(scalars))  # for `ModelCheckpoint` and `EarlyStopping`, on every rank
+        if trainer.is_global_zero:
+            self._say_degenerate(scalars)
+            self._writer.write(snapshot, scalars, list(report.figures(self._history)))
 
     def _first_target(self, probe: ProbeBatch) -> int | Tensor | None:
         if isinstance(self.target, int):
@@ -270,12 +285,15 @@ class ViTExplainCallback(Callback):
         same_methods = set(self._history.baseline.maps) == {method.name for method in self.methods}
         return same_methods and self._fingerprint == probe.fingerprint
 
-    def _say_degenerate(self, scalars: dict[str, float]) -> None:
-        for method in self.methods:
-            share = scalars[f"map_stats/{method.name}/degenerate"]
-            if share > 0 and method.name not in self._said_degenerate:
-                self._said_degenerate.add(method.name)
-                rank_zero_warn(
-                    f"ViTExplainCallback: {share:.0%} of the `{method.name}` maps are degenerate (flat, zero or not "
-                    "finite); their drift is NaN. `map_stats` counts them from here on."
-                )
+    def _say_degenerate(self, scalars: Mapping[str, float]) -> None:
+        shares = {method.name: scalars[f"map_stats/{method.name}/degenerate"] for method in self.methods}
+        for name in [name for name, share in shares.items() if share > 0 and name not in self._said_degenerate]:
+            self._said_degenerate.add(name)
+            rank_zero_warn(
+                f"ViTExplainCallback: {shares[name]:.0%} of the `{name}` maps are degenerate (flat, zero or not "
+                "finite); their drift is NaN. `map_stats` counts them from here on."
+            )
+
+
+def _tensors(scalars: Mapping[str, float]) -> dict[str, Tensor]:
+    return {tag: torch.tensor(value) for tag, value in scalars.items()}

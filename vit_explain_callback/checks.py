@@ -68,3 +68,14 @@ def check_target(target: Tensor, classes: int) -> None:
         raise ValueError(
             f"Expected `target` classes in 0 … {classes - 1} (the model's logits), but got {target.tolist()}."
         )
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse counts, by the name of their argument, that are not None and below 1.
+
+    Raises:
+        ValueError: If one is.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"Expected `{name}` of at least 1, but got {count}.")

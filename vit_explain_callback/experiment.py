@@ -43,10 +43,6 @@ class _Differentiable(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Enough(Exception):
-    """Ends a forward pass from which nothing more is to be learnt."""
-
-
 def observed_layout(
     forward: Forward,
     first: nn.Module,
@@ -88,7 +84,7 @@ def observed_layout(
 def tokens_read(forward: Forward, last: nn.Module, tokens: int, image: Tensor) -> list[int] | None:
     """Indices of the tokens out of the last block that the logits of one image, (1, C, H, W), depend on.
 
-    None if the logits are detached from them.
+    None if nothing can be told, because the logits are detached from them or not finite.
     """
     leaves: list[Tensor] = []
 
@@ -102,7 +98,7 @@ def tokens_read(forward: Forward, last: nn.Module, tokens: int, image: Tensor) -
             return None
         probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
         (gradient,) = torch.autograd.grad((logits * probe).sum(), leaves, allow_unused=True)
-    if gradient is None:
+    if gradient is None or not gradient.isfinite().all():
         return None
     return [index for index, norm in enumerate(gradient[0].abs().sum(dim=1).tolist()) if norm > 0]
 
@@ -139,8 +135,8 @@ def _readout(forward: Forward, last: nn.Module, tokens: int, image: Tensor, patc
     read = tokens_read(forward, last, tokens, image)
     if read is None:
         raise ValueError(
-            "Expected logits that depend on the tokens out of the blocks, but they are detached, so that nothing tells "
-            "which tokens the classifier reads. Take `detach()` out of the model's forward."
+            "Expected finite logits that depend on the tokens out of the blocks, but they are detached or not finite, "
+            "so that nothing tells which tokens the classifier reads. Take `detach()` out of the model's forward."
         )
     prefix = [index for index in read if index not in patches]
     if read and len(read) == len(prefix):
@@ -192,16 +188,13 @@ def _tokens_into(forward: Forward, first: nn.Module, tokens: int, images: Tensor
     def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         seen.append(_batch_first(given, len(images), tokens).detach())
-        raise _Enough
 
     handle = first.register_forward_pre_hook(look, with_kwargs=True)
     try:
         forward(images)
-    except _Enough:
-        return seen[0]
     finally:
         handle.remove()
-    raise RuntimeError(f"Expected the forward to run {type(first).__name__}, but it did not.")
+    return seen[0]
 
 
 def _logits_with(

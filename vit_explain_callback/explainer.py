@@ -5,40 +5,22 @@ Shapes: B images, C channels of the image or classes of the logits, N tokens, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from vit_explain_callback.capture import AttentionCall, AttentionRecorder
-from vit_explain_callback.checks import check_classifier, check_images, check_start_layers, check_target
-from vit_explain_callback.experiment import observed_layout, tokens_read
+from vit_explain_callback.checks import check_classifier, check_counts, check_images, check_start_layers, check_target
+from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.fold import fold
 from vit_explain_callback.isolation import undisturbed
 from vit_explain_callback.layout import StatedLayout, TokenLayout
 from vit_explain_callback.methods import GradRollout, Method, resolve_methods
 from vit_explain_callback.stack import Stack, find_stack
-from vit_explain_callback.vit import find_vit, refuse_other_timm_models, timm_layout
-
-LogitsOf: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found for a batch.
-
-    Attributes:
-        maps: Relevance of each patch by method name, (B, grid_h, grid_w), raw: patches and prefix tokens together sum
-            to 1. Float32, or float64 for a float64 model.
-        logits: (B, C).
-        target: Class whose logit the gradients are of, (B,).
-    """
-
-    maps: dict[str, Tensor]
-    logits: Tensor
-    target: Tensor
+from vit_explain_callback.subject import LogitsOf, Subject
+from vit_explain_callback.vit import find_vit, refuse_other_timm_models
 
 
 def explain(
@@ -86,27 +68,73 @@ def explain(
         >>> {name: tuple(maps.shape) for name, maps in explanation.maps.items()}
         {'rollout': (1, 14, 14), 'grad_rollout_max': (1, 14, 14)}
     """
-    resolved = resolve_methods(methods)
-    found = find_vit(model, vit)
-    check_images(images)
-    refuse_other_timm_models(found)
-    if model is found and any(isinstance(method, GradRollout) for method in resolved):
-        check_classifier(found)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"Expected `batch_size` of at least 1, or None, but got {batch_size}.")
-    targets = _as_targets(target, len(images))
-    parameter = next(found.parameters())
-    subject = _Subject(model, found, forward or _call, StatedLayout(prefix_tokens, grid_size))
-    with undisturbed(model):
-        parts = [
-            _explain_batch(subject, part.to(parameter, copy=True), resolved, part_targets)
-            for part, part_targets in _batches(images, targets, batch_size or len(images))
-        ]
-    return Explanation(
-        maps={name: torch.cat([part.maps[name] for part in parts]) for name in parts[0].maps},
-        logits=torch.cat([part.logits for part in parts]),
-        target=torch.cat([part.target for part in parts]),
-    )
+    explainer = Explainer(model, methods, vit=vit, forward=forward, prefix_tokens=prefix_tokens, grid_size=grid_size)
+    return explainer(images, target, batch_size)
+
+
+class Explainer:
+    """Explains one model again and again; what was found out about its tokens is remembered.
+
+    Args:
+        model: As for `explain`, like the others.
+        methods: Names or objects.
+        vit: Attribute path of the ViT.
+        forward: How to get logits.
+        prefix_tokens: Number of tokens before the patches.
+        grid_size: Patches as (grid_h, grid_w).
+
+    Raises:
+        TypeError: If methods are of the wrong type.
+        ValueError: If the model can be seen not to be a ViT, or not a classifier.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: Sequence[str | Method],
+        *,
+        vit: str | None = None,
+        forward: LogitsOf | None = None,
+        prefix_tokens: int | None = None,
+        grid_size: tuple[int, int] | None = None,
+    ) -> None:
+        self.methods = resolve_methods(methods)
+        self._subject = Subject(model, find_vit(model, vit), forward, StatedLayout(prefix_tokens, grid_size))
+        refuse_other_timm_models(self._subject.vit)
+        if model is self._subject.vit and any(isinstance(method, GradRollout) for method in self.methods):
+            check_classifier(model)
+
+    def __call__(
+        self, images: Tensor, target: int | Tensor | None = None, batch_size: int | None = None
+    ) -> Explanation:
+        """Explain a batch, in parts of `batch_size` images; in smaller ones where memory does not suffice.
+
+        Raises:
+            TypeError: If images, target or the model's output are of the wrong type.
+            ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
+        """
+        check_images(images)
+        check_counts(batch_size=batch_size)
+        targets = _as_targets(target, len(images))
+        parameter = next(self._subject.vit.parameters())
+        size = min(batch_size or len(images), len(images))
+        parts: list[Explanation] = []
+        start = 0
+        with undisturbed(self._subject.model):
+            while start < len(images):
+                part = slice(start, start + size)
+                try:
+                    copied = images[part].to(parameter, copy=True)
+                    parts.append(
+                        _explain_batch(self._subject, copied, self.methods, None if targets is None else targets[part])
+                    )
+                except RuntimeError as error:
+                    if size == 1 or not _is_out_of_memory(error):
+                        raise
+                    size = (size + 1) // 2
+                else:
+                    start += size
+        return Explanation.joined(parts)
 
 
 def _as_targets(target: int | Tensor | None, count: int) -> Tensor | None:
@@ -121,45 +149,13 @@ def _as_targets(target: int | Tensor | None, count: int) -> Tensor | None:
     return target.long()
 
 
-def _batches(images: Tensor, targets: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for start in range(0, len(images), size):
-        yield images[start : start + size], None if targets is None else targets[start : start + size]
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # Only CUDA has an exception of its own for it.
+    text = str(error).lower()
+    return any(words in text for words in ("out of memory", "can't allocate memory", "not enough memory"))
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """The model to explain, the ViT in it, and what the user says of them."""
-
-    model: nn.Module
-    vit: nn.Module
-    forward: LogitsOf
-    stated: StatedLayout
-
-    def logits(self, images: Tensor) -> Tensor:
-        """(B, C)."""
-        return _logits(self.forward(self.model, images), len(images))
-
-    def known_layout(self, image_shape: Sequence[int]) -> TokenLayout | None:
-        """The layout of the tokens as timm has it, unless the user says something else."""
-        return timm_layout(self.vit, image_shape, self.model is self.vit) if self.stated == StatedLayout() else None
-
-    def layout(self, known: TokenLayout | None, stack: Stack, images: Tensor) -> TokenLayout:
-        """The known layout if the logits agree that it is what they read, else what an experiment finds."""
-        if known is not None and (self.model is self.vit or self._is_read(known, stack, images)):
-            return known
-        pooled = stack.pool is not None
-        with torch.no_grad():
-            seen = observed_layout(self.logits, stack.entry, stack.exit, stack.tokens, images, pooled, self.stated)
-        return seen if known is None else replace(seen, class_token=known.class_token)
-
-    def _is_read(self, known: TokenLayout, stack: Stack, images: Tensor) -> bool:
-        if known.readout is None or known.tokens != stack.tokens:
-            return stack.pool is not None
-        read = tokens_read(self.logits, stack.exit, stack.tokens, images[:1].detach())
-        return read is None or read == known.readout.nonzero().flatten().tolist()
-
-
-def _explain_batch(subject: _Subject, images: Tensor, methods: Sequence[Method], target: Tensor | None) -> Explanation:
+def _explain_batch(subject: Subject, images: Tensor, methods: Sequence[Method], target: Tensor | None) -> Explanation:
     known = subject.known_layout(images.shape[1:])
     with_gradients = any(isinstance(method, GradRollout) for method in methods)
     with torch.set_grad_enabled(with_gradients):
@@ -172,7 +168,7 @@ def _explain_batch(subject: _Subject, images: Tensor, methods: Sequence[Method],
         check_start_layers(methods, len(stack.calls))
         target = logits.detach().argmax(dim=1) if target is None else target.to(logits.device)
         check_target(target, logits.shape[1])
-        layout = subject.layout(known, stack, images)
+        layout = subject.layout(stack, images)
         if layout is not known and layout.readout is not None:
             stack = replace(stack, pool=None)  # no logit depends on it
         _check_tokens(stack, layout)
@@ -203,25 +199,6 @@ def _check_tokens(stack: Stack, layout: TokenLayout) -> None:
             f"Expected {'an' if layout.readout is None else 'no'} attention-pooling head over the tokens after the "
             f"blocks, but saw {seen}."
         )
-
-
-def _call(model: nn.Module, images: Tensor) -> Any:
-    return model(images)
-
-
-def _logits(output: object, count: int) -> Tensor:
-    output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"Expected the model to return a tensor of logits, (B, C), but got {type(output).__name__}. Say how to get "
-            "them: `forward=lambda model, images: …`."
-        )
-    if output.shape in ((count,), (count, 1)):
-        half = output.reshape(count, 1) / 2
-        output = torch.cat([-half, half], dim=1)
-    if output.ndim != 2 or len(output) != count or output.shape[1] == 0:
-        raise ValueError(f"Expected the model to return logits of shape ({count}, C), but got {tuple(output.shape)}.")
-    return output
 
 
 def _output_gradients(logits: Tensor, target: Tensor, calls: Sequence[AttentionCall]) -> list[Tensor | None]:

@@ -74,13 +74,17 @@ def first_batch(loader: Iterable[Any], num_images: int) -> Any:
 
     Raises:
         ValueError: If there is no data.
+        RuntimeError: If reading it fails.
     """
     with preserved_random_state(seed=0):
         if isinstance(loader, DataLoader):
             size = None if loader.batch_size is None and loader.batch_sampler is None else num_images
             loader = DataLoader(loader.dataset, batch_size=size, collate_fn=loader.collate_fn)
-        for batch in loader:
-            return batch
+        try:
+            for batch in loader:
+                return batch
+        except Exception as error:
+            raise RuntimeError(f"Reading the probe images from the validation loader failed: {error!r}.") from error
     raise ValueError("Expected the validation loader to hold at least one batch, but it is empty.")
 
 

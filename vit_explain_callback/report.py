@@ -57,21 +57,21 @@ class Report:
     def scalars(self, history: History) -> dict[str, float]:
         """Scalars of the latest snapshot, averaged over the probe batch; degenerate maps are left out of averages.
 
-        An average over nothing is NaN. Drift is given from the second snapshot on.
+        An average over nothing is NaN. The baseline is compared with itself.
         """
-        *earlier, now = history.snapshots
-        values = {"probe/target_probability": _mean(now.target_probability)}
+        now, baseline = history.snapshots[-1], history.baseline
+        previous = history.snapshots[-2] if len(history.snapshots) > 1 else now
+        values = {
+            "probe/target_probability": _mean(now.target_probability),
+            "probe/changed_predictions": _mean((now.prediction != baseline.prediction).double()),
+        }
         if self.probe.labels is not None:
             values["probe/accuracy"] = _mean((now.prediction == self.probe.labels).double())
-        if earlier:
-            values["probe/changed_predictions"] = _mean((now.prediction != history.baseline.prediction).double())
         for method, maps in now.maps.items():
             values |= {f"map_stats/{method}/{stat}": _mean(v) for stat, v in map_statistics(maps).items()}
-            for name, reference in (("baseline", earlier[:1]), ("previous", earlier[-1:])):
-                for snapshot in reference:
-                    for metric, measure in METRICS.items():
-                        drift = _mean(measure(maps, snapshot.maps[method]))
-                        values[f"drift_{name}/{method}/{metric}"] = drift
+            for name, reference in (("baseline", baseline), ("previous", previous)):
+                for metric, measure in METRICS.items():
+                    values[f"drift_{name}/{method}/{metric}"] = _mean(measure(maps, reference.maps[method]))
         return values
 
     def figures(self, history: History) -> Iterator[tuple[str, Picture]]:

@@ -40,10 +40,15 @@ class Snapshot:
         return self.logits.double().softmax(dim=1).gather(1, self.target[:, None])[:, 0]
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file: `map/{method}`, `logits`, `target`, and `step` in its metadata."""
+        """Write a safetensors file: `map/{method}`, `logits`, `target`, and `step` in its metadata.
+
+        The file appears whole or not at all, also if the process is killed.
+        """
         tensors = {f"map/{name}": maps.contiguous() for name, maps in self.maps.items()}
         tensors |= {"logits": self.logits.contiguous(), "target": self.target.contiguous()}
-        save_file(tensors, path, metadata={"step": str(self.step)})
+        partial = path.with_name(f"{path.name}.partial")
+        save_file(tensors, partial, metadata={"step": str(self.step)})
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:

@@ -11,27 +11,23 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from vit_explain_callback._lightning import LightningModule, Trainer
 from vit_explain_callback.isolation import preserved_random_state
 from vit_explain_callback.probe import ProbeBatch, first_batch
+from vit_explain_callback.ranks import Ranks
 
 
-def collect_probe(trainer: Trainer, pl_module: LightningModule, num_images: int) -> ProbeBatch:
+def collect_probe(trainer: Trainer, pl_module: LightningModule, num_images: int, ranks: Ranks) -> ProbeBatch:
     """The first `num_images` validation images as the model gets them; fewer, with a warning, if there are no more.
 
-    The module's own transfer hooks, which may normalise, do what they do in validation.
+    The module's own transfer hooks, which may normalise, do what they do in validation. The first process collects, and
+    gives the images to all.
+
+    Raises:
+        TypeError: If there are no images to be found in a batch.
+        ValueError: If there are no images.
+        RuntimeError: If reading them fails.
     """
-    batch = first_batch(_loader(trainer), num_images)
-    stage = trainer.state.stage
-    try:
-        trainer.validating = True
-        with preserved_random_state(seed=0), torch.no_grad():
-            batch = trainer.strategy.batch_to_device(batch, pl_module.device)
-    finally:
-        trainer.state.stage = stage
-    probe = ProbeBatch.from_batch(batch, num_images)
-    if len(probe) < num_images:
-        rank_zero_warn(
-            f"ViTExplainCallback: `num_images={num_images}`, but the validation set gave {len(probe)}; these are used."
-        )
-    return probe
+    collected, *_ = ranks.together(lambda: _collect(trainer, pl_module, num_images) if ranks.rank == 0 else None)
+    assert collected is not None
+    return collected
 
 
 def class_names(trainer: Trainer) -> Sequence[str] | None:
@@ -46,3 +42,20 @@ def _loader(trainer: Trainer) -> Any:
     if isinstance(loaders, dict):
         loaders = list(loaders.values())
     return loaders[0] if isinstance(loaders, list | tuple) else loaders
+
+
+def _collect(trainer: Trainer, pl_module: LightningModule, num_images: int) -> ProbeBatch:
+    batch = first_batch(_loader(trainer), num_images)
+    stage = trainer.state.stage
+    try:
+        trainer.validating = True
+        with preserved_random_state(seed=0), torch.no_grad():
+            batch = trainer.strategy.batch_to_device(batch, pl_module.device)
+    finally:
+        trainer.state.stage = stage
+    probe = ProbeBatch.from_batch(batch, num_images)
+    if len(probe) < num_images:
+        rank_zero_warn(
+            f"ViTExplainCallback: `num_images={num_images}`, but the validation set gave {len(probe)}; these are used."
+        )
+    return probe

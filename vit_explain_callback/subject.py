@@ -1,0 +1,101 @@
+"""The model that is explained: how it turns images into logits, and what its tokens are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from vit_explain_callback.experiment import observed_layout, tokens_read
+from vit_explain_callback.layout import StatedLayout, TokenLayout
+from vit_explain_callback.stack import Stack
+from vit_explain_callback.vit import timm_layout
+
+LogitsOf: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model to explain, the ViT in it, and what the user says of them.
+
+    What is found out about the tokens is remembered for each size of image.
+
+    Attributes:
+        model: Turns images into logits.
+        vit: The ViT inside it, or the model itself.
+        forward: How to get logits from the model and images; None calls it.
+        stated: What the user says of the tokens.
+    """
+
+    model: nn.Module
+    vit: nn.Module
+    forward: LogitsOf | None
+    stated: StatedLayout
+    _known: dict[tuple[int, ...], TokenLayout | None] = field(default_factory=dict, repr=False)
+    _found: dict[tuple[int, ...], TokenLayout] = field(default_factory=dict, repr=False)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, C) of (B, C, H, W) images; a head with one logit gives two classes.
+
+        Raises:
+            TypeError: If the model does not return a tensor, or something that carries `logits`.
+            ValueError: If it is not (B, C).
+        """
+        output: object = self.model(images) if self.forward is None else self.forward(self.model, images)
+        return _checked(output, len(images))
+
+    def known_layout(self, image_shape: Sequence[int]) -> TokenLayout | None:
+        """The layout of the tokens as timm has it, unless the user says something else.
+
+        Raises:
+            ValueError: If the model does not take images of this shape, (C, H, W).
+        """
+        shape = tuple(image_shape)
+        if shape not in self._known:
+            stated = self.stated != StatedLayout()
+            self._known[shape] = None if stated else timm_layout(self.vit, shape, self.model is self.vit)
+        return self._known[shape]
+
+    def layout(self, stack: Stack, images: Tensor) -> TokenLayout:
+        """The known layout if the logits agree that it is what they read, else what an experiment finds.
+
+        Raises:
+            ValueError: If it cannot be told.
+        """
+        key = (*images.shape[1:], stack.tokens)
+        if key not in self._found:
+            self._found[key] = self._find_layout(stack, images)
+        return self._found[key]
+
+    def _find_layout(self, stack: Stack, images: Tensor) -> TokenLayout:
+        known = self.known_layout(images.shape[1:])
+        if known is not None and (self.model is self.vit or self._is_read(known, stack, images)):
+            return known
+        pooled = stack.pool is not None
+        with torch.no_grad():
+            seen = observed_layout(self.logits, stack.entry, stack.exit, stack.tokens, images, pooled, self.stated)
+        return seen if known is None else replace(seen, class_token=known.class_token)
+
+    def _is_read(self, known: TokenLayout, stack: Stack, images: Tensor) -> bool:
+        if known.readout is None or known.tokens != stack.tokens:
+            return stack.pool is not None
+        read = tokens_read(self.logits, stack.exit, stack.tokens, images[:1].detach())
+        return read is None or read == known.readout.nonzero().flatten().tolist()
+
+
+def _checked(output: object, count: int) -> Tensor:
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"Expected the model to return a tensor of logits, (B, C), but got {type(output).__name__}. Say how to get "
+            "them: `forward=lambda model, images: …`."
+        )
+    if output.shape in ((count,), (count, 1)):
+        half = output.reshape(count, 1) / 2
+        output = torch.cat([-half, half], dim=1)
+    if output.ndim != 2 or len(output) != count or output.shape[1] == 0:
+        raise ValueError(f"Expected the model to return logits of shape ({count}, C), but got {tuple(output.shape)}.")
+    return output
