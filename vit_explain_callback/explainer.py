@@ -168,19 +168,20 @@ def _explain_batch(subject: Subject, images: Tensor, methods: Sequence[Method], 
         check_start_layers(methods, len(stack.calls))
         target = logits.detach().argmax(dim=1) if target is None else target.to(logits.device)
         check_target(target, logits.shape[1])
-        layout = subject.layout(stack, images)
-        if layout is not known and layout.readout is not None:
-            stack = replace(stack, pool=None)  # no logit depends on it
-        _check_tokens(stack, layout)
-        calls = stack.calls if stack.pool is None else [*stack.calls, stack.pool]
-        gradients: list[Tensor | None] = [None] * len(calls)
-        if with_gradients:
-            gradients = _output_gradients(logits, target, calls)
-        del calls
+        gradients = _output_gradients(logits, target, stack) if with_gradients else _nones(stack)
+    # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
+    logits, images = logits.detach(), images.detach()
+    layout = subject.layout(stack, images)
+    if layout is not known and layout.readout is not None and stack.pool is not None:
+        stack = replace(stack, pool=None)  # no logit depends on it
+        gradients.pop()
+    _check_tokens(stack, layout)
+    if with_gradients:
+        _check_reached(stack, gradients)
     with torch.no_grad():
         rows = fold(methods, stack, gradients, layout)
     maps = {method.name: layout.to_grid(row) for method, row in rows.items()}
-    return Explanation(maps, logits.detach(), target)
+    return Explanation(maps, logits, target)
 
 
 def _check_tokens(stack: Stack, layout: TokenLayout) -> None:
@@ -201,18 +202,35 @@ def _check_tokens(stack: Stack, layout: TokenLayout) -> None:
         )
 
 
-def _output_gradients(logits: Tensor, target: Tensor, calls: Sequence[AttentionCall]) -> list[Tensor | None]:
-    """∂y_c/∂O of each call. Images do not mix in evaluation mode, so one pass serves the whole batch."""
-    outputs = [call.output for call in calls]
-    reached: Sequence[Tensor | None] = [None] * len(calls)
-    if logits.requires_grad and all(output.requires_grad for output in outputs):
+def _nones(stack: Stack) -> list[Tensor | None]:
+    return [None] * len(_with_pool(stack))
+
+
+def _output_gradients(logits: Tensor, target: Tensor, stack: Stack) -> list[Tensor | None]:
+    """∂y_c/∂O of each block and then of the pool, None where y_c does not depend on it.
+
+    Images do not mix in evaluation mode, so one pass serves the whole batch.
+    """
+    gradients = _nones(stack)
+    outputs = [call.output for call in _with_pool(stack)]
+    attached = [index for index, output in enumerate(outputs) if output.requires_grad]
+    if logits.requires_grad and attached:
         chosen = logits.gather(1, target[:, None])
-        reached = torch.autograd.grad(chosen.sum(), outputs, allow_unused=True)
-    for call, gradient in zip(calls, reached, strict=True):
+        found = torch.autograd.grad(chosen.sum(), [outputs[index] for index in attached], allow_unused=True)
+        for index, gradient in zip(attached, found, strict=True):
+            gradients[index] = gradient
+    return gradients
+
+
+def _with_pool(stack: Stack) -> list[AttentionCall]:
+    return stack.calls if stack.pool is None else [*stack.calls, stack.pool]
+
+
+def _check_reached(stack: Stack, gradients: Sequence[Tensor | None]) -> None:
+    for call, gradient in zip(_with_pool(stack), gradients, strict=True):
         if gradient is None:
             raise ValueError(
                 f"Expected gradients to reach `{call.module}`, but its output is cut off from the logits. Take "
                 "`detach()` out of the model's forward (freeze parameters with `requires_grad` instead), or leave out "
                 "gradient rollout."
             )
-    return list(reached)

@@ -1,0 +1,118 @@
+"""One process of a run of several, started by `test_many_processes.py`; writes what it saw to a file of its own."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from tests.runs import Classifier, fit, loader, messages
+from vit_explain_callback import ViTExplainCallback
+
+
+class Faulty(Classifier):
+    """Under explanation, one process only fails at step 2, and is short of memory at step 3."""
+
+    def forward(self, images: Tensor) -> Any:
+        if not self.net.training and self.global_rank == 1:
+            if self.global_step == 2:
+                raise RuntimeError("this process cannot")
+            if self.global_step == 3 and len(images) > 2:
+                raise torch.OutOfMemoryError("out of memory")
+        return super().forward(images)
+
+
+class Sharded(Classifier):
+    """Parameters sharded by FSDP2."""
+
+    def configure_model(self) -> None:
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.net.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+class FSDPOnCPU(FSDPStrategy):
+    """Lightning and FSDP ask for a GPU where nothing but names needs one."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+
+def strategy(name: str, reductions: list[int]) -> Strategy:
+    """A strategy on the CPU; under DDP, the size of every gradient bucket that is reduced is kept."""
+
+    def hook(state: Any, bucket: Any) -> Any:
+        reductions.append(bucket.buffer().numel())
+        return allreduce_hook(state, bucket)
+
+    if name == "ddp":
+        return DDPStrategy(process_group_backend="gloo", ddp_comm_hook=hook)
+    if name == "fsdp":
+        return FSDPOnCPU(process_group_backend="gloo", auto_wrap_policy={type(Classifier().net.blocks[0])})
+    return ModelParallelStrategy(
+        data_parallel_size=1 if name == "tensor_parallel" else 2,
+        tensor_parallel_size=2 if name == "tensor_parallel" else 1,
+        process_group_backend="gloo",
+    )
+
+
+def run(arguments: argparse.Namespace, callback: ViTExplainCallback | None) -> dict[str, Any]:
+    """What this process sees of a run with or without the callback."""
+    module = Sharded() if arguments.strategy in ("fsdp2", "tensor_parallel") else Classifier()
+    if arguments.faulty:
+        module = Faulty()
+    explained: list[int] = []
+    reductions: list[int] = []
+    module.net.register_forward_hook(lambda net, args, _: None if net.training else explained.append(len(args[0])))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(
+            callback,
+            arguments.output,
+            module,
+            train=loader(batch_size=4 // arguments.devices),
+            max_epochs=1,
+            devices=arguments.devices,
+            strategy=strategy(arguments.strategy, reductions),
+        )
+    return {
+        "rank": trainer.global_rank,
+        "said": messages(caught),
+        "weights": {name: _whole(value).clone() for name, value in module.state_dict().items()},
+        "explained": explained,
+        "reductions": reductions,
+        "snapshots": callback.state_dict()["history"]["snapshots"] if callback else [],
+        "metrics": {tag: value for tag, value in trainer.callback_metrics.items() if "drift" in tag},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--strategy", default="ddp")
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--faulty", action="store_true")
+    parser.add_argument("--num-images", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    on_error: Any = "warn" if arguments.faulty else "raise"
+    callback = ViTExplainCallback(every_n_steps=1, num_images=arguments.num_images, num_shown=1, on_error=on_error)
+    seen = {"with": run(arguments, callback), "without": run(arguments, None)}
+    torch.save(seen, arguments.output / f"rank_{seen['with']['rank']}.pt")
+
+
+def _whole(value: Any) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+if __name__ == "__main__":
+    main()
