@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.runs import Classifier, fit, loader, messages
 from vit_explain_callback import ViTExplainCallback
@@ -47,15 +49,27 @@ class FSDPOnCPU(FSDPStrategy):
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
 
 
+class CountingDDP(DDPStrategy):
+    """Keeps the size of every gradient bucket that is reduced."""
+
+    def __init__(self, reductions: list[int]) -> None:
+        super().__init__(process_group_backend="gloo")
+        self.reductions = reductions
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+
+        def hook(_: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+            self.reductions.append(bucket.buffer().numel())
+            return allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.register_comm_hook(None, hook)
+
+
 def strategy(name: str, reductions: list[int]) -> Strategy:
-    """A strategy on the CPU; under DDP, the size of every gradient bucket that is reduced is kept."""
-
-    def hook(state: Any, bucket: Any) -> Any:
-        reductions.append(bucket.buffer().numel())
-        return allreduce_hook(state, bucket)
-
     if name == "ddp":
-        return DDPStrategy(process_group_backend="gloo", ddp_comm_hook=hook)
+        return CountingDDP(reductions)
     if name == "fsdp":
         return FSDPOnCPU(process_group_backend="gloo", auto_wrap_policy={type(Classifier().net.blocks[0])})
     return ModelParallelStrategy(
