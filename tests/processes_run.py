@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -59,12 +58,12 @@ class CountingDDP(DDPStrategy):
     def configure_ddp(self) -> None:
         super().configure_ddp()
 
-        def hook(_: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        def reduce(bucket: Any) -> Any:
             self.reductions.append(bucket.buffer().numel())
-            return allreduce_hook(torch.distributed.group.WORLD, bucket)
+            return allreduce_hook(torch.distributed.GroupMember.WORLD, bucket)  # type: ignore[arg-type]
 
         assert isinstance(self.model, DistributedDataParallel)
-        self.model.register_comm_hook(None, hook)
+        self.model.register_comm_hook(None, lambda _, bucket: reduce(bucket))
 
 
 def strategy(name: str, reductions: list[int]) -> Strategy:
