@@ -238,6 +238,11 @@ def test_transfer_hooks_run_as_in_validation(tmp_path: Path) -> None:
     assert trainer.state.stage is None or not trainer.validating
 
 
+def test_probe_images_are_there_before_the_first_epoch_that_is_validated(tmp_path: Path) -> None:
+    trainer = fit(ViTExplainCallback(["rollout"], on_error="raise"), tmp_path, check_val_every_n_epoch=9)
+    assert saved(trainer)[0].target.equal(Pictures().labels)
+
+
 def test_fewer_images_than_asked_for_are_used_and_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="`num_images=64`, but the validation set gave 16"):
         trainer = fit(ViTExplainCallback(["rollout"], num_images=64), tmp_path)

@@ -47,8 +47,11 @@ class Snapshot:
         tensors = {f"map/{name}": maps.contiguous() for name, maps in self.maps.items()}
         tensors |= {"logits": self.logits.contiguous(), "target": self.target.contiguous()}
         partial = path.with_name(f"{path.name}.partial")
-        save_file(tensors, partial, metadata={"step": str(self.step)})
-        partial.replace(path)
+        try:
+            save_file(tensors, partial, metadata={"step": str(self.step)})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:

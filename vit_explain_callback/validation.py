@@ -39,6 +39,9 @@ def class_names(trainer: Trainer) -> Sequence[str] | None:
 def _loader(trainer: Trainer) -> Any:
     """The validation loader, the first if there are several."""
     loaders = trainer.val_dataloaders
+    if loaders is None:  # Lightning makes them in the first epoch that is validated
+        with preserved_random_state():
+            loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
     if isinstance(loaders, dict):
         loaders = list(loaders.values())
     return loaders[0] if isinstance(loaders, list | tuple) else loaders
