@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from timm.data import Mixup
 from pytorch_lightning.plugins.precision import MixedPrecision
+from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
