@@ -20,7 +20,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
-from timm.data import Mixup
+from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -156,6 +156,7 @@ def outcome(configuration: Configuration, folder: Path, callbacks: list[pl.Callb
     module = Manual() if configuration.manual else Model(**configuration.model)
     data = Noisy(configuration.noisy)
     train, validation = (DataLoader(data, 6, shuffle=True, num_workers=configuration.workers) for _ in range(2))
+    others = configuration.callbacks()
     options: dict[str, Any] = {"num_sanity_val_steps": 0} | configuration.trainer
     trainer = pl.Trainer(
         max_epochs=2,
@@ -166,7 +167,7 @@ def outcome(configuration: Configuration, folder: Path, callbacks: list[pl.Callb
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        callbacks=[*callbacks, *configuration.callbacks()],
+        callbacks=[*callbacks, *others],
         plugins=configuration.plugins(),
         **options,
     )
@@ -178,7 +179,6 @@ def outcome(configuration: Configuration, folder: Path, callbacks: list[pl.Callb
         warnings.filterwarnings("ignore", "ViTExplainCallback: .* degenerate")
         trainer.fit(module, train, validation)
         results = [getattr(trainer, stage)(module, validation, verbose=False) for stage in configuration.after]
-    averaging = [callback for callback in trainer.callbacks if "Averaging" in type(callback).__name__]
     return {
         "state": {name: value.clone() for name, value in module.state_dict().items()},
         "grads": {name: parameter.grad for name, parameter in module.named_parameters()},
@@ -186,7 +186,7 @@ def outcome(configuration: Configuration, folder: Path, callbacks: list[pl.Callb
         "training": [child.training for child in module.modules()],
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-        "averages": [getattr(callback, "_average_model", nn.Identity()).state_dict() for callback in averaging],
+        "averages": [getattr(callback, "_average_model", nn.Identity()).state_dict() for callback in others],
         "scaler": trainer.precision_plugin.state_dict(),
         "losses": module.losses,
         "logged": {name: value for name, value in trainer.logged_metrics.items() if "loss" in name},
