@@ -37,9 +37,9 @@ def class_names(trainer: Trainer) -> Sequence[str] | None:
 
 
 def _loader(trainer: Trainer) -> Any:
-    """The validation loader, the first if there are several."""
+    """The validation loader, the first if there are several; None if there is none."""
     loaders = trainer.val_dataloaders
-    if loaders is None:  # Lightning makes them in the first epoch that is validated
+    if loaders is None and trainer.enable_validation:  # Lightning makes them in the first epoch that is validated
         with preserved_random_state():
             loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
     if isinstance(loaders, dict):
