@@ -130,9 +130,8 @@ def test_drift_can_be_monitored_by_lightnings_own_callbacks(tmp_path: Path) -> N
     tag = "drift_baseline/rollout/jensen_shannon"
     keeper = ModelCheckpoint(tmp_path, monitor=tag, mode="max", save_top_k=1)
     impatient = EarlyStopping("drift_previous/rollout/spearman", mode="min", patience=1, check_on_train_epoch_end=True)
-    first = EarlyStopping(
-        tag, mode="max", patience=9
-    )  # at the end of validation, and so before the first epoch's drift
+    # At the end of validation, and so before the first epoch's drift.
+    first = EarlyStopping(tag, mode="max", patience=9, check_on_train_epoch_end=False)
     trainer = fit(
         ViTExplainCallback(["rollout"]),
         tmp_path,
@@ -149,7 +148,9 @@ def test_drift_can_be_monitored_by_lightnings_own_callbacks(tmp_path: Path) -> N
 
 def test_drift_can_be_monitored_from_the_first_moment_of_a_resumed_run(tmp_path: Path) -> None:
     def patient() -> EarlyStopping:
-        return EarlyStopping("drift_previous/rollout/spearman", mode="max", patience=9)
+        # Of the end of validation, which is before the resumed run's first snapshot.
+        tag = "drift_previous/rollout/spearman"
+        return EarlyStopping(tag, mode="max", patience=9, check_on_train_epoch_end=False)
 
     trainer = fit(ViTExplainCallback(["rollout"]), tmp_path, more_callbacks=[patient()])
     trainer.save_checkpoint(tmp_path / "half.ckpt")
