@@ -11,17 +11,9 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
-from vit_explain_callback.drift import (
-    METRICS,
-    centroid_shift,
-    is_degenerate,
-    jensen_shannon,
-    map_statistics,
-    spearman,
-    top10_iou,
-)
-
-UNCHANGED = {"spearman": 1.0, "jensen_shannon": 0.0, "top10_iou": 1.0, "centroid_shift": 0.0}
+from vit_explain_callback.drift import METRICS, UNCHANGED, centroid_shift, jensen_shannon, spearman, top10_iou
+from vit_explain_callback.map_statistics import map_statistics
+from vit_explain_callback.maps import is_degenerate
 
 
 def random_maps(count: int = 4, grid: tuple[int, int] = (6, 8), seed: int = 0) -> Tensor:
