@@ -5,12 +5,14 @@ Shapes: B images, C channels of the image or classes of the logits, N tokens, H 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from vit_explain_callback.blocks import BlockMeter
 from vit_explain_callback.capture import AttentionCall, AttentionRecorder
 from vit_explain_callback.checks import check_classifier, check_counts, check_images, check_start_layers, check_target
 from vit_explain_callback.explanation import Explanation
@@ -22,6 +24,8 @@ from vit_explain_callback.stack import Stack, find_stack
 from vit_explain_callback.subject import LogitsOf, Subject
 from vit_explain_callback.vit import find_vit, refuse_other_timm_models
 
+T = TypeVar("T")
+
 
 def explain(
     model: nn.Module,
@@ -30,6 +34,7 @@ def explain(
     target: int | Tensor | None = None,
     batch_size: int | None = None,
     *,
+    block_statistics: bool = False,
     vit: str | None = None,
     forward: LogitsOf | None = None,
     prefix_tokens: int | None = None,
@@ -46,6 +51,7 @@ def explain(
         methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout` and `GradRollout` objects.
         target: Class to explain: None for the predicted one, one index for all images, or (B,) integer indices.
         batch_size: Images per pass; None takes all at once. It changes memory, not results.
+        block_statistics: Whether to measure what each block attends to; see `BlockStatistics`.
         vit: Attribute path of the ViT inside `model`, needed where it holds several.
         forward: How to get logits (B, C) from `model` and images, if not by `model(images)`.
         prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
@@ -69,7 +75,7 @@ def explain(
         {'rollout': (1, 14, 14), 'grad_rollout_max': (1, 14, 14)}
     """
     explainer = Explainer(model, methods, vit=vit, forward=forward, prefix_tokens=prefix_tokens, grid_size=grid_size)
-    return explainer(images, target, batch_size)
+    return explainer(images, target, batch_size, block_statistics)
 
 
 class Explainer:
@@ -105,7 +111,11 @@ class Explainer:
             check_classifier(model)
 
     def __call__(
-        self, images: Tensor, target: int | Tensor | None = None, batch_size: int | None = None
+        self,
+        images: Tensor,
+        target: int | Tensor | None = None,
+        batch_size: int | None = None,
+        block_statistics: bool = False,
     ) -> Explanation:
         """Explain a batch, in parts of `batch_size` images; in smaller ones where memory does not suffice.
 
@@ -114,27 +124,67 @@ class Explainer:
             ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
         """
         check_images(images)
-        check_counts(batch_size=batch_size)
         targets = _as_targets(target, len(images))
+
+        def work(part: slice, copied: Tensor) -> Explanation:
+            own = None if targets is None else targets[part]
+            return _explain_batch(self._subject, copied, self.methods, own, block_statistics)
+
+        return Explanation.joined(self._in_parts(images, batch_size, work))
+
+    def logits(self, images: Tensor, batch_size: int | None = None) -> Tensor:
+        """What the model makes of images (B, C, H, W), explained or not: (B, C) logits."""
+        with torch.no_grad():
+            return torch.cat(self._in_parts(images, batch_size, lambda _, copied: self._subject.logits(copied)))
+
+    def logits_without(self, images: Tensor, taken: Tensor, batch_size: int | None = None) -> Tensor:
+        """Logits (B, C) when the tokens of some patches never enter the first block.
+
+        For models that give tokens their position before the blocks, and whose images were explained before.
+
+        Args:
+            images: (B, C, H, W).
+            taken: Patches to leave out, (B, grid_h, grid_w) boolean, as many of each image.
+            batch_size: Images per pass.
+
+        Raises:
+            ValueError: If the blocks themselves need to know where their tokens are, as with rotary embeddings.
+        """
+
+        def work(part: slice, copied: Tensor) -> Tensor:
+            with self._subject.without_tokens(copied, taken[part].to(copied.device)):
+                try:
+                    return self._subject.logits(copied)
+                except RuntimeError as error:
+                    if _is_out_of_memory(error):
+                        raise
+                    raise ValueError(
+                        f"Expected the blocks of {type(self._subject.vit).__name__} to take any number of tokens, but "
+                        f"they do not ({error}): paint patches over instead, with `removal='mean_colour'`."
+                    ) from error
+
+        with torch.no_grad():
+            return torch.cat(self._in_parts(images, batch_size, work))
+
+    def _in_parts(self, images: Tensor, batch_size: int | None, work: Callable[[slice, Tensor], T]) -> list[T]:
+        """Do `work` on copies of a few images at a time, undisturbed; on fewer where memory does not suffice."""
+        check_counts(batch_size=batch_size)
         parameter = next(self._subject.vit.parameters())
         size = min(batch_size or len(images), len(images))
-        parts: list[Explanation] = []
+        parts: list[T] = []
         start = 0
         with undisturbed(self._subject.model):
             while start < len(images):
                 part = slice(start, start + size)
                 try:
-                    copied = images[part].to(parameter, copy=True)
-                    parts.append(
-                        _explain_batch(self._subject, copied, self.methods, None if targets is None else targets[part])
-                    )
+                    parts.append(work(part, images[part].to(parameter, copy=True)))
                 except RuntimeError as error:
                     if size == 1 or not _is_out_of_memory(error):
                         raise
                     size = (size + 1) // 2
                 else:
                     start += size
-        return Explanation.joined(parts)
+        return parts
 
 
 def _as_targets(target: int | Tensor | None, count: int) -> Tensor | None:
@@ -155,7 +205,9 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return any(words in text for words in ("out of memory", "can't allocate memory", "not enough memory"))
 
 
-def _explain_batch(subject: Subject, images: Tensor, methods: Sequence[Method], target: Tensor | None) -> Explanation:
+def _explain_batch(
+    subject: Subject, images: Tensor, methods: Sequence[Method], target: Tensor | None, block_statistics: bool
+) -> Explanation:
     known = subject.known_layout(images.shape[1:])
     with_gradients = any(isinstance(method, GradRollout) for method in methods)
     with torch.set_grad_enabled(with_gradients):
@@ -179,9 +231,16 @@ def _explain_batch(subject: Subject, images: Tensor, methods: Sequence[Method], 
     if with_gradients:
         _check_reached(stack, gradients)
     with torch.no_grad():
-        rows = fold(methods, stack, gradients, layout)
+        meter = _meter(stack, layout, images) if block_statistics else None
+        rows = fold(methods, stack, gradients, layout, meter)
     maps = {method.name: layout.to_grid(row) for method, row in rows.items()}
-    return Explanation(maps, logits, target)
+    return Explanation(maps, logits, target, None if meter is None else meter.result())
+
+
+def _meter(stack: Stack, layout: TokenLayout, images: Tensor) -> BlockMeter:
+    like = images.new_zeros((), dtype=torch.promote_types(images.dtype, torch.float32))
+    height, width = images.shape[2:]
+    return BlockMeter(layout, (height, width), len(images), [call.shape[1] for call in stack.calls], like)
 
 
 def _check_tokens(stack: Stack, layout: TokenLayout) -> None:

@@ -5,10 +5,12 @@ Shapes: B images, b of them at a time, H heads, N query tokens, M key tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
+from vit_explain_callback.blocks import BlockMeter
 from vit_explain_callback.capture import AttentionCall
 from vit_explain_callback.layout import TokenLayout
 from vit_explain_callback.methods import Method
@@ -20,7 +22,11 @@ CHUNK_ENTRIES = 2**25
 
 
 def fold(
-    methods: Sequence[Method], stack: Stack, gradients: list[Tensor | None], layout: TokenLayout
+    methods: Sequence[Method],
+    stack: Stack,
+    gradients: list[Tensor | None],
+    layout: TokenLayout,
+    meter: BlockMeter | None = None,
 ) -> dict[Method, Tensor]:
     """Relevance of every token by method, (B, N).
 
@@ -31,12 +37,13 @@ def fold(
             needs them. Like the calls of `stack`, it is emptied on the way, so that a block's tensors are let go once
             it is done.
         layout: The tokens.
+        meter: Shown every block's attention on the way.
     """
     pool_gradient = gradients.pop() if stack.pool is not None else None
     last = stack.calls[-1]
     rows = {method: _start_row(method, layout, last, stack.pool, pool_gradient) for method in methods}
     del last
-    _fold(rows, stack.calls, gradients, layout.class_token)
+    _fold(rows, stack.calls, gradients, layout.class_token, meter)
     return rows
 
 
@@ -55,7 +62,11 @@ def _start_row(
 
 
 def _fold(
-    rows: dict[Method, Tensor], calls: list[AttentionCall], gradients: list[Tensor | None], class_token: int | None
+    rows: dict[Method, Tensor],
+    calls: list[AttentionCall],
+    gradients: list[Tensor | None],
+    class_token: int | None,
+    meter: BlockMeter | None,
 ) -> None:
     """Carry `rows` (B, N) from the last block to the first, in place; a block's tensors are let go once it is done."""
     while calls:
@@ -66,12 +77,19 @@ def _fold(
         step = max(1, CHUNK_ENTRIES // (heads * tokens * tokens))
         for start in range(0, batch, step):
             images = slice(start, min(start + step, batch))
-            for method, fused in _fused(call, gradient, images, active).items():
+            show = None if meter is None else partial(meter.add, layer - 1, images)
+            for method, fused in _fused(call, gradient, images, active, show).items():
                 kept = discard_lowest(fused, method.discard_ratio, class_token)
                 rows[method][images] = rollout_step(rows[method][images], kept)
 
 
-def _fused(call: AttentionCall, gradient: Tensor | None, images: slice, methods: set[Method]) -> dict[Method, Tensor]:
+def _fused(
+    call: AttentionCall,
+    gradient: Tensor | None,
+    images: slice,
+    methods: set[Method],
+    show: Callable[[Tensor], None] | None = None,
+) -> dict[Method, Tensor]:
     """F of some images for each method, (b, N, M); methods that differ only later share one tensor."""
     fusers = {(method.kind, method.head_fusion): HeadFuser(method.head_fusion) for method in methods}
     _, heads, queries, keys = call.shape
@@ -79,6 +97,8 @@ def _fused(call: AttentionCall, gradient: Tensor | None, images: slice, methods:
     for start in range(0, heads, step):
         chunk = slice(start, min(start + step, heads))
         attention = call.attention(images, chunk)
+        if show is not None:
+            show(attention)
         for (kind, _), fuser in fusers.items():
             if kind == "rollout":
                 fuser.add(attention)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Subject:
     stated: StatedLayout
     _known: dict[tuple[int, ...], TokenLayout | None] = field(default_factory=dict, repr=False)
     _found: dict[tuple[int, ...], TokenLayout] = field(default_factory=dict, repr=False)
+    _entries: dict[tuple[int, ...], tuple[nn.Module, TokenLayout]] = field(default_factory=dict, repr=False)
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, C) of (B, C, H, W) images; a head with one logit gives two classes.
@@ -68,7 +70,35 @@ class Subject:
         key = (*images.shape[1:], stack.tokens)
         if key not in self._found:
             self._found[key] = self._find_layout(stack, images)
+            self._entries[tuple(images.shape[1:])] = (stack.entry, self._found[key])
         return self._found[key]
+
+    @contextmanager
+    def without_tokens(self, images: Tensor, taken: Tensor) -> Iterator[None]:
+        """Keep the tokens of some patches, (B, grid_h, grid_w) boolean, from entering the first block.
+
+        Raises:
+            ValueError: If the layout of the tokens is not known yet, or is another.
+        """
+        entry, layout = self._entries.get(tuple(images.shape[1:]), (None, None))
+        if entry is None or layout is None or taken.shape[1:] != layout.grid:
+            raise ValueError(
+                f"Expected images of shape {tuple(images.shape[1:])} with {tuple(taken.shape[1:])} patches to have "
+                "been explained before tokens are left out, but they have not."
+            )
+        kept = torch.ones(len(images), layout.tokens, dtype=torch.bool, device=images.device)
+        kept[:, layout.patches] = ~taken.flatten(1)
+        index = kept.nonzero()[:, 1].view(len(images), -1, 1)
+
+        def drop(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            tokens = args[0]
+            return (tokens.gather(1, index.expand(-1, -1, tokens.shape[2])), *args[1:])
+
+        handle = entry.register_forward_pre_hook(drop)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _find_layout(self, stack: Stack, images: Tensor) -> TokenLayout:
         known = self.known_layout(images.shape[1:])
