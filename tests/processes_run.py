@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace, callback: ViTExplainCallback | None) -> d
         "weights": {name: _whole(value).clone() for name, value in module.state_dict().items()},
         "explained": explained,
         "reductions": reductions,
-        "snapshots": callback.state_dict()["history"]["snapshots"] if callback else [],
+        "snapshots": callback.state_dict()["snapshots"] if callback else [],
         "metrics": {tag: value for tag, value in trainer.callback_metrics.items() if "drift" in tag},
     }
 

@@ -96,7 +96,7 @@ def events(trainer: pl.Trainer, folder: str | None = None) -> EventAccumulator:
 
 
 def saved(trainer: pl.Trainer) -> list[Snapshot]:
-    return [Snapshot.load(path) for path in sorted(Path(trainer.log_dir or "").glob("explanations/*.safetensors"))]
+    return [Snapshot.load(path) for path in sorted(Path(trainer.log_dir or "").glob("explanations/step_*.safetensors"))]
 
 
 def messages(caught: list[warnings.WarningMessage]) -> list[str]:

@@ -21,22 +21,63 @@ from tests.runs import Classifier, Pictures, events, fit, loader, saved
 from vit_explain_callback import Rollout, ViTExplainCallback, explain
 from vit_explain_callback.drift import spearman
 from vit_explain_callback.filmstrip import filmstrip
+from vit_explain_callback.map_statistics import map_statistics
+from vit_explain_callback.regions import region_statistics
 
-METRICS = ("spearman", "jensen_shannon", "top10_iou", "centroid_shift")
-STATISTICS = ("entropy", "top10_mass", "patch_mass", "degenerate")
+METRICS = ("spearman", "jensen_shannon", "top10_iou", "centroid_shift", "cosine")
+BLOCKS = ("block_01", "block_02", "block_03")
+
+
+def documented_tags(methods: tuple[str, ...], region: str | None = None) -> set[str]:
+    """Every scalar of a run, from the README's table."""
+    tags = {"probe/accuracy", "probe/target_probability", "probe/changed_predictions", "faithfulness/random/srg"}
+    for method in methods:
+        tags |= {f"final/drift/{method}", f"final/faithfulness/{method}", f"faithfulness/{method}/srg"}
+        tags |= {f"map_stats/{method}/{stat}" for stat in (*map_statistics(torch.rand(1, 2, 2)), "sink_lift")}
+        for metric in METRICS:
+            tags |= {f"drift_scale/{method}/{metric}/{bar}" for bar in ("noise", "unrelated")}
+            for drift in ("drift_baseline", "drift_previous"):
+                tags |= {f"{drift}/{method}/{metric}", f"{drift}_scaled/{method}/{metric}"}
+                tags |= {f"{drift}_spread/{method}/{metric}/{part}" for part in ("median", "p10", "p90")}
+                tags |= {f"{drift}_split/{method}/{metric}/{part}" for part in ("changed", "unchanged")}
+        if region is not None:
+            tags.add(f"final/lift/{region}/{method}")
+            found = region_statistics(torch.rand(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))
+            tags |= {f"region/{region}/{method}/{stat}" for stat in found}
+    for block in BLOCKS:
+        tags |= {f"drift_blocks/{metric}/{block}" for metric in ("spearman", "jensen_shannon")}
+        statistics = ("entropy", "lowest_head_entropy", "distance", "class_self", "sink_share")
+        tags |= {f"attention/{statistic}/{block}" for statistic in statistics}
+    return tags
 
 
 def test_zero_configuration_writes_exactly_the_documented_tags(tmp_path: Path) -> None:
     tags = events(fit(ViTExplainCallback(), tmp_path)).Tags()
     methods = ("rollout", "grad_rollout")
     images = {f"explain_filmstrip/{method}" for method in methods}
-    images |= {f"explain_{kind}/{method}/{i}" for kind in ("overlay", "diff") for method in methods for i in range(6)}
-    scalars = {f"drift_{kind}/{m}/{metric}" for kind in ("baseline", "previous") for m in methods for metric in METRICS}
-    scalars |= {f"map_stats/{method}/{statistic}" for method in methods for statistic in STATISTICS}
-    scalars |= {"probe/accuracy", "probe/target_probability", "probe/changed_predictions"}
+    kinds = ("overlay", "diff", "gif")
+    images |= {f"explain_{kind}/{method}/{i}" for kind in kinds for method in methods for i in range(6)}
     assert set(tags["images"]) == images
-    assert set(tags["scalars"]) - {"epoch"} == scalars
-    assert all(tag in (ViTExplainCallback.__doc__ or "") for tag in METRICS + STATISTICS)
+    assert set(tags["scalars"]) - {"epoch"} == documented_tags(methods)
+    assert set(tags["tensors"]) == {"explain_verdict/text_summary", "custom_scalars__config__"}
+
+
+def test_what_is_not_asked_for_is_not_written(tmp_path: Path) -> None:
+    callback = ViTExplainCallback(
+        ["rollout"], check_every_n_snapshots=None, block_statistics=False, margin_charts=False
+    )
+    tags = events(fit(callback, tmp_path)).Tags()
+    left_out = (
+        "faithfulness",
+        "final/faithfulness",
+        "drift_scale",
+        "attention",
+        "drift_blocks",
+        "map_stats/rollout/sink",
+    )
+    expected = {tag for tag in documented_tags(("rollout",)) if not tag.startswith(left_out) and "_scaled/" not in tag}
+    assert set(tags["scalars"]) - {"epoch"} == expected
+    assert tags["tensors"] == ["explain_verdict/text_summary"]
 
 
 def test_every_tag_family_is_named_in_the_docstring_and_the_readme(tmp_path: Path) -> None:

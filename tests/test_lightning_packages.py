@@ -57,6 +57,10 @@ CONFIG = """
           init_args:
             methods: [rollout, grad_rollout_max_0.9]
             every_n_steps: 1
+            check_every_n_snapshots: 2
+            removal: tokens
+            block_statistics: false
+            margin_charts: false
             num_images: 2
             num_shown: 1
             target: 1

@@ -44,8 +44,18 @@ def assert_first_maps_are_those_of_one_process(seen: dict[str, Any]) -> None:
     data = Pictures()
     expected = explain(tiny_vit(), data.images[:IMAGES], target=data.labels[:IMAGES])
     for name, maps in expected.maps.items():
-        torch.testing.assert_close(seen["snapshots"][0]["maps"][name], maps, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(seen["snapshots"][0][f"map/{name}"], maps, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(seen["snapshots"][0]["logits"], expected.logits)
+
+
+def forward_passes(share: int, between: list[int] | None = None) -> list[int]:
+    """Images in each forward pass of 5 snapshots, of which the first and the last are checked.
+
+    After the first, one image shows what the head reads. A check takes the mirrored images, and ten passes for each of
+    two methods and a random order.
+    """
+    check = [share] * (1 + 10 * 3)
+    return [share, 1, *check, *([share] * 4 if between is None else between), *check]
 
 
 @pytest.mark.parametrize("devices", [2, 4])
@@ -54,8 +64,7 @@ def test_ddp_divides_the_probe_batch_and_every_process_knows_the_whole(devices: 
     assert len(seen) == devices
     for rank, one in enumerate(seen):
         share = len(range(IMAGES)[Ranks(rank, devices).share(IMAGES)])
-        # A forward pass for each of 5 snapshots, and after the first, one image to see what the head reads.
-        assert one["explained"] == [share, 1, share, share, share, share]
+        assert one["explained"] == forward_passes(share)
         assert differing(one["snapshots"], seen[0]["snapshots"]) == []
         assert differing(one["metrics"], seen[0]["metrics"]) == []
         assert one["metrics"]
@@ -70,7 +79,7 @@ def test_ddp_divides_the_probe_batch_and_every_process_knows_the_whole(devices: 
 def test_sharded_parameters_need_every_process_in_every_forward_pass(strategy: str, tmp_path: Path) -> None:
     seen = ranks(tmp_path / "run", "--strategy", strategy)
     for one in seen:
-        assert one["explained"] == [IMAGES, 1, IMAGES, IMAGES, IMAGES, IMAGES]
+        assert one["explained"] == forward_passes(IMAGES)
         assert differing(one["snapshots"], seen[0]["snapshots"]) == []
         assert [snapshot["step"] for snapshot in one["snapshots"]] == [0, 1, 2, 3, 4]
     assert_first_maps_are_those_of_one_process(seen[0])
@@ -81,7 +90,7 @@ def test_a_fault_on_one_process_is_shared_by_all_and_training_goes_on(tmp_path: 
     seen = ranks(tmp_path / "run", "--faulty")
     for one in seen:
         assert [snapshot["step"] for snapshot in one["snapshots"]] == [0, 1, 3, 4]
-    assert seen[1]["explained"] == [3, 1, 3, 2, 1, 3]
+    assert seen[1]["explained"] == forward_passes(3, [3, 2, 1, 3])
     (said,) = seen[0]["said"]
     assert "the snapshot at step 2 failed, and training goes on: RuntimeError('this process cannot')" in said
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib
 import numpy as np
 import pytest
@@ -102,11 +104,13 @@ def test_a_filmstrip_has_a_row_for_each_image_and_a_column_for_each_snapshot() -
     both = {0: maps, 9: maps.flip(1)}
     snapshots = [Snapshot(step, {"rollout": m}, logits, logits.argmax(1)) for step, m in both.items()]
     captions = [["cat · p=0.50"] * 3] * 2
-    strip = filmstrip([BLACK] * 3, ["target cat"] * 3, snapshots, captions, "rollout", 2.0)
-    cell_height, cell_width, gap = 85, 128, 4
-    assert strip.shape == (2 * STRIP_HEIGHT + 3 * (cell_height + STRIP_HEIGHT + gap), 3 * cell_width + 2 * gap, 3)
+    drift = [[1.0, 1.0, 1.0], [0.5, -0.5, math.nan]]
+    strip = filmstrip([BLACK] * 3, ["target cat"] * 3, snapshots, captions, drift, "rollout", 2.0)
+    cell_height, cell_width, gap, curve = 85, 128, 4, 24
+    row_height = cell_height + STRIP_HEIGHT + curve + gap
+    assert strip.shape == (2 * STRIP_HEIGHT + 3 * row_height, 3 * cell_width + 2 * gap, 3)
     for row in range(3):
-        top = STRIP_HEIGHT + row * (cell_height + STRIP_HEIGHT + gap)
+        top = STRIP_HEIGHT + row * row_height
         lefts = (0, cell_width + gap, 2 * (cell_width + gap))
         image, baseline, now = (strip[top : top + cell_height, left : left + cell_width] for left in lefts)
         assert (image == 0).all()
@@ -114,3 +118,8 @@ def test_a_filmstrip_has_a_row_for_each_image_and_a_column_for_each_snapshot() -
         assert (baseline == overlay(small, maps[row], 2.0)).all()
         assert (now == overlay(small, maps[row].flip(0), 2.0)).all()
         assert not (baseline == now).all()
+        bottom = top + row_height - gap
+        now_end = strip[bottom - curve : bottom, -cell_width // 2 - 1].astype(int)  # the curve's colour is red
+        red = np.flatnonzero(now_end[:, 0] - now_end[:, 1] > 100)
+        heights = {0: (curve - 8) / 2 + 3, 1: curve - 5}  # half-way down; at the bottom
+        assert (abs(red.mean() - heights[row]) < 2) if row in heights else not len(red)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from checkpoints import load_weights
 from torch import Tensor
 
 from tests import oracle
 from vit_explain_callback import GradRollout, Rollout, explain
+from vit_explain_callback.weights import Weights
 
 WEIGHTS = os.environ.get("VIT_EXPLAIN_WEIGHTS", "")
 pytestmark = pytest.mark.skipif(not WEIGHTS, reason="VIT_EXPLAIN_WEIGHTS is not set")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not WEIGHTS, reason="VIT_EXPLAIN_WEIGHTS is not 
 @pytest.fixture(scope="module")
 def model() -> Any:
     backbone: Any = timm.create_model("vit_small_patch14_dinov2", img_size=112, num_classes=0)
-    load_weights(backbone, Path(WEIGHTS))
+    assert Weights.read(Path(WEIGHTS)).load_into(backbone) == []
     torch.manual_seed(0)
     backbone.reset_classifier(10)
     return backbone

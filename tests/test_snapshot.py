@@ -6,29 +6,39 @@ import io
 import itertools
 from pathlib import Path
 
+import pytest
 import torch
 
-from vit_explain_callback.snapshot import History, Snapshot
+from vit_explain_callback.blocks import BlockStatistics
+from vit_explain_callback.snapshot import Checks, History, Snapshot
 
 
-def snapshot(step: int) -> Snapshot:
+def snapshot(step: int, whole: bool = False, checked: bool = False) -> Snapshot:
     generator = torch.Generator().manual_seed(step)
     logits = torch.randn(2, 4, generator=generator)
     maps = {"rollout": torch.rand(2, 3, 5, generator=generator), "grad_rollout_max_0.9": torch.zeros(2, 3, 5)}
-    return Snapshot(step, maps, logits, torch.tensor([1, 3]))
+    maps_by_block = [torch.rand(2, 4, 3, 5, generator=generator) for _ in range(2)]
+    blocks = BlockStatistics(*maps_by_block, *(torch.rand(2, 4, generator=generator) for _ in range(5)))
+    checks = Checks({"rollout": torch.rand(2, 3, 5)}, {"rollout": torch.rand(2), "random": torch.rand(2)})
+    return Snapshot(
+        step, maps, logits, torch.tensor([1, 3]), blocks if whole else None, checks if whole or checked else None
+    )
 
 
 def assert_equal(one: Snapshot, other: Snapshot) -> None:
-    assert one.step == other.step
-    assert one.maps.keys() == other.maps.keys()
-    assert all(one.maps[name].equal(other.maps[name]) for name in one.maps)
-    assert one.logits.equal(other.logits)
-    assert one.target.equal(other.target)
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    assert first.pop("step") == second.pop("step")
+    assert all(first[name].equal(second[name]) for name in first)
 
 
-def test_a_snapshot_survives_its_file(tmp_path: Path) -> None:
-    snapshot(120).save(tmp_path / "a.safetensors")
-    assert_equal(Snapshot.load(tmp_path / "a.safetensors"), snapshot(120))
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_snapshot_survives_its_file(tmp_path: Path, whole: bool) -> None:
+    one = snapshot(120, whole)
+    one.save(tmp_path / "a.safetensors")
+    loaded = Snapshot.load(tmp_path / "a.safetensors")
+    assert_equal(loaded, one)
+    assert (loaded.blocks is not None, loaded.checks is not None) == (whole, whole)
 
 
 def test_prediction_and_probability() -> None:
@@ -71,11 +81,33 @@ def test_columns_begin_with_the_baseline_and_end_with_now() -> None:
 
 def test_state_survives_a_checkpoint_loaded_with_weights_only() -> None:
     history = history_of([0, 7, 19])
+    history.add(snapshot(20, whole=True))
     file = io.BytesIO()
     torch.save(history.state_dict(), file)
     file.seek(0)
     restored = History()
     restored.load_state_dict(torch.load(file, weights_only=True))
-    assert restored.count == 3
+    assert restored.count == 4
     for one, other in zip(restored.snapshots, history.snapshots, strict=True):
         assert_equal(one, other)
+
+
+def test_only_the_first_and_the_latest_keep_what_is_large() -> None:
+    history = History()
+    for step in range(6):
+        history.add(snapshot(step, whole=step in (0, 2, 4), checked=step == 3))
+    assert [one.step for one in history.snapshots if one.blocks is not None] == [0]
+    assert [one.step for one in history.snapshots if one.checks is not None] == [0, 4]
+    assert len(history.checked) == 2
+    checks = snapshot(0, checked=True).checks
+    assert checks is not None
+    history.update_latest(checks)
+    assert history.checked[-1] is history.now.checks is checks
+    assert (history.now.step, history.previous.step) == (5, 4)
+
+
+def test_a_cleared_history_is_empty() -> None:
+    history = history_of([0, 1])
+    history.fingerprint = "a"
+    history.clear()
+    assert history.state_dict() == History().state_dict()

@@ -223,7 +223,7 @@ def test_a_run_with_the_callback_ends_in_the_same_bits(name: str, tmp_path: Path
     for schedule in ({"every_n_steps": 1}, {"every_n_epochs": 1}):
         callback = ViTExplainCallback(["rollout_max_0.5", "grad_rollout"], on_error="raise", **schedule)  # type: ignore
         assert differing(without, outcome(configuration, tmp_path, [callback])) == []
-        assert len(callback.state_dict()["history"]["snapshots"]) >= 2
+        assert len(callback.state_dict()["snapshots"]) >= 2
 
 
 OTHER_PACKAGE = """
@@ -236,7 +236,7 @@ OTHER_PACKAGE = """
     folder = Path(sys.argv[1])
     callback = ViTExplainCallback(every_n_steps=1, on_error="raise")
     assert differing(outcome(Configuration(), folder, []), outcome(Configuration(), folder, [callback])) == []
-    print(len(callback.state_dict()["history"]["snapshots"]), "snapshots, the same bits")
+    print(len(callback.state_dict()["snapshots"]), "snapshots, the same bits")
 """
 
 

@@ -8,11 +8,13 @@ from vit_explain_callback.callback import ViTExplainCallback
 from vit_explain_callback.explainer import explain
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods import GradRollout, Rollout
+from vit_explain_callback.metric import MapDrift
 from vit_explain_callback.rollout import attention_rollout, gradient_rollout
 
 __all__ = [
     "Explanation",
     "GradRollout",
+    "MapDrift",
     "Rollout",
     "ViTExplainCallback",
     "attention_rollout",

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
-    from pytorch_lightning.loggers import Logger
+    from pytorch_lightning.loggers import Logger, TensorBoardLogger
     from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
     from pytorch_lightning.utilities.model_helpers import is_overridden
 elif "lightning.pytorch" in sys.modules or find_spec("pytorch_lightning") is None:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.loggers import Logger, TensorBoardLogger
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
     from lightning.pytorch.utilities.model_helpers import is_overridden
 else:
     from pytorch_lightning import Callback, LightningModule, Trainer
-    from pytorch_lightning.loggers import Logger
+    from pytorch_lightning.loggers import Logger, TensorBoardLogger
     from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
     from pytorch_lightning.utilities.model_helpers import is_overridden
 
@@ -32,6 +32,7 @@ __all__ = [
     "FSDPStrategy",
     "LightningModule",
     "Logger",
+    "TensorBoardLogger",
     "Trainer",
     "is_overridden",
 ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vit_explain_callback._lightning import FSDPStrategy, LightningModule, Trainer
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
+from vit_explain_callback.faithfulness import Removal, Remover, mean_colour, random_maps, symmetric_relevance_gain
 from vit_explain_callback.ranks import Ranks
+from vit_explain_callback.snapshot import Checks
 from vit_explain_callback.subject import LogitsOf
 from vit_explain_callback.vit import find_vit
 
@@ -46,7 +51,12 @@ def forward_of(trainer: Trainer) -> LogitsOf | None:
 
 
 def explain_together(
-    ranks: Ranks, explainer: Explainer, images: Tensor, target: int | Tensor | None, batch_size: int | None
+    ranks: Ranks,
+    explainer: Explainer,
+    images: Tensor,
+    target: int | Tensor | None,
+    batch_size: int | None,
+    block_statistics: bool = False,
 ) -> Explanation:
     """Explain images, each process its share; every process gets the whole explanation, on the CPU.
 
@@ -58,7 +68,40 @@ def explain_together(
 
     def explain_share() -> Explanation | None:
         own = images[share]
-        return explainer(own, own_target, batch_size).cpu() if len(own) else None
+        return explainer(own, own_target, batch_size, block_statistics).cpu() if len(own) else None
 
     parts = [part for part in ranks.together(explain_share) if part is not None]
     return Explanation.joined(parts) if ranks.divided else parts[0]
+
+
+def check_together(
+    ranks: Ranks,
+    explainer: Explainer,
+    images: Tensor,
+    maps: Mapping[str, Tensor],
+    target: Tensor,
+    batch_size: int | None,
+    removal: Removal = "mean_colour",
+) -> Checks:
+    """Explain the mirrored images and measure the faithfulness of `maps`, each process its share.
+
+    Raises:
+        Exception: What the model raised on any of them.
+    """
+    mirrored = explain_together(ranks, explainer, images.flip(-1), target, batch_size).maps
+    grid = next(iter(maps.values())).shape[1:]
+    ordered = {**maps, "random": random_maps(len(images), (grid[0], grid[1]))}
+    share = ranks.share(len(images))
+
+    def measure_share() -> dict[str, Tensor]:
+        own = {name: order[share] for name, order in ordered.items()}
+        if removal == "tokens":
+            remove: Remover = partial(explainer.logits_without, batch_size=batch_size)
+        else:
+            remove = mean_colour(partial(explainer.logits, batch_size=batch_size))
+        return symmetric_relevance_gain(remove, images[share], own, target[share]) if len(images[share]) else {}
+
+    parts = [part for part in ranks.together(measure_share) if part]
+    parts = parts if ranks.divided else parts[:1]
+    gains = {name: torch.cat([part[name] for part in parts]) for name in ordered}
+    return Checks({name: found.flip(-1) for name, found in mirrored.items()}, gains)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from vit_explain_callback.overlay import STRIP_HEIGHT, Picture, colour_bar, overlay, resized, write
 from vit_explain_callback.snapshot import Snapshot
 
 _CELL = 128
 _GAP = 4
+_CURVE = 24  # height of the curve under a row
+_CURVE_COLOUR = (179, 40, 70)
+_FAINT = (216, 216, 216)
 
 
 def filmstrip(
@@ -19,6 +24,7 @@ def filmstrip(
     titles: Sequence[str],
     snapshots: Sequence[Snapshot],
     captions: Sequence[Sequence[str]],
+    correlations: Sequence[Sequence[float]],
     method: str,
     limit: float,
 ) -> Picture:
@@ -29,6 +35,8 @@ def filmstrip(
         titles: A line under each image.
         snapshots: The columns, baseline first; their maps begin with those of the shown images.
         captions: A line under each map: `captions[column][row]`.
+        correlations: Of each map with the baseline's, in [-1, 1], `correlations[column][row]`: the curve under each
+            row, from 1 at its top to 0 and less at its bottom.
         method: Name of the method whose maps are drawn.
         limit: Upper end of the colour scale, in multiples of uniform relevance.
 
@@ -37,7 +45,7 @@ def filmstrip(
     """
     height, width, _ = pictures[0].shape
     cell_height, cell_width = (max(1, round(side * _CELL / max(height, width))) for side in (height, width))
-    row_height = cell_height + STRIP_HEIGHT
+    row_height = cell_height + STRIP_HEIGHT + _CURVE
     columns = 1 + len(snapshots)
     size = (columns * (cell_width + _GAP) - _GAP, STRIP_HEIGHT * 2 + len(pictures) * (row_height + _GAP))
     canvas = Image.new("RGB", size, (255, 255, 255))
@@ -54,8 +62,28 @@ def filmstrip(
         paste(small, titles[row], 0, row)
         for column, snapshot in enumerate(snapshots):
             paste(overlay(small, snapshot.maps[method][row], limit), captions[column][row], column + 1, row)
+        bottom = STRIP_HEIGHT + (row + 1) * (row_height + _GAP) - _GAP
+        write(canvas, "rank correlation", (2, bottom - _CURVE), cell_width - 2)
+        centres = [(column + 1.5) * (cell_width + _GAP) for column in range(len(snapshots))]
+        _curve(canvas, centres, [column[row] for column in correlations], bottom - _CURVE + 3, bottom - 5)
     canvas.paste(Image.fromarray(colour_bar(limit, size[0])), (0, size[1] - STRIP_HEIGHT))
     return np.asarray(canvas)
+
+
+def _curve(canvas: Image.Image, xs: Sequence[float], values: Sequence[float], top: int, bottom: int) -> None:
+    """Draw values against x, with 1 at `top` and 0 or less at `bottom`; what is not finite leaves a gap."""
+    pen = ImageDraw.Draw(canvas)
+    pen.line([(xs[0], top), (xs[-1], top)], fill=_FAINT)
+    pen.line([(xs[0], bottom), (xs[-1], bottom)], fill=_FAINT)
+    places = [
+        (x, bottom - min(max(value, 0.0), 1.0) * (bottom - top)) if math.isfinite(value) else None
+        for x, value in zip(xs, values, strict=True)
+    ]
+    for start, end in pairwise(places):
+        if start and end:
+            pen.line([start, end], fill=_CURVE_COLOUR, width=2)
+    for place in filter(None, places):
+        pen.ellipse([place[0] - 2, place[1] - 2, place[0] + 2, place[1] + 2], fill=_CURVE_COLOUR)
 
 
 def _headings(snapshots: Sequence[Snapshot]) -> list[str]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from vit_explain_callback.drift import METRICS, map_statistics
+from vit_explain_callback.animation import animation
+from vit_explain_callback.drift import spearman
 from vit_explain_callback.filmstrip import filmstrip
 from vit_explain_callback.overlay import Picture, colour_limit, difference, overlay, resized, unnormalise, with_strip
 from vit_explain_callback.probe import ProbeBatch
+from vit_explain_callback.scalars import scalars
 from vit_explain_callback.snapshot import History, Snapshot
 
 _SIDE = 224
@@ -23,14 +29,16 @@ class Report:
     """Turns the history of a run into scalars and pictures.
 
     Attributes:
-        probe: The probe batch.
+        labels: (B,) of the probe images, or None where they are not known.
         pictures: The images that are shown, the first of the probe batch, all of one size.
         class_names: Name of each class, or None to show indices.
+        regions: Masks of the probe images by name, (B, H, W) boolean.
     """
 
-    probe: ProbeBatch
+    labels: Tensor | None
     pictures: list[Picture]
-    class_names: Sequence[str] | None = None
+    class_names: Sequence[str] | None
+    regions: Mapping[str, Tensor]
 
     @classmethod
     def of(
@@ -39,6 +47,7 @@ class Report:
         num_shown: int,
         normalised: tuple[Sequence[float], Sequence[float]] | None,
         class_names: Sequence[str] | None,
+        regions: Mapping[str, Tensor],
     ) -> Report:
         """Undo the normalisation (mean, std) of the images that are shown, with a longer side of 224 pixels.
 
@@ -52,37 +61,41 @@ class Report:
         height, width = probe.images.shape[2:]
         size = [round(side * _SIDE / max(height, width)) for side in (height, width)]
         pictures = [resized(unnormalise(image, *normalised), *size) for image in probe.images[:num_shown]]
-        return cls(probe, pictures, class_names)
+        return cls(probe.labels, pictures, class_names, regions)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file: `pictures`, `labels`, `region/{name}`, and class names in its metadata."""
+        tensors = {f"region/{name}": masks.contiguous() for name, masks in self.regions.items()}
+        tensors["pictures"] = torch.stack([torch.tensor(picture) for picture in self.pictures])
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        names = None if self.class_names is None else [str(name) for name in self.class_names]
+        save_file(tensors, path, metadata={"class_names": json.dumps(names)})
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read what `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = json.loads(file.metadata()["class_names"])
+        regions = {name.removeprefix("region/"): mask for name, mask in tensors.items() if name.startswith("region/")}
+        return cls(tensors.get("labels"), list(tensors["pictures"].numpy()), names, regions)
 
     def scalars(self, history: History) -> dict[str, float]:
-        """Scalars of the latest snapshot, averaged over the probe batch; degenerate maps are left out of averages.
-
-        An average over nothing is NaN. The baseline is compared with itself.
-        """
-        now, baseline = history.snapshots[-1], history.baseline
-        previous = history.snapshots[-2] if len(history.snapshots) > 1 else now
-        values = {
-            "probe/target_probability": _mean(now.target_probability),
-            "probe/changed_predictions": _mean((now.prediction != baseline.prediction).double()),
-        }
-        if self.probe.labels is not None:
-            values["probe/accuracy"] = _mean((now.prediction == self.probe.labels).double())
-        for method, maps in now.maps.items():
-            values |= {f"map_stats/{method}/{stat}": _mean(v) for stat, v in map_statistics(maps).items()}
-            for name, reference in (("baseline", baseline), ("previous", previous)):
-                for metric, measure in METRICS.items():
-                    values[f"drift_{name}/{method}/{metric}"] = _mean(measure(maps, reference.maps[method]))
-        return values
+        """Scalars of the latest snapshot."""
+        return scalars(history, self.labels, self.regions)
 
     def figures(self, history: History) -> Iterator[tuple[str, Picture]]:
         """Tag and picture of each figure of the latest snapshot: filmstrips, overlays and differences."""
-        now, baseline = history.snapshots[-1], history.baseline
+        now, baseline = history.now, history.baseline
         columns = history.columns(_FILMSTRIP_MAPS)
         captions = [[self._caption(snapshot, row) for row in range(len(self.pictures))] for snapshot in columns]
         titles = [f"target {self._class_name(target)}" for target in now.target[: len(self.pictures)].tolist()]
         for method, maps in now.maps.items():
             limit = colour_limit(baseline.maps[method])
-            strip = filmstrip(self.pictures, titles, columns, captions, method, limit)
+            shown = slice(len(self.pictures))
+            drift = [spearman(c.maps[method][shown], baseline.maps[method][shown]).tolist() for c in columns]
+            strip = filmstrip(self.pictures, titles, columns, captions, drift, method, limit)
             yield f"explain_filmstrip/{method}", strip
             for index, picture in enumerate(self.pictures):
                 text = f"step {now.step} · {self._caption(now, index)}"
@@ -91,6 +104,20 @@ class Report:
                     change = difference(picture, maps[index], baseline.maps[method][index], limit)
                     yield f"explain_diff/{method}/{index}", with_strip(change, text)
 
+    def animations(self, history: History) -> Iterator[tuple[str, bytes]]:
+        """Tag and GIF file of each shown image: its overlays over the run."""
+        for method, maps in history.baseline.maps.items():
+            limit = colour_limit(maps)
+            for index, picture in enumerate(self.pictures):
+                frames = [
+                    with_strip(
+                        overlay(picture, snapshot.maps[method][index], limit),
+                        f"step {snapshot.step} · {self._caption(snapshot, index)}",
+                    )
+                    for snapshot in history.snapshots
+                ]
+                yield f"explain_gif/{method}/{index}", animation(frames)
+
     def _caption(self, snapshot: Snapshot, row: int) -> str:
         prediction = self._class_name(int(snapshot.prediction[row]))
         return f"{prediction} · p={snapshot.target_probability[row].item():.2f}"
@@ -98,7 +125,3 @@ class Report:
     def _class_name(self, index: int) -> str:
         known = self.class_names is not None and index < len(self.class_names)
         return str(self.class_names[index]) if known and self.class_names else f"class {index}"
-
-
-def _mean(values: Tensor) -> float:
-    return torch.nanmean(values).item()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,9 +10,12 @@ from typing import Any, TypeAlias
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from PIL import Image
 
-from vit_explain_callback._lightning import Logger
+from vit_explain_callback._lightning import Logger, TensorBoardLogger
 from vit_explain_callback.overlay import Picture
+from vit_explain_callback.report import Report
+from vit_explain_callback.settings import Settings
 from vit_explain_callback.snapshot import Snapshot
+from vit_explain_callback.tensorboard import add_animation, add_lines, final_tags, lay_out_margin_charts
 
 Show: TypeAlias = Callable[[str, Picture, int], Any]
 
@@ -26,16 +29,15 @@ class Writer:
     Args:
         loggers: The trainer's loggers; may be empty.
         folder: Of the run, or None to write no file.
-        save_maps: Whether raw maps go to the folder.
-        on_error: `"raise"` raises what a logger or the disk raises, `"warn"` only says it.
+        settings: Say whether raw maps go to the folder, and what becomes of an error that a logger or the disk raises.
     """
 
-    def __init__(self, loggers: Sequence[Logger], folder: Path | None, save_maps: bool, on_error: str) -> None:
+    def __init__(self, loggers: Sequence[Logger], folder: Path | None, settings: Settings) -> None:
         self._loggers = loggers
         self._folder = folder
-        self._save_maps = save_maps
-        self._on_error = on_error
+        self._settings = settings
         self._said: set[str] = set()
+        self._written: set[tuple[int, str]] = set()
         self._files_show = folder is not None and all(_show(logger) is None for logger in loggers)
         if self._files_show:
             rank_zero_warn(
@@ -43,33 +45,84 @@ class Writer:
                 f"each are PNG files in {folder}."
             )
 
+    def begin(self, report: Report) -> None:
+        """Write what stays the same for the whole run."""
+        if self._settings.margin_charts:
+            methods = [method.name for method in self._settings.methods]
+            self._each_tensorboard(lambda experiment: lay_out_margin_charts(experiment, methods))
+        if self._settings.save_maps:
+            self._to_folder(lambda folder: report.save(folder / "probe.safetensors"))
+
     def write(self, snapshot: Snapshot, scalars: Mapping[str, float], pictures: Sequence[tuple[str, Picture]]) -> None:
         """Write a snapshot with its scalars and pictures by tag."""
+        self._written = {(snapshot.step, tag) for tag in scalars}
+        self._each_logger(lambda logger: _log(logger, snapshot.step, scalars, pictures))
+        self._to_folder(lambda folder: self._save(folder, snapshot, pictures))
+
+    def conclude(
+        self,
+        snapshot: Snapshot,
+        scalars: Mapping[str, float],
+        text: str,
+        animations: Iterable[tuple[str, bytes]],
+    ) -> None:
+        """Write what is known at the end only: more scalars of the last snapshot, final values, text and animations."""
+        values = {tag: value for tag, value in scalars.items() if (snapshot.step, tag) not in self._written}
+        values |= {final: scalars[tag] for final, tag in final_tags(self._settings).items() if tag in scalars}
+        moving = list(animations)
+
+        def to_tensorboard(experiment: Any) -> None:
+            add_lines(experiment, "explain_verdict", text, snapshot.step)
+            for tag, gif in moving:
+                add_animation(experiment, tag, gif, snapshot.step)
+            experiment.flush()
+
+        def to_folder(folder: Path) -> None:
+            self._save(folder, snapshot, ())
+            if self._settings.save_maps:
+                (folder / "verdict.txt").write_text(text + "\n", encoding="utf-8")
+            if self._files_show:
+                for tag, gif in moving:
+                    (folder / f"{tag.replace('/', '-')}.gif").write_bytes(gif)
+
+        print(text)
+        self._each_logger(lambda logger: logger.log_metrics(dict(values), step=snapshot.step))
+        self._each_tensorboard(to_tensorboard)
+        self._to_folder(to_folder)
+
+    def _each_logger(self, write: Callable[[Logger], None]) -> None:
         for index, logger in enumerate(self._loggers):
-            name = f"{type(logger).__name__} (logger {index})"
-            self._attempt(name, partial(_log, logger, snapshot.step, scalars, pictures))
-        if self._folder is not None:
-            self._attempt(f"the folder {self._folder}", partial(self._files, snapshot, pictures))
+            self._attempt(f"{type(logger).__name__} (logger {index})", partial(write, logger))
+
+    def _each_tensorboard(self, write: Callable[[Any], None]) -> None:
+        self._each_logger(lambda logger: write(logger.experiment) if isinstance(logger, TensorBoardLogger) else None)
+
+    def _to_folder(self, write: Callable[[Path], None]) -> None:
+        folder = self._folder
+        if folder is not None and (self._settings.save_maps or self._files_show):
+
+            def make_and_write() -> None:
+                folder.mkdir(parents=True, exist_ok=True)
+                write(folder)
+
+            self._attempt(f"the folder {folder}", make_and_write)
 
     def _attempt(self, place: str, write: Callable[[], None]) -> None:
         try:
             write()
         except Exception as error:
-            if self._on_error == "raise":
+            if self._settings.on_error == "raise":
                 raise
             if place not in self._said:
                 self._said.add(place)
                 rank_zero_warn(f"ViTExplainCallback cannot write to {place}, and training goes on: {error!r}.")
 
-    def _files(self, snapshot: Snapshot, pictures: Sequence[tuple[str, Picture]]) -> None:
-        assert self._folder is not None
-        if self._save_maps or self._files_show:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        if self._save_maps:
-            snapshot.save(self._folder / f"step_{snapshot.step:08d}.safetensors")
+    def _save(self, folder: Path, snapshot: Snapshot, pictures: Sequence[tuple[str, Picture]]) -> None:
+        if self._settings.save_maps:
+            snapshot.save(folder / f"step_{snapshot.step:08d}.safetensors")
         if self._files_show:
             for tag, picture in pictures:
-                Image.fromarray(picture).save(self._folder / f"{tag.replace('/', '-')}.png")
+                Image.fromarray(picture).save(folder / f"{tag.replace('/', '-')}.png")
 
 
 def _log(logger: Logger, step: int, scalars: Mapping[str, float], pictures: Sequence[tuple[str, Picture]]) -> None:

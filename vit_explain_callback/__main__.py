@@ -1,0 +1,7 @@
+"""`python -m vit_explain_callback` is the command `vit-explain`."""
+
+import sys
+
+from vit_explain_callback.cli import main
+
+sys.exit(main())
