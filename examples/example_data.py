@@ -48,7 +48,7 @@ def shapes(num_train: int, num_probe: int, seed: int, shortcut: bool) -> Data:
     images, labels, masks = zip(*(shown[index] for index in range(num_probe)), strict=True)
     corner = torch.zeros(num_probe, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.bool)
     corner[:, :CORNER, :CORNER] = True
-    regions = {"object": torch.stack(masks), "patch": corner}
+    regions = {"object": torch.stack(masks), "square": corner}
     return Data(FINETUNE_CLASSES, train, validation, Probe(torch.stack(images), torch.tensor(labels), regions))
 
 

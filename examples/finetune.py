@@ -23,7 +23,6 @@ import pytorch_lightning as pl
 import timm
 import torch
 import torch.nn.functional as F
-from checkpoints import load_weights
 from PIL import Image
 from pretrain import WEIGHTS, small_vit
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -34,15 +33,18 @@ from torch.utils.data import DataLoader
 from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.drift import spearman
 from vit_explain_callback.probe import ProbeBatch
+from vit_explain_callback.regions import region_statistics
 from vit_explain_callback.report import Report
 from vit_explain_callback.snapshot import History, Snapshot
+from vit_explain_callback.weights import Weights
 
 
 class FineTune(pl.LightningModule):
     """A classifier with AdamW; keeps the accuracy on each validation set by step, for the table at the end."""
 
-    def __init__(self, model: nn.Module, lr: float, validation_names: list[str]) -> None:
+    def __init__(self, model: nn.Module, lr: float, validation_names: list[str], **hyperparameters: Any) -> None:
         super().__init__()
+        self.save_hyperparameters({"lr": lr, **hyperparameters})
         self.model = model
         self.lr = lr
         self.validation_names = validation_names
@@ -93,10 +95,12 @@ def main() -> None:
     loader = DataLoader(data.train, args.batch_size, shuffle=True, num_workers=args.workers)
     validation = [DataLoader(part, args.batch_size, num_workers=args.workers) for part in data.validation.values()]
     every = args.every_n_steps or max(1, args.epochs * len(loader) // 10)
-    module = FineTune(model, args.lr or (1e-3 if made_up else 1e-4), list(data.validation))
+    lr = args.lr or (1e-3 if made_up else 1e-4)
+    module = FineTune(model, lr, list(data.validation), seed=args.seed, shortcut=made_up and not args.no_shortcut)
     explain = ViTExplainCallback(
         every_n_steps=every,
         images=(data.probe.images, data.probe.labels),
+        regions=data.probe.regions,
         class_names=data.classes,
         batch_size=args.batch_size,
     )
@@ -123,7 +127,7 @@ def main() -> None:
 
 def _example(args: argparse.Namespace) -> tuple[Any, example_data.Data]:
     model = small_vit(len(FINETUNE_CLASSES))
-    load_weights(model, WEIGHTS)
+    Weights.read(WEIGHTS).load_into(model)
     return model, example_data.shapes(args.num_train, args.num_images, args.seed, shortcut=not args.no_shortcut)
 
 
@@ -145,7 +149,11 @@ def _own(args: argparse.Namespace) -> tuple[Any, example_data.Data]:
         data = example_data.pets(args.pets_dir, *layout)
     model.reset_classifier(len(data.classes))
     if args.checkpoint is not None:
-        load_weights(model, args.checkpoint)
+        try:
+            fresh = Weights.read(args.checkpoint).load_into(model)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--checkpoint: {error}") from error
+        print(f"{args.checkpoint.name}: fresh tensors: {', '.join(fresh) or 'none'}")
     return model, data
 
 
@@ -160,19 +168,15 @@ def _print_table(history: History, probe: example_data.Probe, accuracy: dict[int
         cells = [f"{snapshot.step:4d}"]
         cells += [f"{accuracy.get(snapshot.step, {}).get(name, float('nan')):{9 + len(name)}.3f}" for name in names]
         cells += [f"{1 - spearman(maps, history.baseline.maps[method]).nanmean().item():5.3f}"]
-        cells += [f"{_share(maps, mask):{3 + len(region)}.3f}" for region, mask in probe.regions.items()]
+        for region, masks in probe.regions.items():
+            mass = region_statistics(maps, masks)["mass"].nanmean().item()
+            cells.append(f"{mass:{3 + len(region)}.3f}")
         print(" | ".join(cells))
-
-
-def _share(maps: Tensor, masks: Tensor) -> float:
-    """Share of the maps' mass inside the masks, in [0, 1]; a patch counts by the part of it that is covered."""
-    covered = F.adaptive_avg_pool2d(masks.double()[:, None], (maps.shape[1], maps.shape[2]))[:, 0]
-    return ((maps * covered).sum(dim=(1, 2)) / maps.sum(dim=(1, 2))).nanmean().item()
 
 
 def _save_filmstrip(path: Path, history: History, data: example_data.Data, config: dict[str, Any]) -> None:
     probe = ProbeBatch(data.probe.images, data.probe.labels)
-    report = Report.of(probe, 6, (config["mean"], config["std"]), data.classes)
+    report = Report.of(probe, 6, (config["mean"], config["std"]), data.classes, data.probe.regions)
     Image.fromarray(dict(report.figures(history))["explain_filmstrip/grad_rollout"]).save(path)
 
 

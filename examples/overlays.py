@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from checkpoints import load_weights
 from PIL import Image
 from torchvision.transforms import v2
 
 from vit_explain_callback import explain
 from vit_explain_callback.overlay import colour_limit, overlay, unnormalise, with_strip
+from vit_explain_callback.weights import Weights
 
 METHODS = ["rollout", "rollout_max_0.9", "rollout_min_0.9", "rollout_from9"]
 
@@ -37,7 +37,7 @@ def main() -> None:
 
     model: Any = timm.create_model(args.model, pretrained=args.checkpoint is None, img_size=args.image_size)
     if args.checkpoint is not None:
-        load_weights(model, args.checkpoint)
+        Weights.read(args.checkpoint).load_into(model)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     steps = [v2.RGB(), v2.Resize(args.image_size), v2.CenterCrop(args.image_size), v2.ToImage()]
     transform = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
