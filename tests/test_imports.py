@@ -10,8 +10,8 @@ import vit_explain_callback
 PACKAGE = Path(vit_explain_callback.__file__).parent
 LAYERS: list[set[str]] = [
     {"rollout", "mha", "layout", "maps", "overlay", "isolation", "scale", "weights", "_lightning"},
-    {"capture", "methods", "probe", "animation", "drift", "map_statistics", "regions", "faithfulness", "blocks"},
-    {"explanation", "snapshot", "metric", "curves"},
+    {"capture", "flow", "probe", "animation", "drift", "map_statistics", "regions", "faithfulness", "blocks"},
+    {"explanation", "methods", "snapshot", "metric", "curves"},
     {"filmstrip", "scalars"},
     {"stack", "experiment"},
     {"vit", "fold"},

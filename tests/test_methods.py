@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 
-from vit_explain_callback import GradRollout, Rollout
+from vit_explain_callback import AttentionFlow, GradRollout, Rollout
 from vit_explain_callback.methods import Method, method_from_name, resolve_methods
 
 EVERY: list[Method] = [
     kind(fusion, ratio, start)  # type: ignore[arg-type]
     for kind, fusion, ratio, start in itertools.product(
-        (Rollout, GradRollout), ("mean", "max", "min"), (0.0, 0.5, 0.95), (1, 12)
+        (Rollout, GradRollout, AttentionFlow), ("mean", "max", "min"), (0.0, 0.5, 0.95), (1, 12)
     )
 ]
 
@@ -29,7 +29,7 @@ def test_names_leave_out_defaults() -> None:
 
 
 def test_methods_of_different_kinds_differ() -> None:
-    assert len({Rollout(), GradRollout(), Rollout()}) == 2
+    assert len({Rollout(), GradRollout(), AttentionFlow(), Rollout()}) == 3
 
 
 def test_one_name_is_one_method() -> None:
@@ -37,7 +37,7 @@ def test_one_name_is_one_method() -> None:
     assert resolve_methods(["grad_rollout_0.9", Rollout("max")]) == (GradRollout(discard_ratio=0.9), Rollout("max"))
 
 
-@pytest.mark.parametrize("name", ["", "flow", "rollout_", "rollout_max_", "rollout_0.5_max"])
+@pytest.mark.parametrize("name", ["", "flows", "rollout_", "rollout_max_", "rollout_0.5_max"])
 def test_misspelt_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="Expected `methods` to name"):
         method_from_name(name)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor
 
 from tests import oracle
-from vit_explain_callback import GradRollout, Rollout, explain
+from vit_explain_callback import AttentionFlow, GradRollout, Rollout, explain
 from vit_explain_callback.weights import Weights
 
 WEIGHTS = os.environ.get("VIT_EXPLAIN_WEIGHTS", "")
@@ -50,6 +52,25 @@ def test_maps_equal_the_oracle(model: Any, images: Tensor) -> None:
             expected = oracle.rollout(attentions, gradients, start, *options)[1:].reshape(8, 8)
             actual = explanation.maps[method.name][image].double()
             assert ((actual - expected).norm() / expected.norm()).item() < 1e-4, method.name
+
+
+def test_flow_equals_scipy_on_the_whole_graph(model: Any, images: Tensor) -> None:
+    maps = explain(model, images[:1], [AttentionFlow(), AttentionFlow("max", 0.9)]).maps
+    attentions = oracle.matrices(model, images[:1]).attentions
+    unit, top = 2**28, len(attentions) * 65
+    for name, fusion, ratio in (("flow", "mean", 0.0), ("flow_max_0.9", "max", 0.9)):
+        tails, heads, capacities = [], [], []
+        for level, attention in enumerate(attentions):
+            matrix = oracle.discarded(oracle.fused_matrix(attention[0], None, fusion), ratio, 0) + torch.eye(65)
+            rows, columns = matrix.nonzero(as_tuple=True)
+            tails.append((level + 1) * 65 + rows)
+            heads.append(level * 65 + columns)
+            capacities.append((matrix / matrix.sum(dim=1, keepdim=True))[rows, columns] * unit)
+        edges = (torch.cat(tails).numpy(), torch.cat(heads).numpy())
+        graph = csr_array((torch.cat(capacities).int().numpy(), edges), (top + 65, top + 65))
+        for patch in range(0, 64, 7):
+            expected = maximum_flow(graph, top, 1 + patch).flow_value / unit
+            assert maps[name].flatten()[patch].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_late_rollout_looks_at_the_disc(model: Any, images: Tensor) -> None:

@@ -1,22 +1,25 @@
 """Explanation drift of Vision Transformers, tracked while they are fine-tuned.
 
-`ViTExplainCallback` goes into a Lightning `Trainer`; `explain` gives the same maps without one; `attention_rollout` and
-`gradient_rollout` are the mathematics on explicit attention matrices.
+`ViTExplainCallback` goes into a Lightning `Trainer`; `explain` gives the same maps without one; `attention_rollout`,
+`gradient_rollout` and `attention_flow` are the mathematics on explicit attention matrices.
 """
 
 from vit_explain_callback.callback import ViTExplainCallback
 from vit_explain_callback.explainer import explain
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.methods import GradRollout, Rollout
+from vit_explain_callback.flow import attention_flow
+from vit_explain_callback.methods import AttentionFlow, GradRollout, Rollout
 from vit_explain_callback.metric import MapDrift
 from vit_explain_callback.rollout import attention_rollout, gradient_rollout
 
 __all__ = [
+    "AttentionFlow",
     "Explanation",
     "GradRollout",
     "MapDrift",
     "Rollout",
     "ViTExplainCallback",
+    "attention_flow",
     "attention_rollout",
     "explain",
     "gradient_rollout",

@@ -53,7 +53,8 @@ class ViTExplainCallback(Callback):
     buffer or training flag differs after a snapshot. Under several processes each explains a share.
 
     Args:
-        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout` and `GradRollout` objects.
+        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout`, `GradRollout`
+            and `AttentionFlow` objects. `"flow"` takes seconds an image.
         every_n_epochs: Epochs between snapshots. `"auto"` is 1, unless `every_n_steps` is given.
         every_n_steps: Optimiser steps between snapshots, instead of `every_n_epochs`.
         check_every_n_snapshots: Snapshots between those that also measure noise floor and faithfulness, in 11 + 10

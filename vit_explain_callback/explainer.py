@@ -19,7 +19,7 @@ from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.fold import fold
 from vit_explain_callback.isolation import undisturbed
 from vit_explain_callback.layout import StatedLayout, TokenLayout
-from vit_explain_callback.methods import GradRollout, Method, resolve_methods
+from vit_explain_callback.methods import Method, resolve_methods
 from vit_explain_callback.stack import Stack, find_stack
 from vit_explain_callback.subject import LogitsOf, Subject
 from vit_explain_callback.vit import find_vit, refuse_other_timm_models
@@ -48,7 +48,8 @@ def explain(
     Args:
         model: A ViT, or any module that holds exactly one and returns logits for a batch of images.
         images: (B, C, H, W), normalised as the model expects. Moved to the model's device and dtype.
-        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout` and `GradRollout` objects.
+        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout`,
+            `GradRollout` and `AttentionFlow` objects.
         target: Class to explain: None for the predicted one, one index for all images, or (B,) integer indices.
         batch_size: Images per pass; None takes all at once. It changes memory, not results.
         block_statistics: Whether to measure what each block attends to; see `BlockStatistics`.
@@ -107,7 +108,7 @@ class Explainer:
         self.methods = resolve_methods(methods)
         self._subject = Subject(model, find_vit(model, vit), forward, StatedLayout(prefix_tokens, grid_size))
         refuse_other_timm_models(self._subject.vit)
-        if model is self._subject.vit and any(isinstance(method, GradRollout) for method in self.methods):
+        if model is self._subject.vit and any(method.weighted for method in self.methods):
             check_classifier(model)
 
     def __call__(
@@ -209,7 +210,7 @@ def _explain_batch(
     subject: Subject, images: Tensor, methods: Sequence[Method], target: Tensor | None, block_statistics: bool
 ) -> Explanation:
     known = subject.known_layout(images.shape[1:])
-    with_gradients = any(isinstance(method, GradRollout) for method in methods)
+    with_gradients = any(method.weighted for method in methods)
     with torch.set_grad_enabled(with_gradients):
         # The input carries the graph through a frozen backbone; the parameters' flags are left alone.
         images = images.detach().requires_grad_(with_gradients)

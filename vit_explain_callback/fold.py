@@ -1,4 +1,6 @@
-"""Fold the attention of a stack into one row of relevance for each method, from the last block to the first.
+"""Turn the attention of a stack into one row of relevance for each method.
+
+Rollouts are folded from the last block to the first; attention flow needs all blocks of an image at once.
 
 Shapes: B images, b of them at a time, H heads, N query tokens, M key tokens.
 """
@@ -8,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from vit_explain_callback.blocks import BlockMeter
 from vit_explain_callback.capture import AttentionCall
+from vit_explain_callback.flow import maximum_flow, row_normalised
 from vit_explain_callback.layout import TokenLayout
 from vit_explain_callback.methods import Method
 from vit_explain_callback.rollout import HeadFuser, discard_lowest, rollout_step
@@ -28,7 +32,7 @@ def fold(
     layout: TokenLayout,
     meter: BlockMeter | None = None,
 ) -> dict[Method, Tensor]:
-    """Relevance of every token by method, (B, N).
+    """Relevance of every token by method, (B, N); of the patches only for attention flow, NaN elsewhere.
 
     Args:
         methods: Any number of variants; those that fuse heads alike share the work.
@@ -43,8 +47,10 @@ def fold(
     last = stack.calls[-1]
     rows = {method: _start_row(method, layout, last, stack.pool, pool_gradient) for method in methods}
     del last
+    flows = {method: _flow(method, rows.pop(method), stack, layout) for method in methods if method.kind == "flow"}
     _fold(rows, stack.calls, gradients, layout.class_token, meter)
-    return rows
+    found = rows | flows
+    return {method: found[method] for method in methods}
 
 
 def _start_row(
@@ -59,6 +65,20 @@ def _start_row(
     row = fused.new_zeros(fused.shape[0], layout.tokens)
     row[:, layout.patches if fused.shape[1] < layout.tokens else slice(None)] = fused / fused.sum(dim=1, keepdim=True)
     return row
+
+
+def _flow(method: Method, row: Tensor, stack: Stack, layout: TokenLayout) -> Tensor:
+    """(B, N) maximum flow from `row` (B, N) to the patches."""
+    found = torch.full_like(row, torch.nan)
+    sinks = range(*layout.patches.indices(layout.tokens))
+    for index in range(len(row)):
+        image = slice(index, index + 1)
+        matrices = []
+        for call in stack.calls[method.start_layer - 1 :]:
+            fused = _fused(call, None, image, {method})[method]
+            matrices.append(row_normalised(discard_lowest(fused, method.discard_ratio, layout.class_token))[0])
+        found[index, layout.patches] = maximum_flow(matrices, row[index], sinks).values.to(row)
+    return found
 
 
 def _fold(
@@ -91,7 +111,7 @@ def _fused(
     show: Callable[[Tensor], None] | None = None,
 ) -> dict[Method, Tensor]:
     """F of some images for each method, (b, N, M); methods that differ only later share one tensor."""
-    fusers = {(method.kind, method.head_fusion): HeadFuser(method.head_fusion) for method in methods}
+    fusers = {(method.weighted, method.head_fusion): HeadFuser(method.head_fusion) for method in methods}
     _, heads, queries, keys = call.shape
     step = max(1, CHUNK_ENTRIES // (queries * keys))
     for start in range(0, heads, step):
@@ -99,17 +119,17 @@ def _fused(
         attention = call.attention(images, chunk)
         if show is not None:
             show(attention)
-        for (kind, _), fuser in fusers.items():
-            if kind == "rollout":
+        for (weighted, _), fuser in fusers.items():
+            if not weighted:
                 fuser.add(attention)
-        if any(kind == "grad_rollout" for kind, _ in fusers):
+        if any(weighted for weighted, _ in fusers):
             assert gradient is not None
-            weighted = call.attention_gradient(gradient, images, chunk).mul_(attention)
-            for (kind, _), fuser in fusers.items():
-                if kind == "grad_rollout":
-                    fuser.add(weighted)
+            product = call.attention_gradient(gradient, images, chunk).mul_(attention)
+            for (weighted, _), fuser in fusers.items():
+                if weighted:
+                    fuser.add(product)
     fused = {
-        (kind, fusion): fuser.result() if kind == "rollout" else fuser.result().relu_()
-        for (kind, fusion), fuser in fusers.items()
+        (weighted, fusion): fuser.result().relu_() if weighted else fuser.result()
+        for (weighted, fusion), fuser in fusers.items()
     }
-    return {method: fused[method.kind, method.head_fusion] for method in methods}
+    return {method: fused[method.weighted, method.head_fusion] for method in methods}

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
+from vit_explain_callback.flow import require_solver
 from vit_explain_callback.rollout import HEAD_FUSIONS, HeadFusion
 
 
 @dataclass(frozen=True)
 class Method:
-    """What attention rollout and gradient rollout share; use one of these.
+    """What attention rollout, gradient rollout and attention flow share; use one of these.
 
     Args:
         head_fusion: How the heads of a block are fused: `mean`, `max` or `min`.
@@ -28,6 +29,8 @@ class Method:
     start_layer: int = 1
 
     kind: ClassVar[str]
+    weighted: ClassVar[bool] = False
+    """Whether attention is weighted by its gradient, so that the method depends on the class."""
 
     def __post_init__(self) -> None:
         if self.head_fusion not in HEAD_FUSIONS:
@@ -72,10 +75,34 @@ class GradRollout(Method):
     """
 
     kind = "grad_rollout"
+    weighted = True
 
 
+class AttentionFlow(Method):
+    """Attention flow (Abnar & Zuidema 2020, arXiv:2005.00928): how much can flow to a patch, whatever the class.
+
+    Exact, and slow: see `vit_explain_callback.flow`, which also says why it hardly differs from the attention that a
+    patch receives in the first block. `start_layer` makes that another block.
+
+    Raises:
+        ImportError: If OR-Tools is not installed.
+        ValueError: If an option is outside its range.
+
+    Example:
+        >>> AttentionFlow(start_layer=9).name
+        'flow_from9'
+    """
+
+    kind = "flow"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_solver()
+
+
+_KINDS: dict[str, type[Method]] = {method.kind: method for method in (Rollout, GradRollout, AttentionFlow)}
 _NAME = re.compile(
-    r"(?P<kind>rollout|grad_rollout)(_(?P<fusion>[a-z]+))??(_(?P<ratio>\d*\.?\d+))?(_from(?P<start>\d+))?"
+    r"(?P<kind>rollout|grad_rollout|flow)(_(?P<fusion>[a-z]+))??(_(?P<ratio>\d*\.?\d+))?(_from(?P<start>\d+))?"
 )
 
 
@@ -92,12 +119,11 @@ def method_from_name(name: str) -> Method:
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(
-            f"Expected `methods` to name `rollout` or `grad_rollout`, with options as in `rollout_max_0.9_from2`, "
-            f"but got {name!r}."
+            f"Expected `methods` to name `rollout`, `grad_rollout` or `flow`, with options as in "
+            f"`rollout_max_0.9_from2`, but got {name!r}."
         )
-    method = Rollout if match["kind"] == "rollout" else GradRollout
     fusion = cast(HeadFusion, match["fusion"] or "mean")
-    return method(fusion, float(match["ratio"] or 0), int(match["start"] or 1))
+    return _KINDS[match["kind"]](fusion, float(match["ratio"] or 0), int(match["start"] or 1))
 
 
 def resolve_methods(methods: Sequence[str | Method]) -> tuple[Method, ...]:
@@ -114,7 +140,7 @@ def resolve_methods(methods: Sequence[str | Method]) -> tuple[Method, ...]:
         if isinstance(method, str):
             method = method_from_name(method)
         if not isinstance(method, Method):
-            raise TypeError(f"Expected `methods` to hold names, `Rollout` or `GradRollout`, but got {method!r}.")
+            raise TypeError(f"Expected `methods` to hold names or `Method` objects, but got {method!r}.")
         resolved.append(method)
     names = [method.name for method in resolved]
     if not names or len(set(names)) < len(names):

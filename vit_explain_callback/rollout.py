@@ -155,8 +155,9 @@ def attention_rollout(
         >>> attention_rollout([identity, identity])
         tensor([[1., 0., 0.]])
     """
-    fused = [fuse_heads(attention, head_fusion) for attention in _checked(attentions, "attentions")]
-    return _roll(fused, discard_ratio, start_layer, readout, class_token)
+    checked_attentions(attentions, start_layer)
+    fused = [fuse_heads(attention, head_fusion) for attention in attentions[start_layer - 1 :]]
+    return _roll(fused, discard_ratio, starting_row(attentions[0], readout), class_token)
 
 
 def gradient_rollout(
@@ -187,38 +188,49 @@ def gradient_rollout(
     Raises:
         ValueError: As `attention_rollout`; also if `gradients` does not match `attentions`.
     """
-    _checked(attentions, "attentions")
+    checked_attentions(attentions, start_layer)
     if [g.shape for g in gradients] != [a.shape for a in attentions]:
         raise ValueError(
             "Expected `gradients` of the same number and shapes as `attentions`, but got "
             f"{[tuple(g.shape) for g in gradients]} and {[tuple(a.shape) for a in attentions]}."
         )
-    fused = [fuse_heads(a * g, head_fusion).relu() for a, g in zip(attentions, gradients, strict=True)]
-    return _roll(fused, discard_ratio, start_layer, readout, class_token)
+    pairs = list(zip(attentions, gradients, strict=True))[start_layer - 1 :]
+    fused = [fuse_heads(attention * gradient, head_fusion).relu() for attention, gradient in pairs]
+    return _roll(fused, discard_ratio, starting_row(attentions[0], readout), class_token)
 
 
-def _checked(attentions: Sequence[Tensor], name: str) -> Sequence[Tensor]:
+def checked_attentions(attentions: Sequence[Tensor], start_layer: int) -> None:
+    """Refuse what is not the attention of a stack of blocks, or a start past its end.
+
+    Raises:
+        ValueError: If it is not.
+    """
     shapes = [tuple(a.shape) for a in attentions]
     if not shapes or any(len(s) != 4 or s[2] != s[3] or s != shapes[0] for s in shapes):
-        raise ValueError(f"Expected `{name}` to be L >= 1 tensors of one shape (B, H, N, N), but got {shapes}.")
-    return attentions
+        raise ValueError(f"Expected `attentions` to be L >= 1 tensors of one shape (B, H, N, N), but got {shapes}.")
+    if not 1 <= start_layer <= len(shapes):
+        raise ValueError(f"Expected `start_layer` in 1 … {len(shapes)} (the number of blocks), but got {start_layer}.")
 
 
-def _roll(
-    fused: list[Tensor], discard_ratio: float, start_layer: int, readout: Tensor | None, class_token: int | None
-) -> Tensor:
-    if not 1 <= start_layer <= len(fused):
-        raise ValueError(f"Expected `start_layer` in 1 … {len(fused)} (the number of blocks), but got {start_layer}.")
-    batch, tokens, _ = fused[0].shape
+def starting_row(attention: Tensor, readout: Tensor | None) -> Tensor:
+    """The readout as (B, N), one-hot on token 0 by default, for attention (B, H, N, N) of its device and dtype.
+
+    Raises:
+        ValueError: If `readout` is neither (N,) nor (B, N).
+    """
+    batch, _, tokens, _ = attention.shape
     if readout is None:
-        row = fused[0].new_zeros(batch, tokens)
+        row = attention.new_zeros(batch, tokens)
         row[:, 0] = 1
-    elif readout.shape in ((tokens,), (batch, tokens)):
-        row = readout.to(fused[0]).expand(batch, tokens)
-    else:
+        return row
+    if readout.shape not in ((tokens,), (batch, tokens)):
         raise ValueError(
             f"Expected `readout` of shape ({tokens},) or ({batch}, {tokens}), but got {tuple(readout.shape)}."
         )
-    for matrix in reversed(fused[start_layer - 1 :]):
+    return readout.to(attention).expand(batch, tokens)
+
+
+def _roll(fused: list[Tensor], discard_ratio: float, row: Tensor, class_token: int | None) -> Tensor:
+    for matrix in reversed(fused):
         row = rollout_step(row, discard_lowest(matrix, discard_ratio, class_token))
     return row
