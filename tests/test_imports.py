@@ -9,8 +9,19 @@ import vit_explain_callback
 
 PACKAGE = Path(vit_explain_callback.__file__).parent
 LAYERS: list[set[str]] = [
-    {"rollout", "mha", "layout", "maps", "overlay", "isolation", "scale", "weights", "_lightning"},
-    {"capture", "methods", "probe", "animation", "drift", "map_statistics", "regions", "faithfulness", "blocks"},
+    {"rollout", "mha", "layout", "maps", "overlay", "isolation", "scale", "weights", "tensor_file", "_lightning"},
+    {
+        "capture",
+        "methods",
+        "probe",
+        "animation",
+        "drift",
+        "map_statistics",
+        "regions",
+        "faithfulness",
+        "blocks",
+        "figure",
+    },
     {"explanation", "snapshot", "metric", "curves"},
     {"filmstrip", "scalars"},
     {"stack", "experiment"},

@@ -22,7 +22,7 @@ from vit_explain_callback.layout import StatedLayout, TokenLayout
 from vit_explain_callback.methods import GradRollout, Method, resolve_methods
 from vit_explain_callback.stack import Stack, find_stack
 from vit_explain_callback.subject import LogitsOf, Subject
-from vit_explain_callback.vit import find_vit, refuse_other_timm_models
+from vit_explain_callback.vit import find_vit, normalisation, refuse_other_timm_models
 
 T = TypeVar("T")
 
@@ -39,6 +39,7 @@ def explain(
     forward: LogitsOf | None = None,
     prefix_tokens: int | None = None,
     grid_size: tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Explanation:
     """Explain the predictions of a Vision Transformer with attention rollout and gradient rollout.
 
@@ -56,12 +57,13 @@ def explain(
         forward: How to get logits (B, C) from `model` and images, if not by `model(images)`.
         prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
         grid_size: Patches as (grid_h, grid_w), likewise.
+        class_names: Name of each class, for the explanation's captions.
 
     A head with one logit z counts as two classes with the logits -z/2 and z/2, so that their softmax is the sigmoid of
     z. With several labels an image, `target` names the one to explain.
 
     Returns:
-        Maps, logits and targets, on the model's device.
+        Maps, logits and targets, on the model's device. In a notebook it shows itself.
 
     Raises:
         TypeError: If images, target, methods or the model's output are of the wrong type.
@@ -74,8 +76,62 @@ def explain(
         >>> {name: tuple(maps.shape) for name, maps in explanation.maps.items()}
         {'rollout': (1, 14, 14), 'grad_rollout_max': (1, 14, 14)}
     """
-    explainer = Explainer(model, methods, vit=vit, forward=forward, prefix_tokens=prefix_tokens, grid_size=grid_size)
+    explainer = Explainer(
+        model,
+        methods,
+        vit=vit,
+        forward=forward,
+        prefix_tokens=prefix_tokens,
+        grid_size=grid_size,
+        class_names=class_names,
+    )
     return explainer(images, target, batch_size, block_statistics)
+
+
+def explain_targets(
+    model: nn.Module,
+    images: Tensor,
+    targets: Sequence[int | Tensor | None],
+    methods: Sequence[str | Method] = ("rollout", "grad_rollout"),
+    batch_size: int | None = None,
+    *,
+    vit: str | None = None,
+    forward: LogitsOf | None = None,
+    prefix_tokens: int | None = None,
+    grid_size: tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> list[Explanation]:
+    """Explain the same images for several targets, from one forward pass and one backward pass for each target.
+
+    Args:
+        model: As for `explain`, like the others.
+        images: (B, C, H, W).
+        targets: Each as `explain` takes one: None, one index, or (B,) integer indices.
+        methods: Names or objects.
+        batch_size: Images per pass.
+        vit: Attribute path of the ViT.
+        forward: How to get logits.
+        prefix_tokens: Number of tokens before the patches.
+        grid_size: Patches as (grid_h, grid_w).
+        class_names: Name of each class.
+
+    Returns:
+        One explanation for each target; they share the maps of methods that do not depend on it.
+
+    Raises:
+        TypeError: As `explain`.
+        ValueError: As `explain`, and if there is no target.
+    """
+    explainer = Explainer(
+        model,
+        methods,
+        vit=vit,
+        forward=forward,
+        prefix_tokens=prefix_tokens,
+        grid_size=grid_size,
+        class_names=class_names,
+    )
+    return explainer.for_targets(images, targets, batch_size)
 
 
 class Explainer:
@@ -88,6 +144,7 @@ class Explainer:
         forward: How to get logits.
         prefix_tokens: Number of tokens before the patches.
         grid_size: Patches as (grid_h, grid_w).
+        class_names: Name of each class.
 
     Raises:
         TypeError: If methods are of the wrong type.
@@ -103,8 +160,10 @@ class Explainer:
         forward: LogitsOf | None = None,
         prefix_tokens: int | None = None,
         grid_size: tuple[int, int] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         self.methods = resolve_methods(methods)
+        self.class_names = class_names
         self._subject = Subject(model, find_vit(model, vit), forward, StatedLayout(prefix_tokens, grid_size))
         refuse_other_timm_models(self._subject.vit)
         if model is self._subject.vit and any(isinstance(method, GradRollout) for method in self.methods):
@@ -123,14 +182,39 @@ class Explainer:
             TypeError: If images, target or the model's output are of the wrong type.
             ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
         """
-        check_images(images)
-        targets = _as_targets(target, len(images))
+        return self.for_targets(images, [target], batch_size, block_statistics)[0]
 
-        def work(part: slice, copied: Tensor) -> Explanation:
-            own = None if targets is None else targets[part]
+    def for_targets(
+        self,
+        images: Tensor,
+        targets: Sequence[int | Tensor | None],
+        batch_size: int | None = None,
+        block_statistics: bool = False,
+    ) -> list[Explanation]:
+        """Explain a batch for several targets: one forward pass, and one backward pass for each target.
+
+        The explanations share what does not depend on the target.
+
+        Raises:
+            TypeError: As for one target.
+            ValueError: As for one target, and if there is none.
+        """
+        check_images(images)
+        if not targets:
+            raise ValueError("Expected `targets` to hold at least one target, but got none.")
+        wanted = [_as_targets(target, len(images)) for target in targets]
+
+        def work(part: slice, copied: Tensor) -> list[Explanation]:
+            own = [None if target is None else target[part] for target in wanted]
             return _explain_batch(self._subject, copied, self.methods, own, block_statistics)
 
-        return Explanation.joined(self._in_parts(images, batch_size, work))
+        parts = self._in_parts(images, batch_size, work)
+        shown = {
+            "images": images,
+            "normalisation": normalisation(self._subject.vit),
+            "class_names": self.class_names,
+        }
+        return [replace(Explanation.joined(of_one), **shown) for of_one in zip(*parts, strict=True)]
 
     def logits(self, images: Tensor, batch_size: int | None = None) -> Tensor:
         """What the model makes of images (B, C, H, W), explained or not: (B, C) logits."""
@@ -206,10 +290,16 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _explain_batch(
-    subject: Subject, images: Tensor, methods: Sequence[Method], target: Tensor | None, block_statistics: bool
-) -> Explanation:
+    subject: Subject,
+    images: Tensor,
+    methods: Sequence[Method],
+    wanted: Sequence[Tensor | None],
+    block_statistics: bool,
+) -> list[Explanation]:
+    """Explain a batch for each wanted target, (B,), None for the predicted class."""
     known = subject.known_layout(images.shape[1:])
-    with_gradients = any(isinstance(method, GradRollout) for method in methods)
+    of_class = [method for method in methods if isinstance(method, GradRollout)]
+    with_gradients = bool(of_class)
     with torch.set_grad_enabled(with_gradients):
         # The input carries the graph through a frozen backbone; the parameters' flags are left alone.
         images = images.detach().requires_grad_(with_gradients)
@@ -218,23 +308,38 @@ def _explain_batch(
         stack = find_stack(subject.vit, recorder, len(images))
         recorder.calls.clear()
         check_start_layers(methods, len(stack.calls))
-        target = logits.detach().argmax(dim=1) if target is None else target.to(logits.device)
-        check_target(target, logits.shape[1])
-        gradients = _output_gradients(logits, target, stack) if with_gradients else _nones(stack)
+        predicted = logits.detach().argmax(dim=1)
+        targets = [predicted if target is None else target.to(logits.device) for target in wanted]
+        for target in targets:
+            check_target(target, logits.shape[1])
+        backward = targets if with_gradients else targets[:1]
+        gradients = [
+            _output_gradients(logits, target, stack, target is not backward[-1]) if with_gradients else _nones(stack)
+            for target in backward
+        ]
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
     logits, images = logits.detach(), images.detach()
     layout = subject.layout(stack, images)
     if layout is not known and layout.readout is not None and stack.pool is not None:
         stack = replace(stack, pool=None)  # no logit depends on it
-        gradients.pop()
+        for of_target in gradients:
+            of_target.pop()
     _check_tokens(stack, layout)
     if with_gradients:
-        _check_reached(stack, gradients)
-    with torch.no_grad():
-        meter = _meter(stack, layout, images) if block_statistics else None
-        rows = fold(methods, stack, gradients, layout, meter)
-    maps = {method.name: layout.to_grid(row) for method, row in rows.items()}
-    return Explanation(maps, logits, target, None if meter is None else meter.result())
+        _check_reached(stack, gradients[0])
+    meter = _meter(stack, layout, images) if block_statistics else None
+    found: list[dict[str, Tensor]] = []
+    for index, of_target in enumerate(gradients):
+        # Folding empties the lists it is given, to let go of each block in turn: the last one gets the stack's own.
+        calls = stack.calls if index == len(gradients) - 1 else list(stack.calls)
+        folded, shown = (methods, meter) if index == 0 else (of_class, None)
+        with torch.no_grad():
+            rows = fold(folded, replace(stack, calls=calls), of_target, layout, shown)
+        maps = {method.name: layout.to_grid(row) for method, row in rows.items()}
+        found.append({**found[0], **maps} if found else maps)
+    found += found[:1] * (len(targets) - len(found))
+    blocks = None if meter is None else meter.result()
+    return [Explanation(maps, logits, target, blocks) for maps, target in zip(found, targets, strict=True)]
 
 
 def _meter(stack: Stack, layout: TokenLayout, images: Tensor) -> BlockMeter:
@@ -265,7 +370,7 @@ def _nones(stack: Stack) -> list[Tensor | None]:
     return [None] * len(_with_pool(stack))
 
 
-def _output_gradients(logits: Tensor, target: Tensor, stack: Stack) -> list[Tensor | None]:
+def _output_gradients(logits: Tensor, target: Tensor, stack: Stack, retain_graph: bool) -> list[Tensor | None]:
     """∂y_c/∂O of each block and then of the pool, None where y_c does not depend on it.
 
     Images do not mix in evaluation mode, so one pass serves the whole batch.
@@ -275,7 +380,9 @@ def _output_gradients(logits: Tensor, target: Tensor, stack: Stack) -> list[Tens
     attached = [index for index, output in enumerate(outputs) if output.requires_grad]
     if logits.requires_grad and attached:
         chosen = logits.gather(1, target[:, None])
-        found = torch.autograd.grad(chosen.sum(), [outputs[index] for index in attached], allow_unused=True)
+        found = torch.autograd.grad(
+            chosen.sum(), [outputs[index] for index in attached], retain_graph=retain_graph, allow_unused=True
+        )
         for index, gradient in zip(attached, found, strict=True):
             gradients[index] = gradient
     return gradients

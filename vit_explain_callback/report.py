@@ -15,7 +15,16 @@ from torch import Tensor
 from vit_explain_callback.animation import animation
 from vit_explain_callback.drift import spearman
 from vit_explain_callback.filmstrip import filmstrip
-from vit_explain_callback.overlay import Picture, colour_limit, difference, overlay, resized, unnormalise, with_strip
+from vit_explain_callback.overlay import (
+    Picture,
+    colour_limit,
+    difference,
+    overlay,
+    range_of,
+    resized,
+    unnormalise,
+    with_strip,
+)
 from vit_explain_callback.probe import ProbeBatch
 from vit_explain_callback.scalars import scalars
 from vit_explain_callback.snapshot import History, Snapshot
@@ -53,11 +62,7 @@ class Report:
 
         Without a normalisation, the range of the images is stretched to that of a picture.
         """
-        if normalised is None:
-            low, high = probe.images.amin().item(), probe.images.amax().item()
-            channels = probe.images.shape[1]
-            scale = 1 / max(high - low, 1e-6)
-            normalised = [-low * scale] * channels, [scale] * channels
+        normalised = normalised or range_of(probe.images)
         height, width = probe.images.shape[2:]
         size = [round(side * _SIDE / max(height, width)) for side in (height, width)]
         pictures = [resized(unnormalise(image, *normalised), *size) for image in probe.images[:num_shown]]
