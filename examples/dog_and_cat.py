@@ -1,12 +1,12 @@
 """Teach a frozen DINOv2 to tell the dog from the cat in one photograph, so that class-specific maps can be drawn.
 
     python examples/dog_and_cat.py both.png --backbone dinov2.safetensors
-    vit-explain both.png --model vit_small_patch14_dinov2 --image_size 224 --checkpoint dog_and_cat.safetensors \
-        --class_names dog cat other --category_index dog cat
+    vit-explain both.png --model vit_small_patch14_dinov2 --image_size 224 \
+        --checkpoint dog_and_cat.safetensors --class_names dog cat other --category_index dog cat
 
 A linear head is trained on random crops of the dog's box, the cat's box and what lies beside both in that one
 photograph; images from `--others` join the third class. It has seen the very animals that it is then asked about and no
-others: it shows how maps differ by class, and is no classifier of dogs and cats. The boxes fit vit-explain's `both.png`.
+    vit-explain both.png --model vit_small_patch14_dinov2 --image_size 224 \
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ def trained_head(features: Tensor, labels: Tensor) -> nn.Linear:
     for _ in range(200):
         loss = nn.functional.cross_entropy(head((features - mean) / std), labels)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     accuracy = (head((features - mean) / std).argmax(dim=1) == labels).float().mean()
     print(f"loss {loss.item():.4f}, accuracy on the crops it was trained on {accuracy.item():.2f}")
     with torch.no_grad():
-        head.bias -= head.weight @ (mean / std)
-        head.weight /= std
+        head.bias.sub_(head.weight @ (mean / std))
+        head.weight.div_(std)
     return head
 
 

@@ -78,7 +78,7 @@ class Classifier:
             ValueError: If there is no such model, if it is no ViT, or if file, size or names do not fit it.
         """
         _check_timm_name(name)
-        options = {} if image_size is None else {"img_size": image_size}
+        options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
         try:
             if checkpoint is not None:
                 model = with_weights(name, Weights.read(checkpoint), **options)
@@ -125,7 +125,7 @@ class Classifier:
         try:
             with _quiet_hub():
                 # Before the model: it is smaller, and as likely to be missing.
-                processor: Any = AutoImageProcessor.from_pretrained(name)
+                processor: Any = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
                 model, found = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
         except OSError as error:
             raise OSError(

@@ -209,12 +209,11 @@ class Explainer:
             return _explain_batch(self._subject, copied, self.methods, own, block_statistics)
 
         parts = self._in_parts(images, batch_size, work)
-        shown = {
-            "images": images,
-            "normalisation": normalisation(self._subject.vit),
-            "class_names": self.class_names,
-        }
-        return [replace(Explanation.joined(of_one), **shown) for of_one in zip(*parts, strict=True)]
+        mean_std, names = normalisation(self._subject.vit), self.class_names
+        return [
+            replace(Explanation.joined(of_one), images=images, normalisation=mean_std, class_names=names)
+            for of_one in zip(*parts, strict=True)
+        ]
 
     def logits(self, images: Tensor, batch_size: int | None = None) -> Tensor:
         """What the model makes of images (B, C, H, W), explained or not: (B, C) logits."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -61,7 +62,7 @@ def figure(
     total_height = top + len(cells) * row_height + bottom
     drawn = Figure(figsize=(total_width, total_height), dpi=110)
 
-    def write(x: float, y: float, text: str, **how: object) -> None:
+    def write(x: float, y: float, text: str, **how: Any) -> None:
         drawn.text(x / total_width, 1 - y / total_height, text, fontsize=8.5, **how)
 
     for column, text in enumerate(headings):

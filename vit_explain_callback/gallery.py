@@ -179,7 +179,7 @@ def _write(
 
 
 def _captioned(picture: Picture, lines: Sequence[str], limit: float) -> Picture:
-    height, width, _ = picture.shape
+    width = picture.shape[1]
     if width < _NARROWEST:
         picture = np.pad(picture, ((0, 0), (0, _NARROWEST - width), (0, 0)), constant_values=255)
     for line in lines:
