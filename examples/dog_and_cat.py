@@ -5,8 +5,9 @@
         --checkpoint dog_and_cat.safetensors --class_names dog cat other --category_index dog cat
 
 A linear head is trained on random crops of the dog's box, the cat's box and what lies beside both in that one
-photograph; images from `--others` join the third class. It has seen the very animals that it is then asked about and no
-    vit-explain both.png --model vit_small_patch14_dinov2 --image_size 224 \
+photograph; images from `--others` join the third class. It has seen the very animals that it is then asked about, and
+no others: it shows how maps differ by class, and is no classifier of dogs and cats. The boxes fit `both.png` of
+vit-explain.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def view(**options: object) -> View:
         ({"crop_pct": 0.8, "crop_mode": "squash"}, (640, 320), (0.1, 0.1, 0.9, 0.9)),
         # The longer side fills the model's image, the shorter is padded.
         ({"crop_pct": 1.0, "crop_mode": "border"}, (640, 320), (0, -0.5, 1, 1.5)),
-        ({"crop_pct": 1.0, "crop_mode": "border"}, (30, 300), (-4.5, 0, 5.5, 1)),
+        ({"crop_pct": 1.0, "crop_mode": "border"}, (30, 300), (-101 / 22, 0, 123 / 22, 1)),
         ({"crop_pct": 1.0}, (2, 2), (0, 0, 1, 1)),
     ],
 )
@@ -114,7 +114,9 @@ def test_the_map_lies_where_the_model_looked_and_the_rest_is_dim(tmp_path: Path)
     assert not bright[165:].any()
 
 
-@pytest.mark.parametrize(("size", "shown"), [((3000, 1500), (640, 320)), ((32, 16), (320, 160)), ((500, 400), (500, 400))])
+@pytest.mark.parametrize(
+    ("size", "shown"), [((3000, 1500), (640, 320)), ((32, 16), (320, 160)), ((500, 400), (500, 400))]
+)
 def test_pictures_are_of_a_sane_size(tmp_path: Path, size: tuple[int, int], shown: tuple[int, int]) -> None:
     Image.new("RGB", size).save(tmp_path / "a.png")
     photograph, _ = Photograph.read(tmp_path / "a.png", view())

@@ -120,7 +120,7 @@ class Classifier:
             from transformers import AutoImageProcessor, AutoModelForImageClassification
         except ImportError as error:
             raise ImportError(
-                "Expected transformers to be installed for --hf, but it is not: pip install transformers."
+                'Expected transformers to be installed for --hf, but it is not: pip install "vit-explain-callback[hf]".'
             ) from error
         try:
             with _quiet_hub():
