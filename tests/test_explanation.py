@@ -16,6 +16,7 @@ from tests.models import FAMILIES, random_images, tiny_vit
 from vit_explain_callback import Explanation, explain, explain_targets
 from vit_explain_callback.explained import explain_together
 from vit_explain_callback.explainer import Explainer
+from vit_explain_callback.fold import fold
 from vit_explain_callback.overlay import colour_limit, overlay, unnormalise
 from vit_explain_callback.ranks import Ranks
 
@@ -42,7 +43,7 @@ def test_one_forward_and_a_backward_for_each_target(
     methods: list[str], backward: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_vit()
-    seen = {"forward": 0, "backward": 0, "rollout": 0}
+    seen = {"forward": 0, "backward": 0}
     model.register_forward_hook(lambda *_: seen.update(forward=seen["forward"] + 1))
     grad = torch.autograd.grad
 
@@ -50,12 +51,20 @@ def test_one_forward_and_a_backward_for_each_target(
         seen["backward"] += 1
         return grad(*args, **how)
 
+    folded: list[list[str]] = []
+
+    def seen_fold(some: Any, *more: Any) -> Any:
+        folded.append([method.name for method in some])
+        return fold(some, *more)
+
     monkeypatch.setattr(torch.autograd, "grad", counted)
+    monkeypatch.setattr("vit_explain_callback.explainer.fold", seen_fold)
     explainer = Explainer(model, methods)
     found = explainer.for_targets(random_images(2), [0, 1, 2], block_statistics=True)
     assert (seen["forward"], seen["backward"]) == (1, backward)
     assert [int(one.target[0]) for one in found] == [0, 1, 2]
-    assert found[0].maps["rollout"] is not None
+    of_class = [name for name in methods if name != "rollout"]
+    assert folded == ([methods, of_class, of_class] if of_class else [methods])
     assert all(one.maps["rollout"].equal(found[0].maps["rollout"]) for one in found)
     assert all(one.blocks is not None for one in found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from timm.data.transforms_factory import create_transform
 from vit_explain_callback.photograph import Box, Photograph, View, image_files, read_image
 
 
-def view(**options: object) -> View:
+def view(**options: Any) -> View:
     return View(create_transform(input_size=(3, 224, 224), is_training=False, **options))
 
 

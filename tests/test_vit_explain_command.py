@@ -66,11 +66,9 @@ def index(folder: str = "explanations") -> Any:
 
 
 def transformed(model: Any, path: str) -> torch.Tensor:
-    transform = create_transform(
-        **timm.data.config.resolve_model_data_config(model),
-        is_training=False,
-    )
-    return transform(Image.open(path))[None]
+    transform: Any = create_transform(**timm.data.config.resolve_model_data_config(model), is_training=False)
+    images: torch.Tensor = transform(Image.open(path))[None]
+    return images
 
 
 @pytest.mark.parametrize(
@@ -179,8 +177,9 @@ def test_a_model_of_transformers(here: Path) -> None:
     options = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
     labels = dict(enumerate(ANIMALS))
     config = transformers.ViTConfig(**options, intermediate_size=96, id2label=labels)
-    model = transformers.ViTForImageClassification(config)
-    randomised(model, 1).save_pretrained("vit")
+    model: Any = transformers.ViTForImageClassification(config)
+    randomised(model, 1)
+    model.save_pretrained("vit")
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
     processor.save_pretrained("vit")
     assert main(["both.png", "--hf", "vit", "--device", "cpu", "--category_index", "owl"]) == 0
