@@ -108,6 +108,7 @@ def test_the_map_lies_where_the_model_looked_and_the_rest_is_dim(tmp_path: Path)
     shown = photograph.overlay(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), 4.0)
     assert shown.shape == (320, 640, 3)
     assert (shown[:, :155] == 35).all()
+    assert (shown[:, 156:163] == 140).all(axis=(0, 2)).sum() == 1
     assert (shown[:, 485:] == 35).all()
     bright = shown.max(axis=2) > 150  # inferno ends in a light yellow
     assert bright[5:155, 325:475].all()

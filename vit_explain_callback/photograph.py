@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from vit_explain_callback.overlay import Picture, overlay
@@ -21,6 +21,7 @@ Box: TypeAlias = tuple[float, float, float, float]
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _LONGER_SIDE = (320, 640)  # pixels of the picture that is drawn on, at least and at most
 _DIM = 0.35
+_OUTLINE = (140, 140, 140)
 _RAMP_SIDE = 32
 
 
@@ -99,7 +100,7 @@ class Photograph:
         return max(left, 0), max(top, 0), min(right, width), min(bottom, height)
 
     def overlay(self, relevance: Tensor, limit: float) -> Picture:
-        """Lay a map (grid_h, grid_w) over the part that the model sees; the rest is grey and dim.
+        """Lay a map (grid_h, grid_w) over the part that the model sees; the rest is grey and dim, beyond a thin line.
 
         Args:
             relevance: The map.
@@ -113,6 +114,8 @@ class Photograph:
         # A model that pads sees more than the photograph: cropping adds what is missing, pasting takes it away again.
         part = Image.fromarray(self.picture).crop((left, top, right, bottom))
         canvas.paste(Image.fromarray(overlay(np.asarray(part), relevance, limit)), (left, top))
+        # A map that is dark at its edges looks like what lies outside.
+        ImageDraw.Draw(canvas).rectangle((left - 1, top - 1, right, bottom), outline=_OUTLINE)
         return np.asarray(canvas)
 
 
