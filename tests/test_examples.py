@@ -105,6 +105,21 @@ def test_overlays_of_photographs(tmp_path: Path) -> None:
         assert picture.size == (3 * 32, 32 + 18)
 
 
+def test_a_dog_and_a_cat(tmp_path: Path) -> None:
+    noise_picture(tmp_path / "both.png", 0)
+    noise_picture(tmp_path / "more" / "room.png", 1)
+    model = tiny_vit(patch_size=16, embed_dim=192, depth=12, num_classes=0)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    options = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--backbone", "w.safetensors"]
+    script(tmp_path, "dog_and_cat.py", "both.png", *options, "--others", "more")
+    options = ["--model", "vit_tiny_patch16_224", "--image_size", "32", "--checkpoint", "dog_and_cat.safetensors"]
+    options += ["--class_names", "dog", "cat", "other", "--category_index", "dog", "cat", "--device", "cpu"]
+    command = [sys.executable, "-m", "vit_explain_callback", "both.png", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "explanations").glob("both.grad_rollout_0.9.class*.png"))) == 2
+
+
 def test_shapes_can_be_made_again_and_never_touch_the_corner() -> None:
     data = Shapes(FINETUNE_CLASSES, 40, seed=3, shortcut="label")
     for index in range(0, 40, 7):

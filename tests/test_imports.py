@@ -9,15 +9,16 @@ import vit_explain_callback
 
 PACKAGE = Path(vit_explain_callback.__file__).parent
 LAYERS: list[set[str]] = [
-    {"rollout", "mha", "layout", "maps", "overlay", "isolation", "scale", "weights", "_lightning"},
-    {"capture", "flow", "probe", "animation", "drift", "map_statistics", "regions", "faithfulness", "blocks"},
+    {"rollout", "mha", "layout", "maps", "overlay", "isolation", "scale", "weights", "tensor_file", "_lightning"},
+    {"capture", "flow", "probe", "animation", "drift", "map_statistics", "regions", "faithfulness", "blocks", "figure"},
     {"explanation", "methods", "snapshot", "metric", "curves"},
-    {"filmstrip", "scalars"},
+    {"filmstrip", "scalars", "photograph"},
     {"stack", "experiment"},
     {"vit", "fold"},
     {"checks", "subject"},
-    {"explainer", "settings", "notices"},
-    {"report", "verdict", "ranks", "tensorboard"},
+    {"batch"},
+    {"explainer", "settings", "notices", "classifier"},
+    {"report", "verdict", "ranks", "tensorboard", "gallery", "comparison"},
     {"validation", "explained", "writer"},
     {"observation", "series", "page"},
     {"callback", "cli"},

@@ -1,11 +1,12 @@
 """Explanation drift of Vision Transformers, tracked while they are fine-tuned.
 
-`ViTExplainCallback` goes into a Lightning `Trainer`; `explain` gives the same maps without one; `attention_rollout`,
-`gradient_rollout` and `attention_flow` are the mathematics on explicit attention matrices.
+`ViTExplainCallback` goes into a Lightning `Trainer`; `explain` gives the same maps without one, `explain_targets` for
+several classes at once; `attention_rollout`, `gradient_rollout` and `attention_flow` are the mathematics on explicit
+attention matrices.
 """
 
 from vit_explain_callback.callback import ViTExplainCallback
-from vit_explain_callback.explainer import explain
+from vit_explain_callback.explainer import explain, explain_targets
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.flow import attention_flow
 from vit_explain_callback.methods import AttentionFlow, GradRollout, Rollout
@@ -22,5 +23,6 @@ __all__ = [
     "attention_flow",
     "attention_rollout",
     "explain",
+    "explain_targets",
     "gradient_rollout",
 ]

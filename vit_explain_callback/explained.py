@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -68,7 +69,9 @@ def explain_together(
 
     def explain_share() -> Explanation | None:
         own = images[share]
-        return explainer(own, own_target, batch_size, block_statistics).cpu() if len(own) else None
+        # Without the images: every process has them already.
+        explained = explainer(own, own_target, batch_size, block_statistics) if len(own) else None
+        return explained and replace(explained, images=None).cpu()
 
     parts = [part for part in ranks.together(explain_share) if part is not None]
     return Explanation.joined(parts) if ranks.divided else parts[0]

@@ -12,17 +12,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from vit_explain_callback.blocks import BlockMeter
-from vit_explain_callback.capture import AttentionCall, AttentionRecorder
-from vit_explain_callback.checks import check_classifier, check_counts, check_images, check_start_layers, check_target
+from vit_explain_callback.batch import explain_batch
+from vit_explain_callback.checks import check_classifier, check_counts, check_images
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.fold import fold
 from vit_explain_callback.isolation import undisturbed
-from vit_explain_callback.layout import StatedLayout, TokenLayout
+from vit_explain_callback.layout import StatedLayout
 from vit_explain_callback.methods import Method, resolve_methods
-from vit_explain_callback.stack import Stack, find_stack
 from vit_explain_callback.subject import LogitsOf, Subject
-from vit_explain_callback.vit import find_vit, refuse_other_timm_models
+from vit_explain_callback.vit import find_vit, normalisation, refuse_other_timm_models
 
 T = TypeVar("T")
 
@@ -39,6 +36,7 @@ def explain(
     forward: LogitsOf | None = None,
     prefix_tokens: int | None = None,
     grid_size: tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Explanation:
     """Explain the predictions of a Vision Transformer with attention rollout and gradient rollout.
 
@@ -57,12 +55,13 @@ def explain(
         forward: How to get logits (B, C) from `model` and images, if not by `model(images)`.
         prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
         grid_size: Patches as (grid_h, grid_w), likewise.
+        class_names: Name of each class, for the explanation's captions.
 
     A head with one logit z counts as two classes with the logits -z/2 and z/2, so that their softmax is the sigmoid of
     z. With several labels an image, `target` names the one to explain.
 
     Returns:
-        Maps, logits and targets, on the model's device.
+        Maps, logits and targets, on the model's device. In a notebook it shows itself.
 
     Raises:
         TypeError: If images, target, methods or the model's output are of the wrong type.
@@ -75,8 +74,62 @@ def explain(
         >>> {name: tuple(maps.shape) for name, maps in explanation.maps.items()}
         {'rollout': (1, 14, 14), 'grad_rollout_max': (1, 14, 14)}
     """
-    explainer = Explainer(model, methods, vit=vit, forward=forward, prefix_tokens=prefix_tokens, grid_size=grid_size)
+    explainer = Explainer(
+        model,
+        methods,
+        vit=vit,
+        forward=forward,
+        prefix_tokens=prefix_tokens,
+        grid_size=grid_size,
+        class_names=class_names,
+    )
     return explainer(images, target, batch_size, block_statistics)
+
+
+def explain_targets(
+    model: nn.Module,
+    images: Tensor,
+    targets: Sequence[int | Tensor | None],
+    methods: Sequence[str | Method] = ("rollout", "grad_rollout"),
+    batch_size: int | None = None,
+    *,
+    vit: str | None = None,
+    forward: LogitsOf | None = None,
+    prefix_tokens: int | None = None,
+    grid_size: tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> list[Explanation]:
+    """Explain the same images for several targets, from one forward pass and one backward pass for each target.
+
+    Args:
+        model: As for `explain`, like the others.
+        images: (B, C, H, W).
+        targets: Each as `explain` takes one: None, one index, or (B,) integer indices.
+        methods: Names or objects.
+        batch_size: Images per pass.
+        vit: Attribute path of the ViT.
+        forward: How to get logits.
+        prefix_tokens: Number of tokens before the patches.
+        grid_size: Patches as (grid_h, grid_w).
+        class_names: Name of each class.
+
+    Returns:
+        One explanation for each target; they share the maps of methods that do not depend on it.
+
+    Raises:
+        TypeError: As `explain`.
+        ValueError: As `explain`, and if there is no target.
+    """
+    explainer = Explainer(
+        model,
+        methods,
+        vit=vit,
+        forward=forward,
+        prefix_tokens=prefix_tokens,
+        grid_size=grid_size,
+        class_names=class_names,
+    )
+    return explainer.for_targets(images, targets, batch_size)
 
 
 class Explainer:
@@ -89,6 +142,7 @@ class Explainer:
         forward: How to get logits.
         prefix_tokens: Number of tokens before the patches.
         grid_size: Patches as (grid_h, grid_w).
+        class_names: Name of each class.
 
     Raises:
         TypeError: If methods are of the wrong type.
@@ -104,8 +158,10 @@ class Explainer:
         forward: LogitsOf | None = None,
         prefix_tokens: int | None = None,
         grid_size: tuple[int, int] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         self.methods = resolve_methods(methods)
+        self.class_names = class_names
         self._subject = Subject(model, find_vit(model, vit), forward, StatedLayout(prefix_tokens, grid_size))
         refuse_other_timm_models(self._subject.vit)
         if model is self._subject.vit and any(method.weighted for method in self.methods):
@@ -124,14 +180,38 @@ class Explainer:
             TypeError: If images, target or the model's output are of the wrong type.
             ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
         """
+        return self.for_targets(images, [target], batch_size, block_statistics)[0]
+
+    def for_targets(
+        self,
+        images: Tensor,
+        targets: Sequence[int | Tensor | None],
+        batch_size: int | None = None,
+        block_statistics: bool = False,
+    ) -> list[Explanation]:
+        """Explain a batch for several targets: one forward pass, and one backward pass for each target.
+
+        The explanations share what does not depend on the target.
+
+        Raises:
+            TypeError: As for one target.
+            ValueError: As for one target, and if there is none.
+        """
         check_images(images)
-        targets = _as_targets(target, len(images))
+        if not targets:
+            raise ValueError("Expected `targets` to hold at least one target, but got none.")
+        wanted = [_as_targets(target, len(images)) for target in targets]
 
-        def work(part: slice, copied: Tensor) -> Explanation:
-            own = None if targets is None else targets[part]
-            return _explain_batch(self._subject, copied, self.methods, own, block_statistics)
+        def work(part: slice, copied: Tensor) -> list[Explanation]:
+            own = [None if target is None else target[part] for target in wanted]
+            return explain_batch(self._subject, copied, self.methods, own, block_statistics)
 
-        return Explanation.joined(self._in_parts(images, batch_size, work))
+        parts = self._in_parts(images, batch_size, work)
+        mean_std, names = normalisation(self._subject.vit), self.class_names
+        return [
+            replace(Explanation.joined(of_one), images=images, normalisation=mean_std, class_names=names)
+            for of_one in zip(*parts, strict=True)
+        ]
 
     def logits(self, images: Tensor, batch_size: int | None = None) -> Tensor:
         """What the model makes of images (B, C, H, W), explained or not: (B, C) logits."""
@@ -204,93 +284,3 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     # Only CUDA has an exception of its own for it.
     text = str(error).lower()
     return any(words in text for words in ("out of memory", "can't allocate memory", "not enough memory"))
-
-
-def _explain_batch(
-    subject: Subject, images: Tensor, methods: Sequence[Method], target: Tensor | None, block_statistics: bool
-) -> Explanation:
-    known = subject.known_layout(images.shape[1:])
-    with_gradients = any(method.weighted for method in methods)
-    with torch.set_grad_enabled(with_gradients):
-        # The input carries the graph through a frozen backbone; the parameters' flags are left alone.
-        images = images.detach().requires_grad_(with_gradients)
-        with AttentionRecorder(subject.vit, through_no_grad=with_gradients) as recorder:
-            logits = subject.logits(images)
-        stack = find_stack(subject.vit, recorder, len(images))
-        recorder.calls.clear()
-        check_start_layers(methods, len(stack.calls))
-        target = logits.detach().argmax(dim=1) if target is None else target.to(logits.device)
-        check_target(target, logits.shape[1])
-        gradients = _output_gradients(logits, target, stack) if with_gradients else _nones(stack)
-    # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
-    logits, images = logits.detach(), images.detach()
-    layout = subject.layout(stack, images)
-    if layout is not known and layout.readout is not None and stack.pool is not None:
-        stack = replace(stack, pool=None)  # no logit depends on it
-        gradients.pop()
-    _check_tokens(stack, layout)
-    if with_gradients:
-        _check_reached(stack, gradients)
-    with torch.no_grad():
-        meter = _meter(stack, layout, images) if block_statistics else None
-        rows = fold(methods, stack, gradients, layout, meter)
-    maps = {method.name: layout.to_grid(row) for method, row in rows.items()}
-    return Explanation(maps, logits, target, None if meter is None else meter.result())
-
-
-def _meter(stack: Stack, layout: TokenLayout, images: Tensor) -> BlockMeter:
-    like = images.new_zeros((), dtype=torch.promote_types(images.dtype, torch.float32))
-    height, width = images.shape[2:]
-    return BlockMeter(layout, (height, width), len(images), [call.shape[1] for call in stack.calls], like)
-
-
-def _check_tokens(stack: Stack, layout: TokenLayout) -> None:
-    patches = layout.grid[0] * layout.grid[1]
-    if stack.tokens != layout.tokens:
-        raise ValueError(
-            f"Expected `{stack.calls[0].module}` to attend over all {layout.tokens} tokens ({layout.tokens - patches} "
-            f"prefix + {layout.grid[0]}x{layout.grid[1]} patches), but its attention is {stack.tokens}x{stack.tokens}: "
-            "there is no global attention to roll out."
-        )
-    if (stack.pool is None) == (layout.readout is None) or (
-        stack.pool is not None and stack.pool.shape[3] not in (layout.tokens, patches)
-    ):
-        seen = "none" if stack.pool is None else f"`{stack.pool.module}` with {stack.pool.shape[3]} keys"
-        raise ValueError(
-            f"Expected {'an' if layout.readout is None else 'no'} attention-pooling head over the tokens after the "
-            f"blocks, but saw {seen}."
-        )
-
-
-def _nones(stack: Stack) -> list[Tensor | None]:
-    return [None] * len(_with_pool(stack))
-
-
-def _output_gradients(logits: Tensor, target: Tensor, stack: Stack) -> list[Tensor | None]:
-    """∂y_c/∂O of each block and then of the pool, None where y_c does not depend on it.
-
-    Images do not mix in evaluation mode, so one pass serves the whole batch.
-    """
-    gradients = _nones(stack)
-    outputs = [call.output for call in _with_pool(stack)]
-    attached = [index for index, output in enumerate(outputs) if output.requires_grad]
-    if logits.requires_grad and attached:
-        chosen = logits.gather(1, target[:, None])
-        found = torch.autograd.grad(chosen.sum(), [outputs[index] for index in attached], allow_unused=True)
-        for index, gradient in zip(attached, found, strict=True):
-            gradients[index] = gradient
-    return gradients
-
-
-def _with_pool(stack: Stack) -> list[AttentionCall]:
-    return stack.calls if stack.pool is None else [*stack.calls, stack.pool]
-
-
-def _check_reached(stack: Stack, gradients: Sequence[Tensor | None]) -> None:
-    for call, gradient in zip(_with_pool(stack), gradients, strict=True):
-        if gradient is None:
-            raise ValueError(
-                f"Expected gradients to reach `{call.module}`, but its output is cut off from the logits. Take "
-                "`detach()` out of the model's forward (freeze parameters with `requires_grad` instead), or leave out "
-                "gradient rollout."
-            )

@@ -1,19 +1,28 @@
-"""What an explanation holds."""
+"""What an explanation holds, and how it shows itself."""
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from vit_explain_callback.blocks import BlockStatistics
+from vit_explain_callback.figure import Cell, figure, png
+from vit_explain_callback.overlay import Picture, colour_limit, overlay, range_of, unnormalise
+from vit_explain_callback.tensor_file import read_tensors, write_tensors
+
+_NUM_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found for a batch.
+    """What `explain` found for a batch. In a notebook it shows itself as a figure.
 
     Attributes:
         maps: Relevance of each patch by method name, (B, grid_h, grid_w), raw: patches and prefix tokens together sum
@@ -21,26 +30,155 @@ class Explanation:
         logits: (B, C).
         target: Class whose logit the gradients are of, (B,).
         blocks: What each block attends to, if asked for.
+        images: The batch that was given, (B, C, H, W); the same tensor, not a copy. None where it was not kept.
+        normalisation: Mean and standard deviation that the images were normalised with, if the model says so.
+        class_names: Name of each class, or None to show indices.
     """
 
     maps: dict[str, Tensor]
     logits: Tensor
     target: Tensor
     blocks: BlockStatistics | None = None
+    images: Tensor | None = None
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None
+    class_names: Sequence[str] | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Explanation]) -> Explanation:
         """One explanation of all images of several, in order."""
         blocks = [part.blocks for part in parts if part.blocks is not None]
+        images = [part.images for part in parts if part.images is not None]
         return cls(
             maps={name: torch.cat([part.maps[name] for part in parts]) for name in parts[0].maps},
             logits=torch.cat([part.logits for part in parts]),
             target=torch.cat([part.target for part in parts]),
             blocks=BlockStatistics.joined(blocks) if blocks else None,
+            images=torch.cat(images) if len(images) == len(parts) else None,
+            normalisation=parts[0].normalisation,
+            class_names=parts[0].class_names,
         )
+
+    @property
+    def prediction(self) -> Tensor:
+        """(B,) predicted classes."""
+        return self.logits.argmax(dim=1)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, C) softmax of the logits, in float64."""
+        return self.logits.double().softmax(dim=1)
 
     def cpu(self) -> Explanation:
         """A copy on the CPU, with logits in float32 at least."""
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
-        maps = {name: maps.cpu() for name, maps in self.maps.items()}
-        return Explanation(maps, logits.cpu(), self.target.cpu(), None if self.blocks is None else self.blocks.cpu())
+        return Explanation(
+            {name: maps.cpu() for name, maps in self.maps.items()},
+            logits.cpu(),
+            self.target.cpu(),
+            None if self.blocks is None else self.blocks.cpu(),
+            None if self.images is None else self.images.cpu(),
+            self.normalisation,
+            self.class_names,
+        )
+
+    def overlay(self, method: str | None = None, index: int = 0) -> Picture:
+        """The map of one image laid over it, (H, W, 3) uint8; colours as for the whole batch.
+
+        Args:
+            method: Name of the method; default: the first.
+            index: Of the image.
+
+        Raises:
+            KeyError: If there is no such method.
+            IndexError: If there is no such image.
+            ValueError: If the images were not kept.
+        """
+        method = next(iter(self.maps)) if method is None else method
+        if method not in self.maps:
+            raise KeyError(f"Expected `method` to be one of {', '.join(self.maps)}, but got {method!r}.")
+        maps = self.maps[method]
+        return overlay(self._picture(index), maps[index], colour_limit(maps))
+
+    def plot(self, num_shown: int = _NUM_SHOWN) -> Figure:
+        """A matplotlib figure: rows are images, columns are the image and every method.
+
+        Each column has its own colour scale, from 0 to the limit in its heading, in multiples of uniform relevance.
+
+        Args:
+            num_shown: Images drawn, the first of the batch.
+
+        Raises:
+            ValueError: If the images were not kept.
+        """
+        headings = [f"{name}\n0 to {colour_limit(maps):.1f} × uniform" for name, maps in self.maps.items()]
+        rows = []
+        for index in range(min(num_shown, len(self.logits))):
+            predicted, target = int(self.prediction[index]), int(self.target[index])
+            cells = [Cell(self._picture(index), f"predicted {self._named(index, predicted)}")]
+            cells += [Cell(self.overlay(name, index), f"target {self._named(index, target)}") for name in self.maps]
+            rows.append(cells)
+        return figure(rows, ["image", *headings], scale="the limit over each column")
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, whole or not at all.
+
+        Its tensors are `map/{method}`, `logits`, `target`, `block/{statistic}` and `images`.
+        """
+        tensors = {f"map/{name}": maps for name, maps in self.maps.items()}
+        tensors |= {"logits": self.logits, "target": self.target}
+        if self.blocks is not None:
+            tensors |= {f"block/{name}": statistic for name, statistic in vars(self.blocks).items()}
+        if self.images is not None:
+            tensors["images"] = self.images
+        names = None if self.class_names is None else [str(name) for name in self.class_names]
+        # Safetensors keeps the order of neither; the methods' is that of the columns.
+        told = {"methods": list(self.maps), "normalisation": self.normalisation, "class_names": names}
+        write_tensors(Path(path), tensors, {name: json.dumps(value) for name, value in told.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Explanation:
+        """Read what `save` wrote, onto the CPU.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is another kind of file.
+        """
+        tensors, metadata = read_tensors(Path(path))
+        if "methods" not in metadata:
+            raise ValueError(f"Expected {path} to be written by `Explanation.save`, but it was not.")
+        told = {name: json.loads(value) for name, value in metadata.items()}
+        blocks = {name.removeprefix("block/"): value for name, value in tensors.items() if name.startswith("block/")}
+        mean_std = told["normalisation"]
+        return cls(
+            {name: tensors[f"map/{name}"] for name in told["methods"]},
+            tensors["logits"],
+            tensors["target"],
+            BlockStatistics(**blocks) if blocks else None,
+            tensors.get("images"),
+            None if mean_std is None else (tuple(mean_std[0]), tuple(mean_std[1])),
+            told["class_names"],
+        )
+
+    def _picture(self, index: int) -> Picture:
+        if self.images is None:
+            raise ValueError(
+                "Expected the explanation to hold its images, but it holds None: add them with "
+                "`dataclasses.replace(explanation, images=images)`."
+            )
+        return unnormalise(self.images[index], *(self.normalisation or range_of(self.images)))
+
+    def _named(self, index: int, target: int) -> str:
+        known = self.class_names is not None and target < len(self.class_names)
+        name = str(self.class_names[target]) if known and self.class_names else f"class {target}"
+        return f"{name if len(name) <= 20 else name[:19] + '…'} · p={self.probabilities[index, target].item():.2f}"
+
+    def _repr_png_(self) -> bytes | None:
+        return None if self.images is None else png(self.plot())
+
+    def _repr_html_(self) -> str | None:
+        if self.images is None:
+            return None
+        data = base64.b64encode(png(self.plot())).decode()
+        left = len(self.logits) - _NUM_SHOWN
+        more = f"<p>{left} more images: <code>plot(num_shown={len(self.logits)})</code></p>" if left > 0 else ""
+        return f'<img alt="explanation" src="data:image/png;base64,{data}">{more}'

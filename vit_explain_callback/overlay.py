@@ -43,6 +43,13 @@ def unnormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> P
     return pixels.round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
+def range_of(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation to undo, of images (B, C, H, W) with an unknown one: their range becomes 0 to 1."""
+    low, high = images.amin().item(), images.amax().item()
+    scale = 1 / max(high - low, 1e-6)
+    return [-low * scale] * images.shape[1], [scale] * images.shape[1]
+
+
 def colour_limit(maps: Tensor) -> float:
     """Upper end of the colour scale for maps (B, grid_h, grid_w) like these: the 99th percentile, at least 2 x uniform.
 

@@ -8,17 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vit_explain_callback.animation import animation
 from vit_explain_callback.drift import spearman
 from vit_explain_callback.filmstrip import filmstrip
-from vit_explain_callback.overlay import Picture, colour_limit, difference, overlay, resized, unnormalise, with_strip
+from vit_explain_callback.overlay import (
+    Picture,
+    colour_limit,
+    difference,
+    overlay,
+    range_of,
+    resized,
+    unnormalise,
+    with_strip,
+)
 from vit_explain_callback.probe import ProbeBatch
 from vit_explain_callback.scalars import scalars
 from vit_explain_callback.snapshot import History, Snapshot
+from vit_explain_callback.tensor_file import read_tensors, write_tensors
 
 _SIDE = 224
 _FILMSTRIP_MAPS = 9
@@ -53,11 +61,7 @@ class Report:
 
         Without a normalisation, the range of the images is stretched to that of a picture.
         """
-        if normalised is None:
-            low, high = probe.images.amin().item(), probe.images.amax().item()
-            channels = probe.images.shape[1]
-            scale = 1 / max(high - low, 1e-6)
-            normalised = [-low * scale] * channels, [scale] * channels
+        normalised = normalised or range_of(probe.images)
         height, width = probe.images.shape[2:]
         size = [round(side * _SIDE / max(height, width)) for side in (height, width)]
         pictures = [resized(unnormalise(image, *normalised), *size) for image in probe.images[:num_shown]]
@@ -65,19 +69,18 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file: `pictures`, `labels`, `region/{name}`, and class names in its metadata."""
-        tensors = {f"region/{name}": masks.contiguous() for name, masks in self.regions.items()}
+        tensors = {f"region/{name}": masks for name, masks in self.regions.items()}
         tensors["pictures"] = torch.stack([torch.tensor(picture) for picture in self.pictures])
         if self.labels is not None:
             tensors["labels"] = self.labels
         names = None if self.class_names is None else [str(name) for name in self.class_names]
-        save_file(tensors, path, metadata={"class_names": json.dumps(names)})
+        write_tensors(path, tensors, {"class_names": json.dumps(names)})
 
     @classmethod
     def load(cls, path: Path) -> Report:
         """Read what `save` wrote."""
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            names = json.loads(file.metadata()["class_names"])
+        tensors, metadata = read_tensors(path)
+        names = json.loads(metadata["class_names"])
         regions = {name.removeprefix("region/"): mask for name, mask in tensors.items() if name.startswith("region/")}
         return cls(tensors.get("labels"), list(tensors["pictures"].numpy()), names, regions)
 

@@ -8,23 +8,20 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data.config import resolve_model_data_config
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from tqdm import tqdm
 
+from vit_explain_callback.classifier import timm_transform
 from vit_explain_callback.explained import check_together, explain_together
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.methods import Method
+from vit_explain_callback.photograph import SUFFIXES, image_files, read_image
 from vit_explain_callback.probe import ProbeBatch
 from vit_explain_callback.ranks import Ranks
 from vit_explain_callback.report import Report
 from vit_explain_callback.snapshot import Snapshot
 from vit_explain_callback.vit import normalisation
 from vit_explain_callback.weights import Weights, with_weights
-
-_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def read_images(folder: Path, model: Any, limit: int) -> tuple[Tensor, list[str]]:
@@ -41,20 +38,18 @@ def read_images(folder: Path, model: Any, limit: int) -> tuple[Tensor, list[str]
     Raises:
         FileNotFoundError: If there is no image.
     """
-    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    transform = create_transform(**config, is_training=False)
+    transform = timm_transform(model)
     images: list[Tensor] = []
     unreadable: list[str] = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES):
+    for path in image_files(folder):
         if len(images) == limit:
             break
         try:
-            with Image.open(path) as image:
-                images.append(transform(image.convert("RGB")))
-        except (OSError, UnidentifiedImageError) as error:
-            unreadable.append(f"{path}: {error}")
+            images.append(transform(read_image(path)))
+        except OSError as error:
+            unreadable.append(str(error))
     if not images:
-        raise FileNotFoundError(f"There is no image in {folder} ({', '.join(sorted(_SUFFIXES))}).")
+        raise FileNotFoundError(f"There is no image in {folder} ({', '.join(sorted(SUFFIXES))}).")
     return torch.stack(images), unreadable
 
 

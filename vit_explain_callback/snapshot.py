@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vit_explain_callback.blocks import BlockStatistics
+from vit_explain_callback.tensor_file import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,13 @@ class Snapshot:
         """
         state = self.state_dict()
         step = str(state.pop("step"))
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata={"step": step})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(path, state, {"step": step})
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:
         """Read what `save` wrote."""
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls.from_state({"step": int(file.metadata()["step"]), **tensors})
+        tensors, metadata = read_tensors(path)
+        return cls.from_state({"step": int(metadata["step"]), **tensors})
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors by name, and the step: for a checkpoint that loads with `weights_only=True`.

@@ -75,13 +75,18 @@ class Weights:
         return [name for name in own if name not in fitting]
 
 
-def with_weights(name: str, weights: Weights) -> Any:
+def with_weights(name: str, weights: Weights, **options: Any) -> Any:
     """A timm model with a classifier of as many classes as the weights have one for.
+
+    Args:
+        name: Of the model.
+        weights: Its weights.
+        options: For `timm.create_model`.
 
     Raises:
         ValueError: If the weights do not fit, the classifier included.
     """
-    model: Any = timm.create_model(name)
+    model: Any = timm.create_model(name, **options)
     classifier = f"{model.pretrained_cfg['classifier']}.weight"
     tensors = weights.of(model)
     if classifier in tensors:
