@@ -25,8 +25,8 @@ class Explanation:
     """What `explain` found for a batch. In a notebook it shows itself as a figure.
 
     Attributes:
-        maps: Relevance of each patch by method name, (B, grid_h, grid_w), raw: patches and prefix tokens together sum
-            to 1. Float32, or float64 for a float64 model.
+        maps: Relevance of each patch by method name, (B, grid_h, grid_w), raw: in a rollout, patches and prefix
+            tokens together sum to 1; a flow is at most 1. Float32, or float64 for a float64 model.
         logits: (B, C).
         target: Class whose logit the gradients are of, (B,).
         blocks: What each block attends to, if asked for.

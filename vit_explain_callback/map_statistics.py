@@ -21,8 +21,8 @@ def map_statistics(maps: Tensor) -> dict[str, Tensor]:
     - `top10_mass`: share of the sum on the strongest tenth of the patches, in [0.1, 1].
     - `outer_ring_mass`: share of the sum on the patches along the border, in [0, 1].
     - `centroid_x`, `centroid_y`: the centre of mass from left to right and from top to bottom, in [0, 1].
-    - `patch_mass`: the sum itself, in [0, 1]: what a rollout leaves on the patches instead of the prefix tokens. For
-      gradient rollout it falls with the gradients, as when the target's probability nears 1.
+    - `patch_mass`: the sum itself, of a rollout in [0, 1]: what it leaves on the patches instead of the prefix tokens.
+      For gradient rollout it falls with the gradients, as when the target's probability nears 1.
     - `degenerate`: 1 where the map is degenerate, else 0.
     """
     height, width = maps.shape[-2:]
