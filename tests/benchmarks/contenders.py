@@ -89,9 +89,7 @@ def materialised_maps(model: Any, methods: Sequence[Method], images: Tensor) -> 
     with_gradients = any(isinstance(method, GradRollout) for method in methods)
     attentions: list[Tensor] = []
     layers = [block.attn for block in model.blocks]
-    hooks = [
-        layer.attn_drop.register_forward_pre_hook(lambda _, args: attentions.append(args[0])) for layer in layers
-    ]
+    hooks = [layer.attn_drop.register_forward_pre_hook(lambda _, args: attentions.append(args[0])) for layer in layers]
     fused = [layer.fused_attn for layer in layers]
     try:
         for layer in layers:
@@ -104,7 +102,9 @@ def materialised_maps(model: Any, methods: Sequence[Method], images: Tensor) -> 
             layer.fused_attn = flag
             hook.remove()
     with torch.no_grad():
-        return {method.name: _product(method, attentions, gradients)[:, 0, model.num_prefix_tokens :] for method in methods}
+        return {
+            method.name: _product(method, attentions, gradients)[:, 0, model.num_prefix_tokens :] for method in methods
+        }
 
 
 def _product(method: Method, attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -140,7 +140,7 @@ def grad_cam(model: Any) -> Run:
     cam = package.GradCAM(model=model, target_layers=[model.blocks[-1].norm1], reshape_transform=to_grid)
 
     def run(images: Tensor) -> object:
-        return cam(input_tensor=images.detach().clone())
+        return cam(input_tensor=images.detach().clone().requires_grad_(), targets=None)
 
     return run
 

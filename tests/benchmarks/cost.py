@@ -6,8 +6,9 @@ every attention matrix and its gradient, and to multiply N × N matrices (`conte
 
 In each configuration one process runs all contenders in turn, `--rounds` times, in another order each round; a ratio is
 the median over rounds of the ratio within a round, with its 10th and 90th percentile. Peak memory is that of one run
-in a process of its own; `measure.py` says how. Weights are random. Contenders that fail, or that memory does not suffice
-for, are left out with the reason.
+in a process of its own; `measure.py` says how. Weights are random. What fails, or what memory does not suffice for, is
+left out with the reason. On a machine that others use too, `--threads 1 --clock process` counts the process's own CPU
+time instead.
 
     python -m tests.benchmarks.cost                     # about 10 minutes on two cores
     python -m tests.benchmarks.cost --full --output cost.json
@@ -24,7 +25,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 from tests.benchmarks.contenders import BACKWARD, CONTENDERS, FORWARD
-from tests.benchmarks.measure import in_new_process, machine, peak_bytes, seconds
+from tests.benchmarks.measure import Clock, in_new_process, machine, peak_bytes, seconds
 
 PEERS = ("torchcam", "grad-cam", "captum")
 
@@ -50,7 +51,6 @@ class Configuration:
     size: int
     batch: int
     dtype: str = "float32"
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -58,8 +58,8 @@ class Configuration:
 
     def create(self, device: str) -> Any:
         torch.manual_seed(0)
-        options = {"img_size": self.size, "num_classes": 1000, **self.options}
-        model = timm.create_model(MODELS[self.model], pretrained=False, **options)
+        with torch.device(device):
+            model = timm.create_model(MODELS[self.model], pretrained=False, img_size=self.size, num_classes=1000)
         return model.eval().requires_grad_(False).to(device, getattr(torch, self.dtype))
 
     def images(self, device: str) -> torch.Tensor:
@@ -79,7 +79,6 @@ DEFAULT = [
     Configuration("Ti16", 224, 8),
     Configuration("B16", 224, 8),
     Configuration("S14", 518, 2),
-    Configuration("S14", 1022, 1),
 ]
 FULL = [
     *(
@@ -88,7 +87,8 @@ FULL = [
         for model, size in (("Ti16", 224), ("S16", 224), ("B16", 224), ("S14", 518), ("B14", 518))
         for batch in (1, 8, 32)
     ),
-    *DEFAULT[2:],
+    Configuration("S14", 518, 2),
+    Configuration("S14", 1022, 1),
 ]
 SCALING = [Configuration("S14", size, 1) for size in (224, 336, 518, 714, 1022)]
 SCALED = (FORWARD, BACKWARD, "rollout", "grad_rollout")
@@ -96,7 +96,7 @@ SCALED = (FORWARD, BACKWARD, "rollout", "grad_rollout")
 
 def refusal(configuration: Configuration, contender: str, device: str) -> str | None:
     """Why a contender is not tried: it would need more memory than there is."""
-    model = timm.create_model(MODELS[configuration.model], img_size=configuration.size, **configuration.options)
+    model = configuration.create("meta")
     block, tokens, layers = model.blocks[0], model.patch_embed.num_patches + model.num_prefix_tokens, len(model.blocks)
     bytes_each = 2 if configuration.dtype == "bfloat16" else 4
     matrices = CONTENDERS[contender].matrices * block.attn.num_heads * tokens**2
@@ -107,7 +107,7 @@ def refusal(configuration: Configuration, contender: str, device: str) -> str | 
 
 
 def time_rounds(
-    configuration: Configuration, contenders: Sequence[str], rounds: int, threads: int, device: str
+    configuration: Configuration, contenders: Sequence[str], rounds: int, threads: int, device: str, clock: Clock
 ) -> dict[str, Any]:
     """Seconds of each contender in each round, and why others could not be run."""
     torch.set_num_threads(threads)
@@ -126,7 +126,7 @@ def time_rounds(
     found = []
     for index in range(rounds):
         random.Random(index).shuffle(order)
-        taken = {name: seconds(runs[name], device) for name in order}
+        taken = {name: seconds(runs[name], device, clock) for name in order}
         found.append({name: taken[name] for name in runs})
     return {"rounds": found, "failed": failed}
 
@@ -142,13 +142,13 @@ def memory_of(configuration: Configuration, contender: str, threads: int, device
 
 
 def measure(
-    configuration: Configuration, contenders: Iterable[str], rounds: int, threads: int, device: str
+    configuration: Configuration, contenders: Iterable[str], rounds: int, threads: int, device: str, clock: Clock
 ) -> dict[str, Any]:
     """Everything about one configuration, as it goes to the JSON file."""
     wanted = list(contenders)
     reasons = {name: refusal(configuration, name, device) for name in wanted}
     possible = [name for name in wanted if reasons[name] is None]
-    timed = in_new_process(time_rounds, configuration, possible, rounds, threads, device)
+    timed = in_new_process(time_rounds, configuration, possible, rounds, threads, device, clock)
     skipped = {name: reason for name, reason in reasons.items() if reason} | timed["failed"]
     memory: dict[str, int] = {}
     for name in timed["rounds"][0]:
@@ -181,16 +181,18 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         for name in rounds[0]:
             contender = CONTENDERS[name]
             median = statistics.median(taken[name] for taken in rounds)
-            rows.append([
-                result["name"],
-                name,
-                f"{median:.3f}",
-                ratio(rounds, name, contender.limit),
-                ratio(rounds, name, contender.ours),
-                f"{memory[name] / 1e6:.0f}" if name in memory else "",
-                _quotient(memory, name, contender.limit),
-                _quotient(memory, name, contender.ours),
-            ])
+            rows.append(
+                [
+                    result["name"],
+                    name,
+                    f"{median:.3f}",
+                    ratio(rounds, name, contender.limit),
+                    ratio(rounds, name, contender.ours),
+                    f"{memory[name] / 1e6:.0f}" if name in memory else "",
+                    _quotient(memory, name, contender.limit),
+                    _quotient(memory, name, contender.ours),
+                ]
+            )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
@@ -234,8 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     choice.add_argument("--scaling", action="store_true", help="one model over image sizes, and the fitted exponents")
     parser.add_argument("--only", default="*", help="configurations whose name matches, of all with --full")
     parser.add_argument("--contenders", default="*", help="contenders whose name matches; the limits always run")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=["wall", "process"], default="wall")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", type=Path, help="JSON file: machine, versions, every round")
     args = parser.parse_args(arguments)
@@ -250,14 +253,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(about))
     found = []
     for configuration in tqdm(configurations, unit="configuration"):
-        result = measure(configuration, contenders, args.rounds, args.threads, args.device)
+        result = measure(configuration, contenders, args.rounds, args.threads, args.device, args.clock)
         found.append(result)
         tqdm.write(table([result]))
         for name, reason in result["skipped"].items():
             tqdm.write(f"left out of {result['name']}: {name} ({reason})")
         if args.output is not None:
             args.output.write_text(json.dumps({"machine": about, "configurations": found}, indent=1), encoding="utf-8")
-    print(table(found))
+    if len(found) > 1:
+        print(table(found))
     if args.scaling and len(found) > 2:
         print(scaling(found))
 
