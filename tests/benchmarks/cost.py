@@ -199,7 +199,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _quotient(memory: Mapping[str, int], name: str, reference: str | None) -> str:
-    if name not in memory or reference not in memory:
+    if reference is None or name not in memory or reference not in memory:
         return ""
     return f"{memory[name] / memory[reference]:.2f}"
 

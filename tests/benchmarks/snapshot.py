@@ -109,7 +109,7 @@ def run(
 
 def measure(model: str, num_images: int, snapshots: int, batch: int, **shape: Any) -> dict[str, Any]:
     """Seconds of a training step and of each part of a snapshot, snapshot by snapshot."""
-    vit = timm.create_model(model, pretrained=False, num_classes=10, **shape)
+    vit: Any = timm.create_model(model, pretrained=False, num_classes=10, **shape)
     size = vit.patch_embed.img_size[0]
     steps = StepTimes()
     run(vit, size, batch, 4, [steps], None)
