@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vit_explain_callback.filmstrip import filmstrip
 from vit_explain_callback.overlay import (
@@ -16,6 +18,7 @@ from vit_explain_callback.overlay import (
     colour_limit,
     difference,
     overlay,
+    png,
     resized,
     unnormalise,
     with_strip,
@@ -123,3 +126,8 @@ def test_a_filmstrip_has_a_row_for_each_image_and_a_column_for_each_snapshot() -
         red = np.flatnonzero(now_end[:, 0] - now_end[:, 1] > 100)
         heights = {0: (curve - 8) / 2 + 3, 1: curve - 5}  # half-way down; at the bottom
         assert (abs(red.mean() - heights[row]) < 2) if row in heights else not len(red)
+
+
+def test_a_png_file_holds_every_pixel() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png(picture)))), picture)

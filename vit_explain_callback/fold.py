@@ -21,8 +21,10 @@ from vit_explain_callback.methods import Method
 from vit_explain_callback.rollout import HeadFuser, discard_lowest, rollout_step
 from vit_explain_callback.stack import Stack
 
-# Attention entries alive at once: 128 MiB in float32, and as much again for their gradients.
-CHUNK_ENTRIES = 2**25
+# Attention entries alive at once, and as many again for their gradients, but at least those of one head: on a CPU few
+# enough to stay in its cache, elsewhere 128 MiB in float32.
+CHUNK_ENTRIES = 2**18
+ACCELERATOR_CHUNK_ENTRIES = 2**25
 
 
 def fold(
@@ -94,7 +96,7 @@ def _fold(
         call, gradient = calls.pop(), gradients.pop()
         active = {method for method in rows if method.start_layer <= layer}
         batch, heads, tokens, _ = call.shape
-        step = max(1, CHUNK_ENTRIES // (heads * tokens * tokens))
+        step = max(1, _chunk_entries(call) // (heads * tokens * tokens))
         for start in range(0, batch, step):
             images = slice(start, min(start + step, batch))
             show = None if meter is None else partial(meter.add, layer - 1, images)
@@ -113,7 +115,7 @@ def _fused(
     """F of some images for each method, (b, N, M); methods that differ only later share one tensor."""
     fusers = {(method.weighted, method.head_fusion): HeadFuser(method.head_fusion) for method in methods}
     _, heads, queries, keys = call.shape
-    step = max(1, CHUNK_ENTRIES // (queries * keys))
+    step = max(1, _chunk_entries(call) // (queries * keys))
     for start in range(0, heads, step):
         chunk = slice(start, min(start + step, heads))
         attention = call.attention(images, chunk)
@@ -133,3 +135,7 @@ def _fused(
         for (weighted, fusion), fuser in fusers.items()
     }
     return {method: fused[method.weighted, method.head_fusion] for method in methods}
+
+
+def _chunk_entries(call: AttentionCall) -> int:
+    return CHUNK_ENTRIES if call.value.device.type == "cpu" else ACCELERATOR_CHUNK_ENTRIES

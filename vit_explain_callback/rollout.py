@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,11 +99,19 @@ def discard_lowest(fused: Tensor, discard_ratio: float, class_token: int | None 
     dropped = int(discard_ratio * entries.shape[1])
     if dropped == 0:
         return fused
-    smallest_kept = entries.kthvalue(dropped + 1, dim=1).values
+    smallest_kept = _smallest_but(dropped, entries)
     kept = fused.masked_fill(fused < smallest_kept[:, None, None], 0)
     if class_token is not None:
         kept[:, class_token, class_token] = fused[:, class_token, class_token]
     return kept
+
+
+def _smallest_but(count: int, entries: Tensor) -> Tensor:
+    """The smallest entry of each row but for `count` smaller ones: (B, n) to (B,)."""
+    if entries.device.type == "cpu" and entries.dtype in (torch.float32, torch.float64):
+        # The same value as torch's, several times as fast.
+        return torch.from_numpy(np.partition(entries.detach().numpy(), count, axis=1)[:, count])
+    return entries.kthvalue(count + 1, dim=1).values
 
 
 def rollout_step(row: Tensor, fused: Tensor) -> Tensor:

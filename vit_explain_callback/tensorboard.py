@@ -51,11 +51,11 @@ def lay_out_margin_charts(experiment: Any, methods: Sequence[str]) -> None:
     experiment.add_custom_scalars({"drift from the baseline, p10 to p90": charts})
 
 
-def add_animation(experiment: Any, tag: str, gif: bytes, step: int) -> None:
-    """Add a GIF file as it is; `add_image` would keep its first picture only."""
-    with Image.open(io.BytesIO(gif)) as picture:
+def add_file(experiment: Any, tag: str, file: bytes, step: int) -> None:
+    """Add a PNG or GIF file as it is; `add_image` is slow to encode, and would keep only the first picture of a GIF."""
+    with Image.open(io.BytesIO(file)) as picture:
         width, height = picture.size
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file)
     experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 

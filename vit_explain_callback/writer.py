@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from PIL import Image
 
 from vit_explain_callback._lightning import Logger, TensorBoardLogger
-from vit_explain_callback.overlay import Picture
+from vit_explain_callback.overlay import Picture, png
 from vit_explain_callback.report import Report
 from vit_explain_callback.settings import Settings
 from vit_explain_callback.snapshot import Snapshot
-from vit_explain_callback.tensorboard import add_animation, add_lines, final_tags, lay_out_margin_charts
+from vit_explain_callback.tensorboard import add_file, add_lines, final_tags, lay_out_margin_charts
 
 Show: TypeAlias = Callable[[str, Picture, int], Any]
 
@@ -74,7 +73,7 @@ class Writer:
         def to_tensorboard(experiment: Any) -> None:
             add_lines(experiment, "explain_verdict", text, snapshot.step)
             for tag, gif in moving:
-                add_animation(experiment, tag, gif, snapshot.step)
+                add_file(experiment, tag, gif, snapshot.step)
             experiment.flush()
 
         def to_folder(folder: Path) -> None:
@@ -122,7 +121,7 @@ class Writer:
             snapshot.save(folder / f"step_{snapshot.step:08d}.safetensors")
         if self._files_show:
             for tag, picture in pictures:
-                Image.fromarray(picture).save(folder / f"{tag.replace('/', '-')}.png")
+                (folder / f"{tag.replace('/', '-')}.png").write_bytes(png(picture))
 
 
 def _log(logger: Logger, step: int, scalars: Mapping[str, float], pictures: Sequence[tuple[str, Picture]]) -> None:
@@ -141,7 +140,9 @@ def _show(logger: Logger) -> Show | None:
     """How to give a logger a picture, (H, W, 3) bytes; None if there is no way."""
     any_logger: Any = logger
     experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(experiment, "add_image"):  # TensorBoard
+    if isinstance(logger, TensorBoardLogger):
+        return lambda tag, picture, step: add_file(experiment, tag, png(picture), step)
+    if hasattr(experiment, "add_image"):  # other writers of TensorBoard's files
         return lambda tag, picture, step: experiment.add_image(tag, picture, step, dataformats="HWC")
     if hasattr(any_logger, "log_image"):  # Weights & Biases
         return lambda tag, picture, step: any_logger.log_image(key=tag, images=[picture], step=step)

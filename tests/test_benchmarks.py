@@ -1,0 +1,94 @@
+"""The benchmarks' own logic, on tiny models: what they compare is the same thing, and what they print can be read."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.benchmarks import cost, measure, model, snapshot
+from tests.benchmarks.contenders import BACKWARD, CONTENDERS, FIVE, FORWARD, materialised_maps
+from tests.models import random_images, tiny_vit
+from vit_explain_callback import explain
+from vit_explain_callback.methods import resolve_methods
+
+
+def test_the_materialising_way_gives_the_maps_of_this_package() -> None:
+    vit, images = tiny_vit().double(), random_images(3).double()
+    names = [*FIVE, "rollout_0.9", "rollout_min", "grad_rollout_min_0.5_from2"]
+    expected = explain(vit, images, names).maps
+    found = materialised_maps(vit, resolve_methods(names), images)
+    assert found.keys() == expected.keys()
+    for name, maps in expected.items():
+        # The benchmark multiplies in float32, as one would.
+        torch.testing.assert_close(found[name].double(), maps.flatten(1), rtol=1e-4, atol=1e-7)
+    assert all(block.attn.fused_attn and not block.attn.attn_drop._forward_pre_hooks for block in vit.blocks)
+
+
+def test_every_contender_has_a_limit_that_is_one() -> None:
+    assert {contender.limit for contender in CONTENDERS.values()} == {FORWARD, BACKWARD}
+    assert {contender.ours for contender in CONTENDERS.values()} - {None} <= CONTENDERS.keys()
+
+
+def test_the_cost_benchmark_prints_a_table_and_writes_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cost, "DEFAULT", [cost.Configuration("Ti16", 32, 1)])
+    # In this process: another would not see the tiny configuration, and would take seconds to start.
+    monkeypatch.setattr(cost, "in_new_process", lambda work, *arguments: work(*arguments))
+    cost.main(
+        ["--rounds", "2", "--threads", "1", "--contenders", "*grad_rollout", "--output", str(tmp_path / "c.json")]
+    )
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| Ti16-32-b1-float32")]
+    assert [row.split("|")[2].strip() for row in rows] == [
+        FORWARD,
+        BACKWARD,
+        "grad_rollout",
+        "materialised grad_rollout",
+    ]
+    written = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
+    (result,) = written["configurations"]
+    assert len(result["seconds"]) == 2
+    assert all(seconds > 0 for taken in result["seconds"] for seconds in taken.values())
+    assert result["peak_bytes"].keys() == result["seconds"][0].keys()
+    assert written["machine"]["versions"]["torch"]
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    rounds = [{"a": 2.0, "b": 1.0}, {"a": 30.0, "b": 10.0}, {"a": 4.0, "b": 1.0}]
+    assert cost.ratio(rounds, "a", "b") == "3.00 (2.20–3.80)"
+    assert cost.ratio(rounds, "a", "c") == cost.ratio(rounds, "a", None) == ""
+
+
+def test_peak_memory_sees_what_is_gone_at_the_end() -> None:
+    size = 64 * 2**20
+
+    def spike() -> None:
+        held = torch.ones(size // 4)
+        time.sleep(0.05)  # for the samples
+        del held
+
+    for peak in (measure.peak_bytes(spike, "cpu"), measure._sampled_peak(spike)):
+        assert 0.8 * size < peak < 1.5 * size
+
+
+def test_a_snapshot_is_split_into_its_parts() -> None:
+    found = snapshot.measure("vit_tiny_patch16_224", 2, 2, 2, img_size=32, depth=2, embed_dim=48, num_heads=3)
+    assert found["parts"].keys() == snapshot.PARTS.keys() | snapshot.RARE.keys()
+    assert len(found["parts"]["explain"]) == 3  # the baseline and two steps
+    printed = snapshot.lines({"step": 0.1, "parts": {part: [1.0] for part in snapshot.PARTS | snapshot.RARE}})
+    assert printed[0] == "one training step 100 ms; an epoch of 500 steps 50 s"
+    assert printed[5].split() == ["a", "snapshot", "4000.0", "ms", "8.0000%", "of", "an", "epoch"]
+
+
+def test_the_cost_model_finds_the_coefficients_that_made_the_times() -> None:
+    coefficients = np.array([2e-12, 3e-9, 0.01])
+    terms = [case.time_terms(2) for case in model.FITTED]
+    found = model.fit(terms, [float(coefficients @ row) for row in terms])
+    np.testing.assert_allclose(found, coefficients, rtol=1e-6)
+    four, two = (model.Case(16, ranks, 2, 12, 3, 14).time_terms(2) for ranks in (4, 2))
+    assert four[:2] == two[:2]  # ranks beyond the cores are no faster
