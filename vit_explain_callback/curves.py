@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vit_explain_callback.drift import METRICS
+from vit_explain_callback.figure import png
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """Points (step, value) by tag."""
@@ -17,7 +17,7 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 def drift_figure(curves: Curves, method: str) -> bytes:
     """Drift from the baseline by step, one panel a measure: median, p10 to p90, and the two bars; a PNG file."""
-    figure = Figure(figsize=(3.1 * len(METRICS), 2.7), layout="constrained")
+    figure = Figure(figsize=(3.1 * len(METRICS), 2.7), layout="constrained", dpi=110)
     for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
         spread = [curves[f"drift_baseline_spread/{method}/{metric}/{part}"] for part in ("median", "p10", "p90")]
         steps = [step for step, _ in spread[0]]
@@ -30,12 +30,12 @@ def drift_figure(curves: Curves, method: str) -> bytes:
                 axes.axhline(points[0][1], color="#555555", linestyle=style, linewidth=1, label=bar)
         _finish(axes, metric.replace("_", " "))
     figure.axes[0].legend(fontsize=7, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def line_figure(curves: Curves, titled: Mapping[str, Mapping[str, str]]) -> bytes:
     """Panels of lines: by title, the tag of each line by its label; a PNG file."""
-    figure = Figure(figsize=(3.1 * max(2, len(titled)), 2.7), layout="constrained")
+    figure = Figure(figsize=(3.1 * max(2, len(titled)), 2.7), layout="constrained", dpi=110)
     panels = figure.subplots(1, len(titled), squeeze=False)[0]
     for axes, (title, lines) in zip(panels, titled.items(), strict=True):
         for label, tag in lines.items():
@@ -43,12 +43,12 @@ def line_figure(curves: Curves, titled: Mapping[str, Mapping[str, str]]) -> byte
             axes.plot([step for step, _ in points], [value for _, value in points], marker=".", label=label)
         _finish(axes, title)
         axes.legend(fontsize=7, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def block_figure(curves: Curves, titled: Mapping[str, str]) -> bytes:
     """Panels of blocks against steps: by title, the tags `{value}/block_01` and on; a PNG file."""
-    figure = Figure(figsize=(3.1 * max(2, len(titled)), 2.7), layout="constrained")
+    figure = Figure(figsize=(3.1 * max(2, len(titled)), 2.7), layout="constrained", dpi=110)
     panels = figure.subplots(1, len(titled), squeeze=False)[0]
     for axes, (title, prefix) in zip(panels, titled.items(), strict=True):
         rows = [points for tag, points in sorted(curves.items()) if tag.startswith(f"{prefix}/block_")]
@@ -63,7 +63,7 @@ def block_figure(curves: Curves, titled: Mapping[str, str]) -> bytes:
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel("block", fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def _finish(axes: Axes, title: str) -> None:
@@ -71,9 +71,3 @@ def _finish(axes: Axes, title: str) -> None:
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()

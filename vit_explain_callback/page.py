@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from vit_explain_callback.curves import Curves, block_figure, drift_figure, line_figure
-from vit_explain_callback.overlay import Picture
+from vit_explain_callback.overlay import png
 from vit_explain_callback.report import Report
 from vit_explain_callback.snapshot import History, Snapshot
 from vit_explain_callback.verdict import verdict
@@ -87,10 +84,10 @@ def page(run: Path) -> str:
                 for statistic in ("lift", "pointing_game", "auroc")
             }
             parts.append(_picture(line_figure(curves, panels_of), "regions by step"))
-        parts.append(_picture(_png(figures[f"explain_filmstrip/{method}"]), "filmstrip"))
+        parts.append(_picture(png(figures[f"explain_filmstrip/{method}"]), "filmstrip"))
         for kind in ("overlay", "diff"):
             tags = [tag for tag in figures if tag.startswith(f"explain_{kind}/{method}/")]
-            parts.append(f'<div class="row">{"".join(_picture(_png(figures[tag]), tag) for tag in tags)}</div>')
+            parts.append(f'<div class="row">{"".join(_picture(png(figures[tag]), tag) for tag in tags)}</div>')
         moving = [gif for tag, gif in animations.items() if tag.startswith(f"explain_gif/{method}/")]
         parts.append(f'<div class="row">{"".join(_picture(gif, "animation", "gif") for gif in moving)}</div>')
     parts += ["<h2>Every scalar</h2>", _table(curves)]
@@ -122,12 +119,6 @@ def _table(curves: Curves) -> str:
         cells = (points[0][1], points[-1][1], min(known), max(known))
         rows.append(f"<tr><td>{html.escape(tag)}</td>{''.join(f'<td>{cell:.4g}</td>' for cell in cells)}</tr>")
     return f"<details><summary>{len(curves)} tags</summary><table>{''.join(rows)}</table></details>"
-
-
-def _png(picture: Picture) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()
 
 
 def _picture(data: bytes, text: str, kind: str = "png") -> str:
