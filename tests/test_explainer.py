@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.models import CLASSES, FAMILIES, Family, random_images, tiny_vit
-from vit_explain_callback import GradRollout, Rollout, explain
+from vit_explain_callback import GradRollout, Rollout, explain, fold
 from vit_explain_callback.fold import CHUNK_ENTRIES
 
 VARIANTS = [
@@ -346,3 +346,16 @@ def test_models_that_cannot_be_explained_are_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="no classifier"):
         explain(tiny_vit(num_classes=0), images)
     assert "rollout" in explain(tiny_vit(num_classes=0), images, ["rollout"]).maps
+
+
+def test_blocks_that_no_method_looks_at_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    fused = fold._fused
+
+    def counted(*args: Any) -> Any:
+        seen.append(len(args[3]))
+        return fused(*args)
+
+    monkeypatch.setattr(fold, "_fused", counted)
+    explain(tiny_vit(), random_images(1), ["rollout_from3", "rollout_max_from2"])
+    assert seen == [2, 1]  # of three blocks

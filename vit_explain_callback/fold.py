@@ -95,6 +95,8 @@ def _fold(
         layer = len(calls)
         call, gradient = calls.pop(), gradients.pop()
         active = {method for method in rows if method.start_layer <= layer}
+        if not active and meter is None:
+            continue
         batch, heads, tokens, _ = call.shape
         step = max(1, _chunk_entries(call) // (heads * tokens * tokens))
         for start in range(0, batch, step):

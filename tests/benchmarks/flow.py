@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from tests import oracle
 from vit_explain_callback.flow import _Graph, maximum_flow, row_normalised
-from vit_explain_callback.rollout import discard_lowest, fuse_heads
+from vit_explain_callback.rollout import HEAD_FUSIONS, discard_lowest, fuse_heads
 from vit_explain_callback.weights import Weights
 
 T = TypeVar("T")
@@ -98,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", type=Path, nargs="?")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 336])
+    parser.add_argument("--fusions", nargs="+", choices=HEAD_FUSIONS, default=["mean", "max"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--networkx", action="store_true", help="one patch takes minutes")
     args = parser.parse_args()
@@ -108,7 +110,7 @@ def main() -> None:
         readout = torch.eye(tokens, dtype=torch.float64)[0]
         print(f"\n{size} x {size} pixels, N = {tokens}, {len(blocks)} blocks")
         print("fusion discard | s an image (min – max) | certified | equal to the capped column sum")
-        for fusion, ratio in (("mean", 0.0), ("max", 0.0), ("mean", 0.9), ("max", 0.9)):
+        for fusion, ratio in product(args.fusions, (0.0, 0.9)):
             matrices = normalised(blocks, fusion, ratio)
             rounds = [timed_call(partial(maximum_flow, matrices, readout, patches)) for _ in range(args.rounds)]
             taken, found = [round_[0] for round_ in rounds], rounds[0][1]
