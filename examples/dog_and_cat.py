@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from vit_explain_callback.photograph import image_files, read_image
-from vit_explain_callback.weights import Weights
+from vit_explain_callback.cli.photograph import image_files, read_image
+from vit_explain_callback.cli.weights import Weights
 
 NAMES = ["dog", "cat", "other"]
 CROPS = 40  # of each class

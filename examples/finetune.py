@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vit_explain_callback import ViTExplainCallback
-from vit_explain_callback.drift import spearman
-from vit_explain_callback.probe import ProbeBatch
-from vit_explain_callback.regions import region_statistics
-from vit_explain_callback.report import Report
-from vit_explain_callback.snapshot import History, Snapshot
-from vit_explain_callback.weights import Weights
+from vit_explain_callback.cli.weights import Weights
+from vit_explain_callback.metrics.drift import spearman
+from vit_explain_callback.metrics.localisation import region_statistics
+from vit_explain_callback.tracking.probe import ProbeBatch
+from vit_explain_callback.tracking.report import Report
+from vit_explain_callback.tracking.snapshot import History, Snapshot
 
 
 class FineTune(pl.LightningModule):

@@ -18,8 +18,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from vit_explain_callback import explain
-from vit_explain_callback.overlay import colour_limit, overlay, unnormalise, with_strip
-from vit_explain_callback.weights import Weights
+from vit_explain_callback.cli.weights import Weights
+from vit_explain_callback.visualization.overlay import colour_limit, overlay, unnormalise, with_strip
 
 METHODS = ["rollout", "rollout_max_0.9", "rollout_min_0.9", "rollout_from9"]
 

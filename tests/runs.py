@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.models import CLASSES, random_images, tiny_vit
 from vit_explain_callback import ViTExplainCallback
-from vit_explain_callback.snapshot import Snapshot
+from vit_explain_callback.tracking.snapshot import Snapshot
 
 
 class Pictures(Dataset[Any]):

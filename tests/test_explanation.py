@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from tests.models import FAMILIES, random_images, tiny_vit
 from vit_explain_callback import Explanation, explain, explain_targets
-from vit_explain_callback.explained import explain_together
 from vit_explain_callback.explainer import Explainer
-from vit_explain_callback.fold import fold
-from vit_explain_callback.overlay import colour_limit, overlay, unnormalise
-from vit_explain_callback.ranks import Ranks
+from vit_explain_callback.lightning.strategy import explain_together
+from vit_explain_callback.methods.fold import fold
+from vit_explain_callback.tracking.distributed import Ranks
+from vit_explain_callback.visualization.overlay import colour_limit, overlay, unnormalise
 
 METHODS = ["grad_rollout", "rollout", "grad_rollout_max_0.9"]
 
@@ -58,7 +58,7 @@ def test_one_forward_and_a_backward_for_each_target(
         return fold(some, *more)
 
     monkeypatch.setattr(torch.autograd, "grad", counted)
-    monkeypatch.setattr("vit_explain_callback.batch.fold", seen_fold)
+    monkeypatch.setattr("vit_explain_callback._explain_batch.fold", seen_fold)
     explainer = Explainer(model, methods)
     found = explainer.for_targets(random_images(2), [0, 1, 2], block_statistics=True)
     assert (seen["forward"], seen["backward"]) == (1, backward)
@@ -168,7 +168,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("vit_explain_callback.tensor_file.save_file", half)
+    monkeypatch.setattr("vit_explain_callback._safetensors.save_file", half)
     with pytest.raises(OSError, match="disk full"):
         explanation.save(tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == before

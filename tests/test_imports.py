@@ -1,4 +1,4 @@
-"""The layers: a module of the package imports only modules below it."""
+"""Imports run down only: one ordered list of packages, the lowest first."""
 
 from __future__ import annotations
 
@@ -8,23 +8,20 @@ from pathlib import Path
 import vit_explain_callback
 
 PACKAGE = Path(vit_explain_callback.__file__).parent
-LAYERS: list[set[str]] = [
-    {"rollout", "mha", "layout", "maps", "overlay", "isolation", "scale", "weights", "tensor_file", "_lightning"},
-    {"capture", "flow", "probe", "animation", "drift", "map_statistics", "regions", "faithfulness", "blocks", "figure"},
-    {"explanation", "methods", "snapshot", "metric", "curves"},
-    {"filmstrip", "scalars", "photograph"},
-    {"stack", "experiment"},
-    {"vit", "fold"},
-    {"checks", "subject"},
-    {"batch"},
-    {"explainer", "settings", "notices", "classifier"},
-    {"report", "verdict", "ranks", "tensorboard", "gallery", "comparison"},
-    {"validation", "explained", "writer"},
-    {"observation", "series", "page"},
-    {"callback", "cli"},
+# What stands on one line may import one another; everything else imports only what stands above it here.
+ORDER: list[set[str]] = [
+    {"_safetensors"},
+    {"vit"},
+    {"metrics"},
+    {"methods", "visualization"},
+    {"_checks", "explanation"},
+    {"_explain_batch"},
+    {"explainer"},
+    {"tracking"},
+    {"lightning", "cli"},
     {"__init__", "__main__"},
 ]
-LIGHTNING = {"_lightning", "callback", "explained", "observation", "ranks", "tensorboard", "validation", "writer"}
+AT_ROOT = 9
 
 
 def imported(source: str) -> set[str]:
@@ -38,32 +35,43 @@ def imported(source: str) -> set[str]:
     return names
 
 
-def layer(module: str) -> int:
-    return next(height for height, modules in enumerate(LAYERS) if module in modules)
+def height(room: str) -> int:
+    return next(height for height, rooms in enumerate(ORDER) if room in rooms)
 
 
-def upward_imports(module: str, source: str) -> set[str]:
+def upward_imports(room: str, source: str) -> set[str]:
+    """What of the package a file of `room`, a package or a module at the root, imports from above or beside it."""
     own = {name.split(".")[1] for name in imported(source) if name.startswith("vit_explain_callback.")}
-    return {name for name in own if layer(name) >= layer(module)}
+    return {name for name in own - {room} if height(name) >= height(room)}
 
 
-def test_every_module_has_a_layer_and_imports_only_downward() -> None:
-    sources = {path.stem: path.read_text(encoding="utf-8") for path in PACKAGE.glob("*.py")}
-    assert set(sources) == set().union(*LAYERS)
-    assert [module for module, source in sources.items() if upward_imports(module, source)] == []
+def sources() -> list[tuple[str, Path]]:
+    return [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in sorted(PACKAGE.rglob("*.py"))]
 
 
-def test_only_the_top_knows_lightning() -> None:
-    for path in PACKAGE.glob("*.py"):
+def test_every_room_has_its_place_and_imports_only_downward() -> None:
+    assert {room for room, _ in sources()} == set().union(*ORDER)
+    upward = {str(path): upward_imports(room, path.read_text(encoding="utf-8")) for room, path in sources()}
+    assert {path: names for path, names in upward.items() if names} == {}
+
+
+def test_only_the_callback_knows_lightning() -> None:
+    for room, path in sources():
         names = imported(path.read_text(encoding="utf-8"))
-        uses = any(name.split(".")[0] in ("lightning", "pytorch_lightning") or "_lightning" in name for name in names)
-        assert not uses or path.stem in LIGHTNING, path.name
+        uses = any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in names)
+        assert not uses or room == "lightning", path
+
+
+def test_packages_are_one_level_deep_and_few_files_lie_beside_them() -> None:
+    assert max(len(path.relative_to(PACKAGE).parts) for _, path in sources()) == 2
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= AT_ROOT
 
 
 def test_the_check_can_fail() -> None:
-    assert upward_imports("rollout", "def f():\n    from vit_explain_callback.callback import x") == {"callback"}
-    assert upward_imports("maps", "import vit_explain_callback.overlay") == {"overlay"}
-    assert upward_imports("callback", "from vit_explain_callback.rollout import x") == set()
+    assert upward_imports("vit", "def f():\n    from vit_explain_callback.methods.base import x") == {"methods"}
+    assert upward_imports("methods", "import vit_explain_callback.visualization.overlay") == {"visualization"}
+    assert upward_imports("cli", "from vit_explain_callback.lightning.callback import x") == {"lightning"}
+    assert upward_imports("lightning", "from vit_explain_callback.methods.rollout import x") == set()
 
 
 def test_exported_names_exist() -> None:

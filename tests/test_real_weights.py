@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests import oracle
 from vit_explain_callback import AttentionFlow, GradRollout, Rollout, explain
-from vit_explain_callback.weights import Weights
+from vit_explain_callback.cli.weights import Weights
 
 WEIGHTS = os.environ.get("VIT_EXPLAIN_WEIGHTS", "")
 pytestmark = pytest.mark.skipif(not WEIGHTS, reason="VIT_EXPLAIN_WEIGHTS is not set")

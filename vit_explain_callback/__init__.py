@@ -5,13 +5,13 @@ several classes at once; `attention_rollout`, `gradient_rollout` and `attention_
 attention matrices.
 """
 
-from vit_explain_callback.callback import ViTExplainCallback
 from vit_explain_callback.explainer import explain, explain_targets
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.flow import attention_flow
-from vit_explain_callback.methods import AttentionFlow, GradRollout, Rollout
-from vit_explain_callback.metric import MapDrift
-from vit_explain_callback.rollout import attention_rollout, gradient_rollout
+from vit_explain_callback.lightning.callback import ViTExplainCallback
+from vit_explain_callback.methods.base import AttentionFlow, GradRollout, Rollout
+from vit_explain_callback.methods.flow import attention_flow
+from vit_explain_callback.methods.rollout import attention_rollout, gradient_rollout
+from vit_explain_callback.metrics.metric import MapDrift
 
 __all__ = [
     "AttentionFlow",

@@ -2,6 +2,6 @@
 
 import sys
 
-from vit_explain_callback.cli import main
+from vit_explain_callback.cli.command import main
 
 sys.exit(main())

@@ -12,14 +12,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from vit_explain_callback.batch import explain_batch
-from vit_explain_callback.checks import check_classifier, check_counts, check_images
+from vit_explain_callback._checks import check_classifier, check_counts, check_images
+from vit_explain_callback._explain_batch import explain_batch
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.isolation import undisturbed
-from vit_explain_callback.layout import StatedLayout
-from vit_explain_callback.methods import Method, resolve_methods
-from vit_explain_callback.subject import LogitsOf, Subject
-from vit_explain_callback.vit import find_vit, normalisation, refuse_other_timm_models
+from vit_explain_callback.methods.base import Method, resolve_methods
+from vit_explain_callback.vit.adapter import LogitsOf, Subject
+from vit_explain_callback.vit.isolation import undisturbed
+from vit_explain_callback.vit.timm import find_vit, normalisation, refuse_other_timm_models
+from vit_explain_callback.vit.tokens import StatedLayout
 
 T = TypeVar("T")
 

@@ -12,10 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vit_explain_callback.blocks import BlockStatistics
-from vit_explain_callback.figure import Cell, figure, png
-from vit_explain_callback.overlay import Picture, colour_limit, overlay, range_of, unnormalise
-from vit_explain_callback.tensor_file import read_tensors, write_tensors
+from vit_explain_callback._safetensors import read_tensors, write_tensors
+from vit_explain_callback.metrics.attention import BlockStatistics
+from vit_explain_callback.visualization.grid import Cell, figure, png
+from vit_explain_callback.visualization.overlay import Picture, colour_limit, overlay, range_of, unnormalise
 
 _NUM_SHOWN = 8
 

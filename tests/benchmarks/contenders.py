@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_explain_callback.explainer import Explainer
-from vit_explain_callback.methods import Method, resolve_methods
+from vit_explain_callback.methods.base import Method, resolve_methods
 
 Run: TypeAlias = Callable[[Tensor], object]
 

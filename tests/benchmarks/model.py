@@ -40,11 +40,11 @@ from scipy.optimize import nnls
 
 from tests.benchmarks.contenders import FIVE
 from tests.benchmarks.measure import in_new_process, peak_bytes, seconds
-from vit_explain_callback.explained import explain_together
 from vit_explain_callback.explainer import Explainer
-from vit_explain_callback.ranks import Ranks
-from vit_explain_callback.scalars import scalars
-from vit_explain_callback.snapshot import History, Snapshot
+from vit_explain_callback.lightning.strategy import explain_together
+from vit_explain_callback.tracking.distributed import Ranks
+from vit_explain_callback.tracking.scalars import scalars
+from vit_explain_callback.tracking.snapshot import History, Snapshot
 
 METHODS = ("grad_rollout", "rollout", *(name for name in FIVE if name not in ("rollout", "grad_rollout")))
 

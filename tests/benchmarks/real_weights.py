@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 from tests import oracle
 from vit_explain_callback import attention_flow, attention_rollout, explain, gradient_rollout
-from vit_explain_callback.drift import spearman
+from vit_explain_callback.cli.weights import Weights
 from vit_explain_callback.explainer import Explainer
-from vit_explain_callback.faithfulness import mean_colour, random_maps, symmetric_relevance_gain
-from vit_explain_callback.regions import region_statistics
-from vit_explain_callback.weights import Weights
+from vit_explain_callback.metrics.drift import spearman
+from vit_explain_callback.metrics.faithfulness import mean_colour, random_maps, symmetric_relevance_gain
+from vit_explain_callback.metrics.localisation import region_statistics
 
 SIZE = 112
 GRID = (8, 8)

@@ -31,9 +31,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from vit_explain_callback import explain
-from vit_explain_callback.drift import spearman
-from vit_explain_callback.regions import region_statistics
-from vit_explain_callback.weights import Weights
+from vit_explain_callback.cli.weights import Weights
+from vit_explain_callback.metrics.drift import spearman
+from vit_explain_callback.metrics.localisation import region_statistics
 
 ROOT = Path(__file__).parents[2]
 LIFT = 2.0

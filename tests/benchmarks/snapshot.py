@@ -30,19 +30,20 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.runs import Classifier, fit
-from vit_explain_callback import ViTExplainCallback, observation
-from vit_explain_callback.report import Report
-from vit_explain_callback.writer import Writer
+from vit_explain_callback import ViTExplainCallback
+from vit_explain_callback.lightning import fit as fit_of_callback
+from vit_explain_callback.lightning.loggers import Writer
+from vit_explain_callback.tracking.report import Report
 
 EPOCH_STEPS = 500
 PARTS: dict[str, tuple[Any, str]] = {
-    "explain": (observation, "explain_together"),
+    "explain": (fit_of_callback, "explain_together"),
     "drift and scalars": (Report, "scalars"),
     "draw": (Report, "figures"),
     "encode and write": (Writer, "write"),
 }
 RARE: dict[str, tuple[Any, str]] = {
-    "checks": (observation, "check_together"),
+    "checks": (fit_of_callback, "check_together"),
     "draw animations": (Report, "animations"),
     "write the end": (Writer, "conclude"),
 }

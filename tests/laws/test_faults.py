@@ -1,0 +1,220 @@
+"""What goes wrong in a snapshot, and what becomes of the run.
+
+| fault | asserted |
+|---|---|
+| the model's forward raises under explanation | one warning each time; no snapshot; weights as without the callback |
+| no memory for the batch | explained in halves, the same maps, nothing said |
+| no memory for one image | one warning; no snapshot; weights as without the callback |
+| NaN or Inf in weights | maps NaN, said once; drift NaN; the run goes on |
+| a logger that raises | said once; the other loggers and the folder get everything |
+| a full disk, a folder that cannot be made | said once; loggers get everything; no half file is left |
+| the validation loader dies | one warning each time; the first snapshot that finds images is the baseline |
+| Ctrl-C in the middle of a snapshot | the run ends as Lightning ends it; nothing of ours is left in the model |
+| `SIGKILL` between snapshots | `test_resume.py` |
+| one of several processes fails, or is short of memory | `test_many_processes.py` |
+"""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from tests.laws.test_nothing_left_behind import traces
+from tests.lightning.test_loggers import LikeWandb
+from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
+from vit_explain_callback import ViTExplainCallback
+
+
+def ending(callback: ViTExplainCallback | None, folder: Path, module: pl.LightningModule, **options: Any) -> Any:
+    """A run's trainer, its weights, and what the callback said in it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(callback, folder, module, **options)
+    return trainer, [parameter.detach().clone() for parameter in module.parameters()], messages(caught)
+
+
+def assert_trained_alike(one: list[Tensor], other: list[Tensor]) -> None:
+    assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+class Failing(Classifier):
+    """Raises under explanation at some steps, for more than some number of images."""
+
+    def __init__(self, error: Exception, steps: tuple[int, ...], most_images: int = 0) -> None:
+        super().__init__()
+        self.error, self.steps, self.most_images = error, steps, most_images
+
+    def forward(self, images: Tensor) -> Any:
+        if not self.net.training and self.global_step in self.steps and len(images) > self.most_images:
+            self.net.blocks[0](self.net.patch_embed(images))  # some of the way
+            raise self.error
+        return super().forward(images)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to …"),
+]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the model cannot"), KeyError("x"), OUT_OF_MEMORY[0]])
+def test_a_forward_that_raises(tmp_path: Path, error: Exception) -> None:
+    _, plain, _ = ending(None, tmp_path, Classifier())
+    trainer, weights, said = ending(ViTExplainCallback(every_n_steps=1), tmp_path, Failing(error, (4, 5)))
+    assert_trained_alike(weights, plain)
+    assert len(said) == 2
+    assert f"the snapshot at step 4 failed, and training goes on: {error!r}" in said[0]
+    assert [snapshot.step for snapshot in saved(trainer)] == [0, 1, 2, 3, 6, 7, 8]
+    with pytest.raises(type(error)):
+        fit(ViTExplainCallback(every_n_steps=1, on_error="raise"), tmp_path, Failing(error, (4, 5)))
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_batch_that_memory_does_not_suffice_for_is_explained_in_halves(tmp_path: Path, error: Exception) -> None:
+    whole, plain, _ = ending(ViTExplainCallback(), tmp_path, Classifier())
+    halves, weights, said = ending(ViTExplainCallback(), tmp_path, Failing(error, (4,), most_images=3))
+    assert_trained_alike(weights, plain)
+    assert said == []
+    for one, other in zip(saved(halves), saved(whole), strict=True):
+        for name, maps in one.maps.items():
+            torch.testing.assert_close(maps, other.maps[name])
+
+
+def test_a_batch_is_not_halved_for_another_error(tmp_path: Path) -> None:
+    error = RuntimeError("the model cannot")
+    trainer, _, said = ending(ViTExplainCallback(), tmp_path, Failing(error, (4,), most_images=3))
+    assert len(said) == 1
+    assert [snapshot.step for snapshot in saved(trainer)] == [0, 8]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    class Diverges(Classifier):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.global_step == 3:
+                with torch.no_grad():
+                    self.net.blocks[0].attn.qkv.weight.fill_(value)
+
+    trainer, _, said = ending(ViTExplainCallback(every_n_steps=1), tmp_path, Diverges())
+    assert len(said) == 2
+    assert "100% of the `rollout` maps are degenerate" in said[0]
+    assert "100% of the `grad_rollout` maps are degenerate" in said[1]
+    drift = [event.value for event in events(trainer).Scalars("drift_baseline/rollout/spearman")]
+    assert np.isfinite(drift[:4]).all()
+    assert np.isnan(drift[4:]).all()
+    assert len(drift) == 9
+    assert all(maps.isnan().all() for maps in saved(trainer)[-1].maps.values())
+    assert events(trainer).Scalars("map_stats/rollout/degenerate")[-1].value == 1
+
+
+def test_a_logger_that_raises(tmp_path: Path) -> None:
+    class Broken(LikeWandb):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            raise ConnectionError("no network")
+
+    board = TensorBoardLogger(str(tmp_path))
+    logger: Any = [Broken(), board, LikeWandb()]
+    _, plain, _ = ending(None, tmp_path, Classifier())
+    trainer, weights, said = ending(ViTExplainCallback(["rollout"]), tmp_path, Classifier(), logger=logger)
+    assert_trained_alike(weights, plain)
+    (only,) = said
+    assert "cannot write to Broken (logger 0), and training goes on: ConnectionError('no network')" in only
+    assert [event.step for event in events(trainer, board.log_dir).Scalars("probe/accuracy")] == [0, 4, 8]
+    assert logger[2].pictures["explain_filmstrip/rollout"] == [0, 4, 8]
+    assert len(list(tmp_path.rglob("step_*.safetensors"))) == 3
+    with pytest.raises(ConnectionError):
+        fit(ViTExplainCallback(["rollout"], on_error="raise"), tmp_path, logger=[Broken()])
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Any, path: Path, **__: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vit_explain_callback._safetensors.save_file", full)
+    trainer, _, said = ending(ViTExplainCallback(["rollout"], every_n_steps=1), tmp_path, Classifier())
+    (only,) = said
+    assert "cannot write to the folder" in only
+    assert "No space left on device" in only
+    assert list(tmp_path.rglob("step_*")) == []
+    assert len(events(trainer).Scalars("drift_baseline/rollout/spearman")) == 9
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(str(tmp_path))
+    Path(logger.log_dir).mkdir(parents=True)
+    Path(logger.log_dir, "explanations").write_text("a file is in the way", encoding="utf-8")
+    callback = ViTExplainCallback(["rollout"], every_n_steps=1)
+    trainer, _, said = ending(callback, tmp_path, Classifier(), logger=logger)
+    (only,) = said
+    assert "cannot write to the folder" in only
+    assert len(events(trainer).Scalars("drift_baseline/rollout/spearman")) == 9
+    assert events(trainer).Images("explain_filmstrip/rollout")[-1].step == 8
+
+
+class Dying(Pictures):
+    """Cannot be read the first times."""
+
+    def __init__(self, deaths: int) -> None:
+        super().__init__()
+        self.deaths = deaths
+
+    def __getitem__(self, index: int) -> Any:
+        if self.deaths > 0:
+            self.deaths -= 1
+            raise OSError("the share is gone")
+        return super().__getitem__(index)
+
+
+def test_a_validation_loader_that_dies(tmp_path: Path) -> None:
+    _, plain, _ = ending(None, tmp_path, Classifier())
+    options = {"check_val_every_n_epoch": 9}  # else the run itself would die
+    trainer, weights, said = ending(
+        ViTExplainCallback(["rollout"]), tmp_path, Classifier(), validation=loader(Dying(1)), **options
+    )
+    assert_trained_alike(weights, plain)
+    assert len(said) == 1, said
+    only = said[0]
+    assert "the snapshot at step 0 failed" in only
+    assert "Reading the probe images from the validation loader failed: OSError('the share is gone')" in only
+    assert [snapshot.step for snapshot in saved(trainer)] == [4, 8]
+    drift = events(trainer).Scalars("drift_baseline/rollout/spearman")
+    assert drift[0].value == pytest.approx(1)  # step 4 is the baseline
+    trainer, weights, said = ending(
+        ViTExplainCallback(["rollout"]), tmp_path, Classifier(), validation=loader(Dying(99)), **options
+    )
+    assert_trained_alike(weights, plain)
+    assert len(said) == 3
+    assert saved(trainer) == []
+
+
+def test_ctrl_c_in_the_middle_of_a_snapshot(tmp_path: Path) -> None:
+    class Interrupted(Classifier):
+        def forward(self, images: Tensor) -> Any:
+            if not self.net.training and self.global_step == 4:
+                self.net.blocks[0].register_forward_hook(interrupt)
+            return super().forward(images)
+
+    def interrupt(block: nn.Module, *_: Any) -> None:
+        block._forward_hooks.clear()
+        raise KeyboardInterrupt
+
+    module, plain = Interrupted(), Classifier()
+    fit(None, tmp_path / "plain", plain, max_epochs=1)
+    before = traces(plain)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(ViTExplainCallback(), tmp_path, module)
+    assert_trained_alike(list(module.parameters()), list(plain.parameters()))
+    after = traces(module)
+    assert {key: after[key] for key in after if key != "random"} == {k: before[k] for k in before if k != "random"}
+    assert [path.name for path in sorted(tmp_path.rglob("step_*"))] == ["step_00000000.safetensors"]

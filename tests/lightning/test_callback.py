@@ -1,0 +1,398 @@
+"""The callback in real training runs: what it writes, when, and what it says about wrong input."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torchvision
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from tests.models import CLASSES, random_images, tiny_vit
+from tests.runs import Classifier, Pictures, events, fit, loader, saved
+from vit_explain_callback import Rollout, ViTExplainCallback, explain
+from vit_explain_callback.metrics.drift import spearman
+from vit_explain_callback.metrics.localisation import region_statistics
+from vit_explain_callback.metrics.shape import map_statistics
+from vit_explain_callback.visualization.filmstrip import filmstrip
+
+METRICS = ("spearman", "jensen_shannon", "top10_iou", "centroid_shift", "cosine")
+BLOCKS = ("block_01", "block_02", "block_03")
+
+
+def documented_tags(methods: tuple[str, ...], region: str | None = None) -> set[str]:
+    """Every scalar of a run, from the README's table."""
+    tags = {"probe/accuracy", "probe/target_probability", "probe/changed_predictions", "faithfulness/random/srg"}
+    for method in methods:
+        tags |= {f"final/drift/{method}", f"final/faithfulness/{method}", f"faithfulness/{method}/srg"}
+        tags |= {f"map_stats/{method}/{stat}" for stat in (*map_statistics(torch.rand(1, 2, 2)), "sink_lift")}
+        for metric in METRICS:
+            tags |= {f"drift_scale/{method}/{metric}/{bar}" for bar in ("noise", "unrelated")}
+            for drift in ("drift_baseline", "drift_previous"):
+                tags |= {f"{drift}/{method}/{metric}", f"{drift}_scaled/{method}/{metric}"}
+                tags |= {f"{drift}_spread/{method}/{metric}/{part}" for part in ("median", "p10", "p90")}
+                tags |= {f"{drift}_split/{method}/{metric}/{part}" for part in ("changed", "unchanged")}
+        if region is not None:
+            tags.add(f"final/lift/{region}/{method}")
+            found = region_statistics(torch.rand(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))
+            tags |= {f"region/{region}/{method}/{stat}" for stat in found}
+    for block in BLOCKS:
+        tags |= {f"drift_blocks/{metric}/{block}" for metric in ("spearman", "jensen_shannon")}
+        statistics = ("entropy", "lowest_head_entropy", "distance", "class_self", "sink_share")
+        tags |= {f"attention/{statistic}/{block}" for statistic in statistics}
+    return tags
+
+
+def test_zero_configuration_writes_exactly_the_documented_tags(tmp_path: Path) -> None:
+    tags = events(fit(ViTExplainCallback(), tmp_path)).Tags()
+    methods = ("rollout", "grad_rollout")
+    images = {f"explain_filmstrip/{method}" for method in methods}
+    kinds = ("overlay", "diff", "gif")
+    images |= {f"explain_{kind}/{method}/{i}" for kind in kinds for method in methods for i in range(6)}
+    assert set(tags["images"]) == images
+    assert set(tags["scalars"]) - {"epoch"} == documented_tags(methods)
+    assert set(tags["tensors"]) == {"explain_verdict/text_summary", "custom_scalars__config__"}
+
+
+def test_what_is_not_asked_for_is_not_written(tmp_path: Path) -> None:
+    callback = ViTExplainCallback(
+        ["rollout"], check_every_n_snapshots=None, block_statistics=False, margin_charts=False
+    )
+    tags = events(fit(callback, tmp_path)).Tags()
+    left_out = (
+        "faithfulness",
+        "final/faithfulness",
+        "drift_scale",
+        "attention",
+        "drift_blocks",
+        "map_stats/rollout/sink",
+    )
+    expected = {tag for tag in documented_tags(("rollout",)) if not tag.startswith(left_out) and "_scaled/" not in tag}
+    assert set(tags["scalars"]) - {"epoch"} == expected
+    assert tags["tensors"] == ["explain_verdict/text_summary"]
+
+
+def test_every_tag_family_is_named_in_the_docstring_and_the_readme(tmp_path: Path) -> None:
+    tags = events(fit(ViTExplainCallback(["rollout"], num_shown=1), tmp_path)).Tags()
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    for tag in {*tags["images"], *tags["scalars"]} - {"epoch"}:
+        family = tag.split("/")[0]
+        assert family in (ViTExplainCallback.__doc__ or ""), tag
+        assert family in readme, tag
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        ({}, [0, 4, 8]),
+        ({"every_n_epochs": 2}, [0, 8]),
+        ({"every_n_epochs": 3}, [0, 8]),
+        ({"every_n_steps": 3}, [0, 3, 6, 8]),
+        ({"every_n_epochs": None, "every_n_steps": 1}, list(range(9))),
+        ({"every_n_steps": 100}, [0, 8]),
+    ],
+)
+def test_snapshots_are_taken_before_the_first_step_on_schedule_and_at_the_end(
+    tmp_path: Path, schedule: dict[str, Any], steps: list[int]
+) -> None:
+    trainer = fit(ViTExplainCallback(["rollout"], **schedule), tmp_path)
+    assert [snapshot.step for snapshot in saved(trainer)] == steps
+    drift = events(trainer).Scalars("drift_baseline/rollout/spearman")
+    assert [event.step for event in drift] == steps
+    assert drift[0].value == pytest.approx(1)  # the baseline against itself
+
+
+def test_accumulated_gradients_count_as_one_step(tmp_path: Path) -> None:
+    trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=1), tmp_path, accumulate_grad_batches=2)
+    assert [snapshot.step for snapshot in saved(trainer)] == [0, 1, 2, 3, 4]
+
+
+def test_saved_maps_are_those_of_the_model_at_that_step(tmp_path: Path) -> None:
+    module, data = Classifier(), Pictures()
+    before = explain(module.net, data.images, target=data.labels)
+    trainer = fit(ViTExplainCallback(), tmp_path, module)
+    baseline, *_, last = saved(trainer)
+    after = explain(module.net, data.images, target=data.labels)
+    for snapshot, explanation in ((baseline, before), (last, after)):
+        assert snapshot.target.equal(data.labels)
+        torch.testing.assert_close(snapshot.logits, explanation.logits)
+        for name, maps in explanation.maps.items():
+            torch.testing.assert_close(snapshot.maps[name], maps)
+    drift = events(trainer).Scalars("drift_baseline/grad_rollout/spearman")[-1].value
+    expected = spearman(after.maps["grad_rollout"], before.maps["grad_rollout"]).mean().item()
+    assert drift == pytest.approx(expected, abs=1e-6)
+    changed = (after.logits.argmax(1) != before.logits.argmax(1)).float().mean().item()
+    assert events(trainer).Scalars("probe/changed_predictions")[-1].value == pytest.approx(changed)
+    accuracy = (after.logits.argmax(1) == data.labels).float().mean().item()
+    assert events(trainer).Scalars("probe/accuracy")[-1].value == pytest.approx(accuracy)
+
+
+def test_the_last_filmstrip_still_shows_the_baseline_after_many_snapshots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard keeps 10 pictures of a tag by default and drops step 0, but always keeps the last."""
+    shown: list[list[int]] = []
+
+    def spy(pictures: Any, titles: Any, snapshots: Any, *rest: Any) -> Any:
+        shown.append([snapshot.step for snapshot in snapshots])
+        return filmstrip(pictures, titles, snapshots, *rest)
+
+    monkeypatch.setattr("vit_explain_callback.tracking.report.filmstrip", spy)
+    callback = ViTExplainCallback(["rollout"], every_n_steps=1, num_shown=2, num_images=4)
+    trainer = fit(callback, tmp_path, max_epochs=5)
+    assert len(saved(trainer)) == 21
+    accumulator = EventAccumulator(trainer.log_dir, size_guidance={"images": 10})
+    accumulator.Reload()
+    kept = accumulator.Images("explain_filmstrip/rollout")
+    assert kept[-1].step == 20
+    picture = Image.open(io.BytesIO(kept[-1].encoded_image_string))
+    assert picture.width > 9 * 128
+    assert shown[-1][0] == 0
+    assert shown[-1][-1] == 20
+    assert len(shown[-1]) == 9
+
+
+def test_colour_limits_are_frozen_at_the_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def spy(*arguments: Any) -> Any:
+        limits.append(arguments[-1])
+        return filmstrip(*arguments)
+
+    monkeypatch.setattr("vit_explain_callback.tracking.report.filmstrip", spy)
+    fit(ViTExplainCallback(["rollout_max"], every_n_steps=1), tmp_path, Classifier(lr=0.5))
+    assert len(limits) == 9
+    assert len(set(limits)) == 1
+
+
+@pytest.mark.parametrize("keys", [("image", "label"), ("pixel_values", "labels")])
+def test_mapping_batches(tmp_path: Path, keys: tuple[str, str]) -> None:
+    data = Pictures(keys=keys)
+    trainer = fit(ViTExplainCallback(["rollout"]), tmp_path, train=loader(data), validation=loader(data))
+    assert saved(trainer)[0].target.equal(data.labels)
+
+
+def test_a_module_without_forward_is_explained_through_its_vit(tmp_path: Path) -> None:
+    class Bare(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny_vit()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 1e-2)
+
+    assert len(saved(fit(ViTExplainCallback(on_error="raise"), tmp_path, Bare()))) == 3
+
+
+class Torchvision(Classifier):
+    """A model that says nothing of its tokens or its normalisation."""
+
+    def __init__(self) -> None:
+        shape = {"num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 96, "num_classes": CLASSES}
+        super().__init__(torchvision.models.VisionTransformer(image_size=32, patch_size=8, **shape))
+
+    def forward(self, images: Tensor) -> Any:
+        return SimpleNamespace(logits=self.net(images))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]).logits, batch[1])
+
+
+def test_a_model_that_is_not_timms_needs_no_configuration_either(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="100% of the `grad_rollout` maps are degenerate"):  # its new head is all zero
+        trainer = fit(ViTExplainCallback(on_error="raise"), tmp_path, Torchvision())
+    assert [snapshot.maps["grad_rollout"].shape for snapshot in saved(trainer)] == [(16, 4, 4)] * 3
+    picture = events(trainer).Images("explain_filmstrip/grad_rollout")[-1].encoded_image_string
+    left_column = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))[18:146, :128]
+    assert left_column.min() < 60
+    assert left_column.max() > 195
+
+
+def test_a_module_without_forward_whose_model_is_not_timms_must_name_it(tmp_path: Path) -> None:
+    class NoForward(Torchvision):
+        forward = pl.LightningModule.forward
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    with pytest.raises(ValueError, match="NoForward to define `forward\\(images\\)`, returning logits, or `vit=`"):
+        fit(ViTExplainCallback(), tmp_path, NoForward())
+    named = ViTExplainCallback(["rollout"], vit="net", on_error="raise")
+    assert len(saved(fit(named, tmp_path, NoForward()))) == 3
+    asked = ViTExplainCallback(["rollout"], forward=lambda module, images: module.net(images), on_error="raise")  # type: ignore
+    assert len(saved(fit(asked, tmp_path, NoForward()))) == 3
+
+
+def test_one_of_two_vits_is_named(tmp_path: Path) -> None:
+    class Distilled(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = tiny_vit(seed=1)
+
+    assert len(saved(fit(ViTExplainCallback(vit="net", on_error="raise"), tmp_path, Distilled()))) == 3
+    with pytest.raises(ValueError, match="found 2: net, teacher"):
+        fit(ViTExplainCallback(), tmp_path, Distilled())
+
+
+@pytest.mark.parametrize("target", ["label", "prediction", 3])
+def test_the_target_stays_fixed_over_the_run(tmp_path: Path, target: Any) -> None:
+    module, data = Classifier(lr=0.5), Pictures()
+    predicted = explain(module.net, data.images, ["rollout"]).logits.argmax(1)
+    snapshots = saved(fit(ViTExplainCallback(target=target, every_n_steps=1), tmp_path, module))
+    expected = {"label": data.labels, "prediction": predicted, 3: torch.full((16,), 3)}[target]
+    assert not snapshots[-1].prediction.equal(predicted)
+    assert all(snapshot.target.equal(expected) for snapshot in snapshots)
+
+
+def test_given_images_are_explained_instead_of_the_validation_set(tmp_path: Path) -> None:
+    images = random_images(3, seed=99)
+    callback = ViTExplainCallback(["rollout"], images=images, on_error="raise")
+    snapshot, *_ = saved(fit(callback, tmp_path, validation=None))
+    torch.testing.assert_close(snapshot.maps["rollout"], explain(tiny_vit(), images, ["rollout"]).maps["rollout"])
+    assert snapshot.target.equal(snapshot.prediction)
+    labelled = ViTExplainCallback(images=(images, torch.tensor([4, 4, 1])), on_error="raise")
+    assert saved(fit(labelled, tmp_path))[0].target.tolist() == [4, 4, 1]
+
+
+def test_transfer_hooks_run_as_in_validation(tmp_path: Path) -> None:
+    class Transferring(Classifier):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            images, labels = batch
+            return [images * 2 if self.trainer.training else images / 2, labels]
+
+    trainer = fit(ViTExplainCallback(["rollout"], on_error="raise"), tmp_path, Transferring())
+    expected = explain(tiny_vit(), Pictures().images / 2, ["rollout"]).maps["rollout"]
+    torch.testing.assert_close(saved(trainer)[0].maps["rollout"], expected)
+    assert trainer.state.stage is None or not trainer.validating
+
+
+def test_probe_images_are_there_before_the_first_epoch_that_is_validated(tmp_path: Path) -> None:
+    trainer = fit(ViTExplainCallback(["rollout"], on_error="raise"), tmp_path, check_val_every_n_epoch=9)
+    assert saved(trainer)[0].target.equal(Pictures().labels)
+
+
+def test_fewer_images_than_asked_for_are_used_and_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="`num_images=64`, but the validation set gave 16"):
+        trainer = fit(ViTExplainCallback(["rollout"], num_images=64), tmp_path)
+    assert len(saved(trainer)[0].logits) == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"methods": ["rolout"]}, ValueError, "`methods` to name"),
+        ({"methods": [3]}, TypeError, "got 3"),
+        ({"every_n_epochs": 1, "every_n_steps": 5}, ValueError, "one schedule.* but got both"),
+        ({"every_n_epochs": None}, ValueError, "one schedule.* but got neither"),
+        ({"every_n_epochs": 0}, ValueError, "`every_n_epochs` of at least 1, but got 0"),
+        ({"every_n_steps": -1}, ValueError, "`every_n_steps` of at least 1"),
+        ({"num_images": 0}, ValueError, "`num_images` of at least 1"),
+        ({"num_shown": 0}, ValueError, "`num_shown` of at least 1"),
+        ({"batch_size": 0}, ValueError, "`batch_size` of at least 1"),
+        ({"target": "lable"}, ValueError, "'label', 'prediction' or a class index, but got 'lable'"),
+        ({"on_error": "ignore"}, ValueError, "`on_error` to be 'warn' or 'raise'"),
+        ({"images": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, TypeError, "torch.uint8"),
+        ({"images": torch.full((1, 3, 32, 32), 200.0)}, ValueError, "as of bytes"),
+        ({"images": torch.full((1, 3, 32, 32), torch.inf)}, ValueError, "NaN or Inf"),
+        ({"images": torch.zeros(3, 32, 32)}, ValueError, r"shape \(B, C, H, W\)"),
+        ({"mean": (0.5, 0.5, 0.5)}, ValueError, "both `mean` and `std`"),
+        ({"images": (torch.zeros(2, 3, 32, 32), torch.zeros(3).long())}, ValueError, "2 images but 3 labels"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ViTExplainCallback(**arguments)
+
+
+class Swin(Classifier):
+    def __init__(self) -> None:
+        import timm
+
+        super().__init__(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)))
+
+
+class NoHead(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny_vit(num_classes=0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        raise AssertionError("training must not start")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        raise AssertionError("training must not start")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "run", "message"),
+    [
+        ({}, {"module": Swin}, "SwinTransformer, which is not a stack of blocks"),
+        ({}, {"module": NoHead}, "no classifier"),
+        ({"vit": "head"}, {}, "'head'"),
+        ({}, {"validation": None}, "Expected a validation loader .* Give the images yourself"),
+        ({"methods": [Rollout(start_layer=4)]}, {}, r"`start_layer` in 1 … 3"),
+        ({"images": torch.zeros(1, 3, 40, 32)}, {}, "images of 32x32 pixels .* but got 40x32"),
+        ({"target": 5}, {"starts": True}, r"`target` classes in 0 … 4"),
+    ],
+)
+def test_a_configuration_that_cannot_work_stops_before_training(
+    tmp_path: Path, arguments: dict[str, Any], run: dict[str, Any], message: str
+) -> None:
+    module = run.get("module", Classifier)()
+    before = [parameter.clone() for parameter in module.parameters()]
+    with pytest.raises(ValueError, match=message):
+        fit(ViTExplainCallback(**arguments), tmp_path, module, run.get("validation", "same"))
+    assert all(one.equal(other) for one, other in zip(before, module.parameters(), strict=True))
+
+
+def test_validation_images_that_are_bytes_stop_before_training(tmp_path: Path) -> None:
+    data = Pictures()
+    data.images = (data.images.clamp(-1, 1) * 127 + 127).byte()
+    with pytest.raises(TypeError, match=r"torch\.uint8"):
+        fit(ViTExplainCallback(), tmp_path, validation=loader(data))
+
+
+def test_nothing_is_saved_without_save_maps_or_in_a_fast_dev_run(tmp_path: Path) -> None:
+    fit(ViTExplainCallback(["rollout"], save_maps=False), tmp_path)
+    fit(ViTExplainCallback(["rollout"]), tmp_path, fast_dev_run=True)
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_a_second_fit_with_the_same_callback_starts_afresh(tmp_path: Path) -> None:
+    callback = ViTExplainCallback(["rollout"])
+    fit(callback, tmp_path)
+    assert [snapshot.step for snapshot in saved(fit(callback, tmp_path))] == [0, 4, 8]
+
+
+def test_class_names_come_from_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+
+    def spy(picture: Any, text: str) -> Any:
+        texts.append(text)
+        return picture
+
+    monkeypatch.setattr("vit_explain_callback.tracking.report.with_strip", spy)
+    data = Pictures()
+    data.classes = ["ant", "bee", "cat", "dog", "eel"]  # type: ignore[attr-defined]
+    fit(ViTExplainCallback(["rollout"], every_n_epochs=2), tmp_path, validation=loader(data))
+    assert {text.split(" · ")[1] for text in texts} <= set(data.classes)  # type: ignore[attr-defined]
+    assert texts[0].startswith("step 0 · ")
+    assert " · p=0." in texts[0]
+    texts.clear()
+    fit(ViTExplainCallback(["rollout"], class_names=["one"], every_n_epochs=2), tmp_path)
+    assert {text.split(" · ")[1] for text in texts} <= {"one", "class 1", "class 2", "class 3", "class 4"}

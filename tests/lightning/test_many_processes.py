@@ -1,0 +1,109 @@
+"""Runs of several real processes on the CPU: shares, gathered maps, failures on one of them, sharded parameters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.laws.test_training_never_notices import differing
+from tests.models import tiny_vit
+from tests.runs import Pictures
+from vit_explain_callback import explain
+from vit_explain_callback.tracking.distributed import Ranks
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 240
+IMAGES = 5
+
+
+def start(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """A run of several processes; one that hangs is killed and fails the test."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "tests.processes_run", "--output", str(folder), "--num-images", str(IMAGES)]
+    return subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+
+
+def ranks(folder: Path, *options: str) -> list[dict[str, Any]]:
+    """What each process saw, with the callback; the weights are those of a run without it."""
+    done = start(folder, *options)
+    assert done.returncode == 0, done.stderr
+    seen = [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank_*.pt"))]
+    for rank in seen:
+        assert differing(rank["with"]["weights"], rank["without"]["weights"]) == []
+        assert rank["without"]["explained"] == []
+        assert rank["with"]["reductions"] == rank["without"]["reductions"]
+    return [rank["with"] for rank in seen]
+
+
+def assert_first_maps_are_those_of_one_process(seen: dict[str, Any]) -> None:
+    data = Pictures()
+    expected = explain(tiny_vit(), data.images[:IMAGES], target=data.labels[:IMAGES])
+    for name, maps in expected.maps.items():
+        torch.testing.assert_close(seen["snapshots"][0][f"map/{name}"], maps, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(seen["snapshots"][0]["logits"], expected.logits)
+
+
+def forward_passes(share: int, between: list[int] | None = None) -> list[int]:
+    """Images in each forward pass of 5 snapshots, of which the first and the last are checked.
+
+    After the first, one image shows what the head reads. A check takes the mirrored images, and ten passes for each of
+    two methods and a random order.
+    """
+    check = [share] * (1 + 10 * 3)
+    return [share, 1, *check, *([share] * 4 if between is None else between), *check]
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_ddp_divides_the_probe_batch_and_every_process_knows_the_whole(devices: int, tmp_path: Path) -> None:
+    seen = ranks(tmp_path / "run", "--devices", str(devices))
+    assert len(seen) == devices
+    for rank, one in enumerate(seen):
+        share = len(range(IMAGES)[Ranks(rank, devices).share(IMAGES)])
+        assert one["explained"] == forward_passes(share)
+        assert differing(one["snapshots"], seen[0]["snapshots"]) == []
+        assert differing(one["metrics"], seen[0]["metrics"]) == []
+        assert one["metrics"]
+        assert len(one["reductions"]) >= 4  # a snapshot adds none
+        assert one["said"] == []
+    assert [snapshot["step"] for snapshot in seen[0]["snapshots"]] == [0, 1, 2, 3, 4]
+    assert_first_maps_are_those_of_one_process(seen[0])
+    assert len(list(tmp_path.rglob("step_*.safetensors"))) == 5  # rank zero alone writes
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+def test_sharded_parameters_need_every_process_in_every_forward_pass(strategy: str, tmp_path: Path) -> None:
+    seen = ranks(tmp_path / "run", "--strategy", strategy)
+    for one in seen:
+        assert one["explained"] == forward_passes(IMAGES)
+        assert differing(one["snapshots"], seen[0]["snapshots"]) == []
+        assert [snapshot["step"] for snapshot in one["snapshots"]] == [0, 1, 2, 3, 4]
+    assert_first_maps_are_those_of_one_process(seen[0])
+
+
+def test_a_fault_on_one_process_is_shared_by_all_and_training_goes_on(tmp_path: Path) -> None:
+    """At step 2 one process fails: no snapshot. At step 3 it is short of memory: its share is explained in halves."""
+    seen = ranks(tmp_path / "run", "--faulty")
+    for one in seen:
+        assert [snapshot["step"] for snapshot in one["snapshots"]] == [0, 1, 3, 4]
+    assert seen[1]["explained"] == forward_passes(3, [3, 2, 1, 3])
+    (said,) = seen[0]["said"]
+    assert "the snapshot at step 2 failed, and training goes on: RuntimeError('this process cannot')" in said
+
+
+def test_heads_divided_over_processes_are_refused(tmp_path: Path) -> None:
+    done = start(tmp_path / "run", "--strategy", "tensor_parallel")
+    assert done.returncode != 0
+    assert "Expected every process to compute all heads of an attention" in done.stderr
+
+
+def test_shares_cover_all_images_once() -> None:
+    for count in range(1, 6):
+        for images in range(1, 12):
+            taken = [index for rank in range(count) for index in range(images)[Ranks(rank, count).share(images)]]
+            assert taken == list(range(images))
+            assert range(images)[Ranks(0, count, divided=False).share(images)] == range(images)

@@ -1,0 +1,142 @@
+"""One batch through the model: a forward pass, a backward pass for each target, and the maps folded from both.
+
+Shapes: B images, C channels of the image or classes of the logits, N tokens, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vit_explain_callback._checks import check_start_layers, check_target
+from vit_explain_callback.explanation import Explanation
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.fold import fold
+from vit_explain_callback.metrics.attention import BlockMeter
+from vit_explain_callback.vit.adapter import Subject
+from vit_explain_callback.vit.capture import AttentionCall, AttentionRecorder
+from vit_explain_callback.vit.stack import Stack, find_stack
+from vit_explain_callback.vit.tokens import TokenLayout
+
+
+def explain_batch(
+    subject: Subject,
+    images: Tensor,
+    methods: Sequence[Method],
+    wanted: Sequence[Tensor | None],
+    block_statistics: bool,
+) -> list[Explanation]:
+    """Explain a batch, (B, C, H, W), for each wanted target, (B,), None for the predicted class.
+
+    The model is in evaluation mode already. Methods that do not depend on the class are folded once for all targets.
+
+    Raises:
+        TypeError: If the model's output is of the wrong type.
+        ValueError: If a target or `start_layer` is out of range, or if the model's attention cannot be rolled out.
+    """
+    known = subject.known_layout(images.shape[1:])
+    of_class = [method for method in methods if method.weighted]
+    with_gradients = bool(of_class)
+    with torch.set_grad_enabled(with_gradients):
+        # The input carries the graph through a frozen backbone; the parameters' flags are left alone.
+        images = images.detach().requires_grad_(with_gradients)
+        with AttentionRecorder(subject.vit, through_no_grad=with_gradients) as recorder:
+            logits = subject.logits(images)
+        stack = find_stack(subject.vit, recorder, len(images))
+        recorder.calls.clear()
+        check_start_layers(methods, len(stack.calls))
+        predicted = logits.detach().argmax(dim=1)
+        targets = [predicted if target is None else target.to(logits.device) for target in wanted]
+        for target in targets:
+            check_target(target, logits.shape[1])
+        backward = targets if with_gradients else targets[:1]
+        gradients = [
+            _output_gradients(logits, target, stack, target is not backward[-1]) if with_gradients else _nones(stack)
+            for target in backward
+        ]
+    # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
+    logits, images = logits.detach(), images.detach()
+    layout = subject.layout(stack, images)
+    if layout is not known and layout.readout is not None and stack.pool is not None:
+        stack = replace(stack, pool=None)  # no logit depends on it
+        for of_target in gradients:
+            of_target.pop()
+    _check_tokens(stack, layout)
+    if with_gradients:
+        _check_reached(stack, gradients[0])
+    meter = _meter(stack, layout, images) if block_statistics else None
+    found: list[dict[str, Tensor]] = []
+    for index, of_target in enumerate(gradients):
+        # Folding empties the lists it is given, to let go of each block in turn: the last one gets the stack's own.
+        calls = stack.calls if index == len(gradients) - 1 else list(stack.calls)
+        folded, shown = (methods, meter) if index == 0 else (of_class, None)
+        with torch.no_grad():
+            rows = fold(folded, replace(stack, calls=calls), of_target, layout, shown)
+        maps = {method.name: layout.to_grid(row) for method, row in rows.items()}
+        found.append({**found[0], **maps} if found else maps)
+    found += found[:1] * (len(targets) - len(found))
+    blocks = None if meter is None else meter.result()
+    return [Explanation(maps, logits, target, blocks) for maps, target in zip(found, targets, strict=True)]
+
+
+def _meter(stack: Stack, layout: TokenLayout, images: Tensor) -> BlockMeter:
+    like = images.new_zeros((), dtype=torch.promote_types(images.dtype, torch.float32))
+    height, width = images.shape[2:]
+    return BlockMeter(layout, (height, width), len(images), [call.shape[1] for call in stack.calls], like)
+
+
+def _check_tokens(stack: Stack, layout: TokenLayout) -> None:
+    patches = layout.grid[0] * layout.grid[1]
+    if stack.tokens != layout.tokens:
+        raise ValueError(
+            f"Expected `{stack.calls[0].module}` to attend over all {layout.tokens} tokens ({layout.tokens - patches} "
+            f"prefix + {layout.grid[0]}x{layout.grid[1]} patches), but its attention is {stack.tokens}x{stack.tokens}: "
+            "there is no global attention to roll out."
+        )
+    if (stack.pool is None) == (layout.readout is None) or (
+        stack.pool is not None and stack.pool.shape[3] not in (layout.tokens, patches)
+    ):
+        seen = "none" if stack.pool is None else f"`{stack.pool.module}` with {stack.pool.shape[3]} keys"
+        raise ValueError(
+            f"Expected {'an' if layout.readout is None else 'no'} attention-pooling head over the tokens after the "
+            f"blocks, but saw {seen}."
+        )
+
+
+def _nones(stack: Stack) -> list[Tensor | None]:
+    return [None] * len(_with_pool(stack))
+
+
+def _output_gradients(logits: Tensor, target: Tensor, stack: Stack, retain_graph: bool) -> list[Tensor | None]:
+    """∂y_c/∂O of each block and then of the pool, None where y_c does not depend on it.
+
+    Images do not mix in evaluation mode, so one pass serves the whole batch.
+    """
+    gradients = _nones(stack)
+    outputs = [call.output for call in _with_pool(stack)]
+    attached = [index for index, output in enumerate(outputs) if output.requires_grad]
+    if logits.requires_grad and attached:
+        chosen = logits.gather(1, target[:, None])
+        found = torch.autograd.grad(
+            chosen.sum(), [outputs[index] for index in attached], retain_graph=retain_graph, allow_unused=True
+        )
+        for index, gradient in zip(attached, found, strict=True):
+            gradients[index] = gradient
+    return gradients
+
+
+def _with_pool(stack: Stack) -> list[AttentionCall]:
+    return stack.calls if stack.pool is None else [*stack.calls, stack.pool]
+
+
+def _check_reached(stack: Stack, gradients: Sequence[Tensor | None]) -> None:
+    for call, gradient in zip(_with_pool(stack), gradients, strict=True):
+        if gradient is None:
+            raise ValueError(
+                f"Expected gradients to reach `{call.module}`, but its output is cut off from the logits. Take "
+                "`detach()` out of the model's forward (freeze parameters with `requires_grad` instead), or leave out "
+                "gradient rollout."
+            )

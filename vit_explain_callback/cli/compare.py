@@ -1,0 +1,121 @@
+"""Method variants side by side on one photograph: a figure, and an animation that sweeps the discard ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vit_explain_callback.cli.classifier import Classifier
+from vit_explain_callback.cli.photograph import Photograph
+from vit_explain_callback.explainer import Explainer
+from vit_explain_callback.explanation import Explanation
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.visualization.encode import animation
+from vit_explain_callback.visualization.grid import Cell, figure, png
+from vit_explain_callback.visualization.overlay import colour_bar, colour_limit, with_strip
+
+_SWEEP = [*(step / 10 for step in range(10)), 0.95]
+_COLUMN = 2.0  # inches
+
+
+def compare(
+    classifier: Classifier, methods: Sequence[Method], path: Path, output: Path, classes: Sequence[int] = ()
+) -> list[Path]:
+    """Write `NAME.compare.png` and `NAME.sweep.gif`, from one forward pass and one backward pass for each class.
+
+    Rows of the figure are the options of the methods, columns their kinds: one for each class where the kind depends on
+    it. The animation sweeps the discard ratio of the first method.
+
+    Args:
+        classifier: Model, transform and names.
+        methods: Methods.
+        path: The photograph.
+        output: Folder of the results.
+        classes: To explain; none: the two most probable ones, which takes a forward pass more.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: If the photograph cannot be read.
+        ValueError: If the model cannot be explained, or has no classifier.
+    """
+    photograph, image = Photograph.read(path, classifier.view)
+    sweep = [replace(methods[0], discard_ratio=ratio) for ratio in _SWEEP]
+    explainer = Explainer(classifier.model, list({method.name: method for method in [*methods, *sweep]}.values()))
+    images = image[None]
+    if not classes:
+        logits = explainer.logits(images)[0]
+        classes = logits.topk(min(2, len(logits))).indices.tolist()
+    found = [explanation.cpu() for explanation in explainer.for_targets(images, list(classes))]
+    output.mkdir(parents=True, exist_ok=True)
+    files = [output / f"{path.stem}.compare.png", output / f"{path.stem}.sweep.gif"]
+    files[0].write_bytes(_figure(classifier, methods, photograph, found))
+    files[1].write_bytes(_sweep(classifier, sweep, photograph, found))
+    return files
+
+
+def _figure(
+    classifier: Classifier, methods: Sequence[Method], photograph: Photograph, found: Sequence[Explanation]
+) -> bytes:
+    one_of_kind = {method.kind: method for method in methods}.values()
+    columns = [(method, explanation) for method in one_of_kind for explanation in _of_kind(method, found)]
+    variants = list(dict.fromkeys(_options(method) for method in methods))
+    by_place = {(_options(method), method.kind): method for method in methods}
+    rows: list[list[Cell | None]] = []
+    for variant in variants:
+        row: list[Cell | None] = []
+        for of_kind, explanation in columns:
+            method = by_place.get((variant, of_kind.kind))
+            if method is None:
+                row.append(None)
+                continue
+            # What is compared along a row has one scale: the classes of a method.
+            limit = colour_limit(torch.cat([each.maps[method.name] for each in _of_kind(method, found)]))
+            relevance = explanation.maps[method.name][0]
+            row.append(Cell(photograph.overlay(relevance, limit), f"0 to {limit:.1f} × uniform"))
+        rows.append(row)
+    headings = [
+        f"{of_kind.kind}\n{_target(classifier, explanation) if of_kind.weighted else 'any class'}"
+        for of_kind, explanation in columns
+    ]
+    labels = [variant.replace(", ", "\n") for variant in variants]
+    return png(figure(rows, headings, labels, scale="the limit under each map", width=_COLUMN))
+
+
+def _sweep(
+    classifier: Classifier, sweep: Sequence[Method], photograph: Photograph, found: Sequence[Explanation]
+) -> bytes:
+    shown = _of_kind(sweep[0], found)
+    # Over all ratios, so that colours mean the same in each frame.
+    limit = colour_limit(torch.cat([each.maps[method.name] for each in shown for method in sweep]))
+    frames = []
+    for method in sweep:
+        panels = []
+        for each in shown:
+            what = _target(classifier, each) if method.weighted else method.kind
+            panel = photograph.overlay(each.maps[method.name][0], limit)
+            panel = with_strip(with_strip(panel, what), f"{method.kind} · discard {method.discard_ratio:g}")
+            panels.append(panel)
+        frame = np.concatenate(panels, axis=1)
+        frames.append(np.concatenate([frame, colour_bar(limit, frame.shape[1])]))
+    return animation(frames)
+
+
+def _of_kind(method: Method, found: Sequence[Explanation]) -> Sequence[Explanation]:
+    """The explanations that differ for a method."""
+    return found if method.weighted else found[:1]
+
+
+def _target(classifier: Classifier, explanation: Explanation) -> str:
+    target = int(explanation.target[0])
+    return f"{classifier.class_name(target)} · p={explanation.probabilities[0, target].item():.2f}"
+
+
+def _options(method: Method) -> str:
+    text = f"{method.head_fusion}, discard {method.discard_ratio:g}"
+    return text if method.start_layer == 1 else f"{text}, from {method.start_layer}"

@@ -1,0 +1,201 @@
+"""The Lightning callback: collects a probe batch, explains it on schedule, and logs what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from vit_explain_callback._checks import check_classifier, check_start_layers
+from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer, is_overridden
+from vit_explain_callback.lightning.fit import Observation
+from vit_explain_callback.lightning.settings import Settings
+from vit_explain_callback.lightning.strategy import explained_module
+from vit_explain_callback.methods.base import Method, resolve_methods
+from vit_explain_callback.metrics.faithfulness import Removal
+from vit_explain_callback.tracking.probe import ProbeBatch
+from vit_explain_callback.tracking.snapshot import History
+from vit_explain_callback.tracking.tensorboard import declare_final_metrics
+from vit_explain_callback.vit.adapter import LogitsOf
+from vit_explain_callback.vit.timm import find_vit, is_timm_vit, num_blocks, refuse_other_timm_models, timm_layout
+
+
+class ViTExplainCallback(Callback):
+    """Explains the same validation images again and again while a Vision Transformer is fine-tuned.
+
+    A snapshot is taken before the first optimiser step (the baseline), on schedule, and at the end of fit. It logs, for
+    every method, to TensorBoard:
+
+    - `explain_filmstrip/{method}`: image, baseline, earlier snapshots, now; a row for each shown image.
+    - `explain_overlay/{method}/{i}`: the map of shown image i.
+    - `explain_diff/{method}/{i}`: now minus baseline (from the second snapshot on).
+    - `explain_gif/{method}/{i}`: its overlays over the run; at the end.
+    - `explain_verdict`: what changed most, in words; at the end, and on the standard output.
+    - `drift_baseline/{method}/{metric}`, `drift_previous/…`: means over the images, `metric` as in
+      `vit_explain_callback.metrics.drift`; the baseline is compared with itself.
+    - `drift_baseline_spread/{method}/{metric}/…`: `median`, `p10`, `p90`. `drift_baseline_split/…`: mean over images
+      whose prediction is `unchanged` or `changed`. `drift_baseline_scaled/{method}/{metric}`: 0 = noise, 1 = unrelated,
+      as measured at the baseline. Likewise `drift_previous_spread`, `drift_previous_split`, `drift_previous_scaled`.
+    - `drift_scale/{method}/{metric}/…`: `noise`, the drift that mirroring the images causes; `unrelated`, the drift
+      between different images.
+    - `drift_blocks/{metric}/{block}`: of what the classifier's tokens attend to in each block.
+    - `attention/{stat}/{block}`: see `BlockStatistics`.
+    - `map_stats/{method}/{stat}`: see `map_statistics`.
+    - `region/{name}/{method}/{stat}`: see `region_statistics`.
+    - `faithfulness/{method}/srg`, `faithfulness/random/srg`: see `symmetric_relevance_gain`.
+    - `probe/target_probability`, `probe/accuracy` (with labels), `probe/changed_predictions` (since the baseline).
+    - `final/…`: drift, faithfulness and lift of the last snapshot, which are in the HParams pane too.
+
+    Noise and faithfulness take extra passes and are measured every `check_every_n_snapshots`, and at the end. Every
+    scalar is in `trainer.callback_metrics` too, for `ModelCheckpoint(monitor=…)` and `EarlyStopping`. Raw maps go to
+    `explanations/step_{step}.safetensors` in the run's folder. Training is left as it was: no random stream, gradient,
+    buffer or training flag differs after a snapshot. Under several processes each explains a share.
+
+    Args:
+        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout`, `GradRollout`
+            and `AttentionFlow` objects. `"flow"` takes seconds an image.
+        every_n_epochs: Epochs between snapshots. `"auto"` is 1, unless `every_n_steps` is given.
+        every_n_steps: Optimiser steps between snapshots, instead of `every_n_epochs`.
+        check_every_n_snapshots: Snapshots between those that also measure noise floor and faithfulness, in 11 + 10
+            times the number of methods forward passes of each image; the first and the last always do. None: none does.
+        removal: How faithfulness takes patches away: `"mean_colour"` paints them over, `"tokens"` keeps their tokens
+            from the blocks, which blocks with rotary or relative positions cannot do.
+        num_images: Images taken from the start of the validation set; drift is averaged over them.
+        images: Images to explain instead, (B, C, H, W) normalised for the model; or the pair (images, labels).
+        regions: Boolean masks (B, H, W) of the probe images by name, such as the object or a watermark.
+        num_shown: Images drawn, the first of them.
+        target: Class whose logit gradient rollout follows: `"label"` is the image's label where the batch has one and
+            else the prediction at the baseline; `"prediction"` is always the latter; or one class index. It stays
+            fixed over the run.
+        block_statistics: Whether to measure what each block attends to.
+        vit: Attribute path of the ViT inside the LightningModule, needed where it holds several.
+        class_names: Names for the captions. Default: the `classes` of the validation dataset, if it has them.
+        mean: Mean with which images were normalised, to undo it for display. Default: the timm model's own, or, where
+            there is none, the range of the images is stretched.
+        std: Standard deviation, likewise.
+        forward: How to get logits (B, C) from the LightningModule and images, if not by its own `forward(images)`.
+        prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
+        grid_size: Patches as (grid_h, grid_w), likewise.
+        batch_size: Images explained in one pass; None takes all at once.
+        save_maps: Whether to save the raw maps of every snapshot, from which `vit-explain report` makes a page.
+        margin_charts: Whether to lay out TensorBoard's custom scalars pane as charts of the median between p10 and p90.
+            TensorBoard knows one layout a run.
+        on_error: What becomes of a snapshot that fails during training: `"warn"` says so and goes on, `"raise"` stops.
+
+    Raises:
+        TypeError: If methods or images are of the wrong type.
+        ValueError: If an argument is outside its range; when fit starts, also if the LightningModule holds no supported
+            ViT or several, if there is nothing to explain, or if images, labels or methods do not fit the model.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[str | Method] = ("rollout", "grad_rollout"),
+        every_n_epochs: int | Literal["auto"] | None = "auto",
+        every_n_steps: int | None = None,
+        check_every_n_snapshots: int | None = 5,
+        removal: Removal = "mean_colour",
+        num_images: int = 16,
+        images: Tensor | tuple[Tensor, Tensor] | None = None,
+        regions: Mapping[str, Tensor] | None = None,
+        num_shown: int = 6,
+        target: Literal["label", "prediction"] | int = "label",
+        block_statistics: bool = True,
+        vit: str | None = None,
+        class_names: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        forward: LogitsOf | None = None,
+        prefix_tokens: int | None = None,
+        grid_size: tuple[int, int] | None = None,
+        batch_size: int | None = None,
+        save_maps: bool = True,
+        margin_charts: bool = True,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        if every_n_epochs == "auto":
+            every_n_epochs = 1 if every_n_steps is None else None
+        self.settings = Settings(
+            methods=resolve_methods(methods),
+            every_n_epochs=every_n_epochs,
+            every_n_steps=every_n_steps,
+            check_every_n_snapshots=check_every_n_snapshots,
+            removal=removal,
+            num_images=num_images,
+            given=None if images is None else ProbeBatch.from_batch(images),
+            regions=regions or {},
+            num_shown=num_shown,
+            target=target,
+            block_statistics=block_statistics,
+            vit=vit,
+            class_names=class_names,
+            mean=mean,
+            std=std,
+            forward=forward,
+            prefix_tokens=prefix_tokens,
+            grid_size=grid_size,
+            batch_size=batch_size,
+            save_maps=save_maps,
+            margin_charts=margin_charts,
+            on_error=on_error,
+        )
+        self._history = History()
+        self._observation: Observation | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that everything asked for can work."""
+        if stage == "fit":
+            self._history.clear()
+            self._check(trainer, pl_module)
+            declare_final_metrics(trainer, pl_module, self.settings)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect the probe batch and take the baseline, unless a checkpoint brought one."""
+        self._observation = Observation(self.settings, self._history, trainer, pl_module)
+        self._observation.begin()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Take a snapshot every `every_n_steps` optimiser steps."""
+        if self._observation is not None:
+            self._observation.after_step()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take a snapshot every `every_n_epochs` epochs."""
+        if self._observation is not None:
+            self._observation.after_epoch()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the last snapshot, unless the schedule has just done so, and say what the run shows."""
+        if self._observation is not None:
+            self._observation.end()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the trainer and its module."""
+        self._observation = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history of snapshots, baseline included, and the fingerprint of the probe batch."""
+        return self._history.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the history of the run that is resumed."""
+        self._history.load_state_dict(state_dict)
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settings = self.settings
+        if settings.given is None and not trainer.enable_validation:
+            raise ValueError(
+                "Expected a validation loader (and a `validation_step`) to take the probe images from, but there is "
+                "none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
+            )
+        if is_overridden("configure_model", pl_module):
+            return  # which may be what makes the model; it runs after this
+        vit = find_vit(pl_module, settings.vit)
+        if is_timm_vit(vit):
+            check_start_layers(settings.methods, num_blocks(vit))
+        refuse_other_timm_models(vit)
+        if explained_module(pl_module, settings.vit, settings.forward) is vit:
+            check_classifier(vit)
+        if settings.given is not None:
+            timm_layout(vit, settings.given.images.shape[1:], own_head=False)

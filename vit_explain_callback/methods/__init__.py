@@ -1,0 +1,1 @@
+"""Explanation methods: attention rollout, gradient rollout and attention flow."""

@@ -1,0 +1,1 @@
+"""Numbers from explanation maps: drift, shape, localisation, faithfulness."""

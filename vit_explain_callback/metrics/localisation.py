@@ -1,0 +1,60 @@
+"""How much of an explanation map lies on a named region of the image, such as the object or a watermark."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+from vit_explain_callback.metrics.maps import measured
+
+
+def region_statistics(maps: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """Where maps (B, grid_h, grid_w) stand to masks (B, H, W) of a region, as (B,) tensors in float64.
+
+    A patch counts by the share of it that the mask covers; where a measure needs a yes or no, at least half.
+
+    - `mass`: share of the map's sum inside the region, in [0, 1].
+    - `lift`: mass divided by the region's share of the image; 1 is what a uniform map gives.
+    - `pointing_game`: 1 if the strongest patch is in the region, else 0 (Zhang et al. 2016, arXiv:1608.00507).
+    - `auroc`: probability that a patch inside outranks one outside, in [0, 1]; 0.5 is chance.
+    - `average_precision`: area under the precision–recall curve of finding the region's patches, in [0, 1].
+
+    All are NaN where the map is degenerate or the mask empty; `auroc` and `average_precision` also where no patch, or
+    every patch, is at least half covered.
+
+    Raises:
+        ValueError: If there is not one mask for each map.
+
+    Example:
+        >>> maps, masks = torch.tensor([[[3.0, 1.0], [0.0, 0.0]]]), torch.tensor([[[True, False], [False, False]]])
+        >>> {name: value.item() for name, value in region_statistics(maps, masks).items()}
+        {'mass': 0.75, 'lift': 3.0, 'pointing_game': 1.0, 'auroc': 1.0, 'average_precision': 1.0}
+    """
+    if masks.ndim != 3 or len(masks) != len(maps):
+        raise ValueError(
+            f"Expected masks of shape ({len(maps)}, H, W), one for each map, but got {tuple(masks.shape)}."
+        )
+    covered = F.adaptive_avg_pool2d(masks.double()[:, None], (maps.shape[1], maps.shape[2]))[:, 0].to(maps.device)
+    # An empty mask is made a map on which nothing can be measured.
+    known = torch.where(covered.sum(dim=(1, 2), keepdim=True) > 0, maps.double(), math.nan)
+    area = covered.mean(dim=(1, 2))
+    inside = (covered >= 0.5).flatten(1)
+    mass = (known / known.sum(dim=(1, 2), keepdim=True) * covered).sum(dim=(1, 2))
+    useful = measured(lambda p: torch.ones(len(p), dtype=torch.float64, device=p.device), known)
+    strongest = known.nan_to_num(0).flatten(1).argmax(dim=1, keepdim=True)
+    ranked = {"auroc": torch.full_like(area, math.nan), "average_precision": torch.full_like(area, math.nan)}
+    for index in range(len(maps)):
+        if useful[index] == 1 and inside[index].any() and not inside[index].all():
+            scores = known[index].flatten() / known[index].max()  # torchmetrics takes what is above 1 for logits
+            ranked["auroc"][index] = binary_auroc(scores, inside[index].long())
+            ranked["average_precision"][index] = binary_average_precision(scores, inside[index].long())
+    return {
+        "mass": mass * useful,
+        "lift": mass / area * useful,
+        "pointing_game": inside.gather(1, strongest)[:, 0].double() * useful,
+        **ranked,
+    }

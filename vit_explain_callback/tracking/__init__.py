@@ -1,0 +1,1 @@
+"""Follow the explanations of a model over a run, without Lightning."""

@@ -1,0 +1,125 @@
+"""A run as one self-contained HTML page, from the raw maps that it saved."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from vit_explain_callback.tracking.report import Report
+from vit_explain_callback.tracking.snapshot import History, Snapshot
+from vit_explain_callback.tracking.summary import verdict
+from vit_explain_callback.visualization.curves import Curves, block_figure, drift_figure, line_figure
+from vit_explain_callback.visualization.overlay import png
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #202020; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+pre { background: #f5f5f5; padding: .8rem 1rem; overflow-x: auto; }
+img { max-width: 100%; } .row { display: flex; flex-wrap: wrap; gap: 8px; } .row img { width: calc(16.6% - 8px); }
+table { border-collapse: collapse; font-size: 13px; } td, th { padding: 2px 10px; text-align: right; }
+td:first-child, th:first-child { text-align: left; } tr:nth-child(even) { background: #f7f7f7; }
+"""
+
+
+def load_run(run: Path) -> tuple[Report, Iterator[tuple[History, dict[str, float]]]]:
+    """What a run saved: the report on its probe images, and its history and scalars after each snapshot.
+
+    Args:
+        run: The run's folder, or the folder `explanations` in it.
+
+    Raises:
+        FileNotFoundError: If nothing was saved there.
+    """
+    folder = run / "explanations" if (run / "explanations").is_dir() else run
+    paths = sorted(folder.glob("step_*.safetensors"))
+    if not paths or not (folder / "probe.safetensors").is_file():
+        raise FileNotFoundError(
+            f"There are no explanations in {run}: expected step_*.safetensors and probe.safetensors, as "
+            "`ViTExplainCallback(save_maps=True)` writes them to the run's folder."
+        )
+    report = Report.load(folder / "probe.safetensors")
+
+    def snapshots() -> Iterator[tuple[History, dict[str, float]]]:
+        history = History()
+        for path in paths:
+            history.add(Snapshot.load(path))
+            yield history, report.scalars(history)
+
+    return report, snapshots()
+
+
+def page(run: Path) -> str:
+    """The HTML page of a run.
+
+    Raises:
+        FileNotFoundError: If nothing was saved there.
+    """
+    report, snapshots = load_run(run)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for history, scalars in snapshots:
+        for tag, value in scalars.items():
+            curves.setdefault(tag, []).append((history.now.step, value))
+    parts = [f"<h1>Explanation drift: {html.escape(run.resolve().name)}</h1>"]
+    text = verdict(history, report.labels, report.regions, report.class_names)
+    parts.append(f"<pre>{html.escape(text)}</pre>")
+    parts += ["<h2>Predictions and faithfulness</h2>", _picture(_summary(curves, list(history.now.maps)), "curves")]
+    if "drift_blocks/spearman/block_01" in curves:
+        panels = {
+            "rank correlation of the readout's row": "drift_blocks/spearman",
+            "attention entropy": "attention/entropy",
+            "attention distance (pixels)": "attention/distance",
+            "share on sinks": "attention/sink_share",
+        }
+        parts += ["<h2>Blocks</h2>", _picture(block_figure(curves, panels), "values by block and step")]
+    figures = dict(report.figures(history))
+    animations = dict(report.animations(history))
+    for method in history.now.maps:
+        parts += [f"<h2>{html.escape(method)}</h2>", _picture(drift_figure(curves, method), "drift by step")]
+        if report.regions:
+            panels_of = {
+                statistic.replace("_", " "): {name: f"region/{name}/{method}/{statistic}" for name in report.regions}
+                for statistic in ("lift", "pointing_game", "auroc")
+            }
+            parts.append(_picture(line_figure(curves, panels_of), "regions by step"))
+        parts.append(_picture(png(figures[f"explain_filmstrip/{method}"]), "filmstrip"))
+        for kind in ("overlay", "diff"):
+            tags = [tag for tag in figures if tag.startswith(f"explain_{kind}/{method}/")]
+            parts.append(f'<div class="row">{"".join(_picture(png(figures[tag]), tag) for tag in tags)}</div>')
+        moving = [gif for tag, gif in animations.items() if tag.startswith(f"explain_gif/{method}/")]
+        parts.append(f'<div class="row">{"".join(_picture(gif, "animation", "gif") for gif in moving)}</div>')
+    parts += ["<h2>Every scalar</h2>", _table(curves)]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Explanation drift</title>'
+        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _summary(curves: Curves, methods: list[str]) -> bytes:
+    panels = {
+        "probe": {
+            name.replace("_", " "): f"probe/{name}"
+            for name in ("accuracy", "target_probability", "changed_predictions")
+            if f"probe/{name}" in curves
+        },
+        "map entropy": {method: f"map_stats/{method}/entropy" for method in methods},
+    }
+    gains = {name: f"faithfulness/{name}/srg" for name in [*methods, "random"]}
+    if gains["random"] in curves:
+        panels["faithfulness (SRG)"] = gains
+    return line_figure(curves, panels)
+
+
+def _table(curves: Curves) -> str:
+    rows = ["<tr><th>tag</th><th>first</th><th>last</th><th>lowest</th><th>highest</th></tr>"]
+    for tag, points in sorted(curves.items()):
+        known = [value for _, value in points if math.isfinite(value)] or [math.nan]
+        cells = (points[0][1], points[-1][1], min(known), max(known))
+        rows.append(f"<tr><td>{html.escape(tag)}</td>{''.join(f'<td>{cell:.4g}</td>' for cell in cells)}</tr>")
+    return f"<details><summary>{len(curves)} tags</summary><table>{''.join(rows)}</table></details>"
+
+
+def _picture(data: bytes, text: str, kind: str = "png") -> str:
+    return f'<img alt="{html.escape(text)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'

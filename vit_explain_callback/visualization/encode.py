@@ -1,0 +1,28 @@
+"""Pictures that move."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image
+
+from vit_explain_callback.visualization.overlay import Picture
+
+_MILLISECONDS = 400
+_LAST = 2000
+
+
+def animation(frames: Sequence[Picture]) -> bytes:
+    """A GIF file of pictures of one size, shown in turn, the last one longest, again and again."""
+    # One palette for all, so that a colour means the same in every frame.
+    height, width, _ = frames[0].shape
+    together = Image.new("RGB", (width, height * len(frames)))
+    for index, frame in enumerate(frames):
+        together.paste(Image.fromarray(frame), (0, index * height))
+    palette = together.quantize(256)
+    pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    durations = [_MILLISECONDS] * (len(frames) - 1) + [_LAST]
+    file = io.BytesIO()
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return file.getvalue()

@@ -1,0 +1,1 @@
+"""Look inside a Vision Transformer: its attention, its blocks and its tokens."""

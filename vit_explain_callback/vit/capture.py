@@ -1,0 +1,207 @@
+"""Capture attention while a model runs, without leaving its fused kernel.
+
+Shapes: B images, H heads, N query tokens, M key tokens (M = N in self-attention), d head width.
+
+The fused kernel never forms the attention matrix A. It is recovered from what went into the kernel,
+
+    A = softmax(scale · q kᵀ + mask),
+
+and the gradient of a logit y with respect to A from what came out of it, O = A v:
+
+    ∂y/∂A = (∂y/∂O) vᵀ.
+
+Both are exact, and may be asked for a few images and heads at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from vit_explain_callback.vit._mha import MultiHeadParts, take_apart
+
+_MATMULS = {"matmul", "__matmul__", "bmm"}
+# What may stand between the softmax and the product with the values without changing the attention.
+_VALUE_PRESERVING = {"dropout", "to", "type_as", "float", "half", "bfloat16", "contiguous"}
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention operation seen in a forward pass; its tensors are the model's own, not copies.
+
+    Attributes:
+        module: Path of the innermost module that ran it, seen from the recorded module.
+        output: O = A v as the model got it, (B, H, N, d) or (B, N, d), in the autograd graph if the forward built one.
+        value: v, (B, H, M, d).
+        attention: The attention of some images and heads, each given as a slice: a function that returns
+            (b, h, N, M) in float32, or float64 where the model is float64.
+        shape: (B, H, N, M).
+    """
+
+    module: str
+    output: Tensor
+    value: Tensor
+    attention: Callable[[slice, slice], Tensor]
+    shape: tuple[int, int, int, int]
+
+    def attention_gradient(self, output_gradient: Tensor, images: slice, heads: slice) -> Tensor:
+        """∂y/∂A = (∂y/∂O) vᵀ of some images and heads, (b, h, N, M), from `output_gradient` ∂y/∂O, (B, H, N, d)."""
+        upstream = output_gradient.reshape(*self.shape[:3], -1)[images, heads]
+        return _at_least_float32(upstream) @ _at_least_float32(self.value[images, heads]).mT
+
+
+class AttentionRecorder(TorchFunctionMode):
+    """Context manager that records every attention operation a module runs inside it.
+
+    Sees `torch.nn.functional.scaled_dot_product_attention`, the attention inside `torch.nn.MultiheadAttention`, and a
+    hand-written `softmax(…, dim=-1)` that is multiplied with the values. Nothing of the module is changed; what is
+    registered on entry is removed on exit.
+
+    Args:
+        module: Only attention that runs inside it, or inside one of its submodules, is recorded.
+        through_no_grad: Whether to keep gradients where the model's forward says `torch.no_grad()`, as round a frozen
+            backbone.
+
+    Attributes:
+        calls: The operations so far, in the order in which they ran.
+
+    Example:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
+        >>> with torch.no_grad(), AttentionRecorder(vit) as recorder:
+        ...     _ = vit(torch.zeros(1, 3, 224, 224))
+        >>> [(call.module, call.shape) for call in recorder.calls]
+        [('blocks.0.attn', (1, 3, 197, 197)), ('blocks.1.attn', (1, 3, 197, 197))]
+    """
+
+    def __init__(self, module: nn.Module, through_no_grad: bool = False) -> None:
+        super().__init__()
+        self._through_no_grad = through_no_grad
+        self.calls: list[AttentionCall] = []
+        self._names = {child: name for name, child in module.named_modules()}
+        self._running: list[str] = []
+        self._softmaxes: dict[int, tuple[Tensor, Tensor, str]] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> AttentionRecorder:
+        # On each module: hooks on all modules at once would make a compiled model warn.
+        for module in self._names:
+            self._handles.append(module.register_forward_pre_hook(self._enter_module))
+            self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
+    ) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+
+    def changed_after_softmax(self) -> list[str]:
+        """Modules that ran a softmax over token pairs whose result was never multiplied with values as it was."""
+        consumed = {call.module for call in self.calls}
+        return [
+            module
+            for _, attention, module in self._softmaxes.values()
+            if attention.shape[-1] == attention.shape[-2] and module not in consumed
+        ]
+
+    def _enter_module(self, module: nn.Module, _args: Any) -> None:
+        self._running.append(self._names[module])
+
+    def _leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if self._running:
+            self._running.pop()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._through_no_grad and is_no_grad(func, args):
+            return None
+        if self._running and func is F.multi_head_attention_forward and (parts := take_apart(args, kwargs)):
+            return self._multi_head(parts)
+        output = func(*args, **kwargs)
+        if self._running and isinstance(output, Tensor):
+            self._observe(func, output, args, kwargs)
+        return output
+
+    def _multi_head(self, parts: MultiHeadParts) -> tuple[Tensor, Tensor | None]:
+        output = F.scaled_dot_product_attention(parts.query, parts.key, parts.value, parts.mask)
+        call = _fused_call(self._running[-1], output, parts.query, parts.key, parts.value, parts.mask)
+        self.calls.append(call)
+        weights = None if parts.wants_weights is None else call.attention(slice(None), slice(None))
+        return parts.finish(output), weights.mean(dim=1) if weights is not None and parts.wants_weights else weights
+
+    def _observe(self, func: Callable[..., Any], output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if func is F.scaled_dot_product_attention:
+            self.calls.append(_fused_call(self._running[-1], output, *args, **kwargs))
+            return
+        name = getattr(func, "__name__", "")
+        if name == "softmax" and output.ndim == 4 and kwargs.get("dim", *args[1:2]) in (-1, 3):
+            self._softmaxes[id(output)] = (output, output, self._running[-1])
+        elif name in _VALUE_PRESERVING and id(args[0]) in self._softmaxes:
+            self._softmaxes[id(output)] = (output, *self._softmaxes[id(args[0])][1:])
+        elif name in _MATMULS and len(args) == 2 and id(args[0]) in self._softmaxes:
+            _, attention, module = self._softmaxes[id(args[0])]
+            self.calls.append(_explicit_call(module, output, attention, args[1]))
+
+
+def is_no_grad(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a function seen by a `TorchFunctionMode` is the switching off of gradients."""
+    return getattr(func, "__name__", "") == "_set_grad_enabled" and not args[0]
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _fused_call(
+    module: str,
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    # Without a head dimension there is one head.
+    query, key, value = (t.detach() if t.ndim == 4 else t.detach().unsqueeze(1) for t in (query, key, value))
+    batch, heads, queries, width = query.shape
+    keys = key.shape[2]
+    if enable_gqa:
+        key, value = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
+    factor = 1 / math.sqrt(width) if scale is None else scale
+    if is_causal:
+        attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
+    mask = None if attn_mask is None else attn_mask.detach().expand(batch, heads, queries, keys)
+
+    def attention(images: slice, heads: slice) -> Tensor:
+        scores = (_at_least_float32(query[images, heads]) * factor) @ _at_least_float32(key[images, heads]).mT
+        if mask is not None:
+            part = mask[images, heads]
+            scores = scores.masked_fill_(~part, -math.inf) if part.dtype == torch.bool else scores.add_(part)
+        return scores.softmax(dim=-1)
+
+    return AttentionCall(module, output, value, attention, (batch, heads, queries, keys))
+
+
+def _explicit_call(module: str, output: Tensor, weights: Tensor, value: Tensor) -> AttentionCall:
+    def attention(images: slice, heads: slice) -> Tensor:
+        return _at_least_float32(weights.detach()[images, heads])
+
+    batch, heads, queries, keys = weights.shape
+    return AttentionCall(module, output, value.detach(), attention, (batch, heads, queries, keys))

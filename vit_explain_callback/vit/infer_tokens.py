@@ -1,0 +1,226 @@
+"""Find a model's token layout by experiment, where nothing says what it is.
+
+Three questions, each answered by what the model does rather than by what it is called:
+
+- Which tokens are prefix tokens? Those that enter the blocks the same for two different images.
+- What is the grid? A change in a corner of the image shows in the token of that corner.
+- What does the classifier read? The tokens that come out of the blocks and have a gradient. If there are many, their
+  mean, if the logits say so: replacing half of them by a token t and half by u must give the logits of replacing all by
+  their mean, or the mean of the logits of replacing all by t and all by u.
+
+Shapes: N tokens, P patches, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vit_explain_callback.vit.capture import is_no_grad
+from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout, mean_of
+
+Forward = Callable[[Tensor], Tensor]
+
+_CURE = "State it: `prefix_tokens=`, `grid_size=`."
+
+
+class _Differentiable(TorchFunctionMode):
+    """Keeps logits depending on tokens: through `torch.no_grad()`, and through a new classifier that is all zero."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if is_no_grad(func, args):
+            return None
+        if func is F.linear and not args[1].any():
+            weight = torch.randn(args[1].shape, generator=torch.Generator().manual_seed(2)).to(args[1])
+            args = (args[0], weight, *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def observed_layout(
+    forward: Forward,
+    first: nn.Module,
+    last: nn.Module,
+    tokens: int,
+    images: Tensor,
+    pooled: bool,
+    stated: StatedLayout,
+) -> TokenLayout:
+    """The layout of a model, found with a few passes of its own forward in evaluation mode.
+
+    Args:
+        forward: Turns images into logits, (B, C).
+        first: The first block, whose input are the tokens.
+        last: The last block, whose output are the tokens.
+        tokens: N, as seen in the attention.
+        images: Images of the size in question, (B, C, H, W).
+        stated: What the user says of the tokens, which is then not asked for.
+        pooled: Whether there is an attention-pooling head, which may or may not be what the classifier reads.
+
+    Raises:
+        ValueError: If the layout cannot be told with certainty.
+    """
+    noise = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
+    stated_grid = stated.first_patch_and_grid(tokens, images.shape[2], images.shape[3])
+    first_patch, grid = stated_grid or _grid(forward, first, tokens, noise)
+    patches = range(first_patch, first_patch + grid[0] * grid[1])
+    try:
+        readout = _readout(forward, last, tokens, noise[:1], patches)
+    except ValueError:
+        if pooled:
+            return TokenLayout(tokens, first_patch, grid, None, None)
+        raise
+    most_read = int(readout.argmax())
+    class_token = most_read if most_read not in patches and readout[most_read] > readout[patches.start] else None
+    return TokenLayout(tokens, first_patch, grid, class_token, readout)
+
+
+def tokens_read(forward: Forward, last: nn.Module, tokens: int, image: Tensor) -> list[int] | None:
+    """Indices of the tokens out of the last block that the logits of one image, (1, C, H, W), depend on.
+
+    None if nothing can be told, because the logits are detached from them or not finite.
+    """
+    leaves: list[Tensor] = []
+
+    def as_leaf(leaving: Tensor) -> Tensor:
+        leaves.append(leaving.detach().requires_grad_())
+        return leaves[-1]
+
+    with torch.enable_grad():
+        logits = _logits_with(forward, last, tokens, image, as_leaf)
+        if not logits.requires_grad:
+            return None
+        probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+        (gradient,) = torch.autograd.grad((logits * probe).sum(), leaves, allow_unused=True)
+    if gradient is None or not gradient.isfinite().all():
+        return None
+    return [index for index, norm in enumerate(gradient[0].abs().sum(dim=1).tolist()) if norm > 0]
+
+
+def _grid(forward: Forward, first: nn.Module, tokens: int, noise: Tensor) -> tuple[int, tuple[int, int]]:
+    """Index of the first patch, and (grid_h, grid_w)."""
+    changed = noise[:1].repeat(3, 1, 1, 1)
+    changed[0, :, 0, 0] += 10
+    changed[1, :, 0, -1] += 10
+    changed[2, :, -1, 0] += 10
+    entering = _tokens_into(forward, first, tokens, torch.cat([noise, changed]))
+    is_patch = (entering[0] != entering[1]).any(dim=1)
+    indices = is_patch.nonzero().flatten().tolist()
+    count = len(indices)
+    if count == 0 or indices != list(range(indices[0], indices[0] + count)):
+        raise ValueError(
+            f"Expected the {tokens} tokens to be prefix tokens and patches side by side, but those that depend on the "
+            f"image are {indices}: the grid cannot be told. {_CURE}"
+        )
+    differences = (entering[2:] - entering[0]).abs().sum(dim=2)[:, is_patch]
+    top_left, top_right, bottom_left = differences.argmax(dim=1).tolist()
+    width = top_right + 1
+    height = bottom_left // width + 1
+    if top_left != 0 or bottom_left % width or height * width != count or not (differences.amax(dim=1) > 0).all():
+        raise ValueError(
+            f"Expected the {count} patches to follow one another row by row, but the corners of the image are patches "
+            f"{top_left}, {top_right} and {bottom_left}: the grid cannot be told. {_CURE}"
+        )
+    return indices[0], (height, width)
+
+
+def _readout(forward: Forward, last: nn.Module, tokens: int, image: Tensor, patches: range) -> Tensor:
+    """(N,) weights of the tokens that the classifier reads."""
+    read = tokens_read(forward, last, tokens, image)
+    if read is None:
+        raise ValueError(
+            "Expected finite logits that depend on the tokens out of the blocks, but they are detached or not finite, "
+            "so that nothing tells which tokens the classifier reads. Take `detach()` out of the model's forward."
+        )
+    prefix = [index for index in read if index not in patches]
+    if read and len(read) == len(prefix):
+        return torch.zeros(tokens, dtype=torch.float64).index_fill(0, torch.tensor(read), 1 / len(read))
+
+    def is_mean(group: list[int]) -> bool:
+        return _reads_mean(lambda change: _logits_with(forward, last, tokens, image, change), group)
+
+    if read == list(range(tokens)) and prefix and is_mean(read):
+        return mean_of(range(tokens), tokens)
+    if read == sorted([*prefix, *patches]) and is_mean(list(patches)):
+        mean = mean_of(patches, tokens)
+        if not prefix:
+            return mean
+        # The classifier sees both, side by side: half the relevance each.
+        return mean / 2 + torch.zeros_like(mean).index_fill(0, torch.tensor(prefix), 0.5 / len(prefix))
+    raise ValueError(
+        f"Expected the classifier to read prefix tokens, the mean of its tokens or both, but it reads {len(read)} of "
+        f"{tokens} tokens in another way: no row of the rollout stands for its prediction."
+    )
+
+
+def _reads_mean(logits_with: Callable[[Callable[[Tensor], Tensor]], Tensor], group: list[int]) -> bool:
+    half = len(group) // 2
+    share = half / len(group)
+
+    def replaced(part: list[int], other: list[int], mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        def change(leaving: Tensor) -> Tensor:
+            one, two = mix(leaving[:, group[0]], leaving[:, group[-1]])
+            changed = leaving.clone()
+            changed[:, part] = one[:, None]
+            changed[:, other] = two[:, None]
+            return changed
+
+        return logits_with(change)
+
+    halves = replaced(group[:half], group[half:], lambda t, u: (t, u))
+    blend = replaced(group, [], lambda t, u: (share * t + (1 - share) * u, u))
+    only_t, only_u = replaced(group, [], lambda t, u: (t, u)), replaced(group, [], lambda t, u: (u, t))
+    tolerance = 1e-3 * (only_t - only_u).abs().max()
+    candidates = (blend, share * only_t + (1 - share) * only_u)
+    return any(bool((halves - candidate).abs().max() < tolerance) for candidate in candidates)
+
+
+def _tokens_into(forward: Forward, first: nn.Module, tokens: int, images: Tensor) -> Tensor:
+    """(B, N, D) tokens that enter the first block."""
+    seen: list[Tensor] = []
+
+    def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        seen.append(_batch_first(given, len(images), tokens).detach())
+
+    handle = first.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        forward(images)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _logits_with(
+    forward: Forward, last: nn.Module, tokens: int, image: Tensor, change: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Logits of one image if the tokens (1, N, D) that leave the last block are changed."""
+
+    def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
+        leaving = output[0] if isinstance(output, tuple) else output
+        moved = _batch_first(leaving, 1, tokens)
+        changed = change(moved)
+        changed = changed if moved.shape == leaving.shape else changed.transpose(0, 1)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = last.register_forward_hook(replace)
+    try:
+        with _Differentiable():
+            return forward(image)
+    finally:
+        handle.remove()
+
+
+def _batch_first(given: Tensor, batch: int, tokens: int) -> Tensor:
+    """Tokens (B, N, D) or (N, B, D) as (B, N, D)."""
+    if given.ndim == 3 and given.shape[:2] == (batch, tokens):
+        return given
+    if given.ndim == 3 and given.shape[:2] == (tokens, batch):
+        return given.transpose(0, 1)
+    raise ValueError(f"Expected tokens of shape ({batch}, {tokens}, D) at the blocks, but got {tuple(given.shape)}.")
