@@ -168,7 +168,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("vit_explain_callback._safetensors.save_file", half)
+    monkeypatch.setattr("vit_explain_callback._files.save_file", half)
     with pytest.raises(OSError, match="disk full"):
         explanation.save(tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == before

@@ -10,7 +10,7 @@ import vit_explain_callback
 PACKAGE = Path(vit_explain_callback.__file__).parent
 # What stands on one line may import one another; everything else imports only what stands above it here.
 ORDER: list[set[str]] = [
-    {"_safetensors"},
+    {"_files"},
     {"vit"},
     {"metrics"},
     {"methods", "visualization"},

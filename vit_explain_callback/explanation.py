@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vit_explain_callback._safetensors import read_tensors, write_tensors
+from vit_explain_callback._files import read_tensors, write_tensors
 from vit_explain_callback.metrics.attention import BlockStatistics
 from vit_explain_callback.visualization.grid import Cell, figure, png
 from vit_explain_callback.visualization.overlay import Picture, colour_limit, overlay, range_of, unnormalise

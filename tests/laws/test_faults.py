@@ -141,7 +141,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vit_explain_callback._safetensors.save_file", full)
+    monkeypatch.setattr("vit_explain_callback._files.save_file", full)
     trainer, _, said = ending(ViTExplainCallback(["rollout"], every_n_steps=1), tmp_path, Classifier())
     (only,) = said
     assert "cannot write to the folder" in only

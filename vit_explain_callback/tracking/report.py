@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vit_explain_callback._safetensors import read_tensors, write_tensors
+from vit_explain_callback._files import read_tensors, write_tensors
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.tracking.probe import ProbeBatch
 from vit_explain_callback.tracking.scalars import scalars

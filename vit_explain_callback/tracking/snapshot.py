@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vit_explain_callback._safetensors import read_tensors, write_tensors
+from vit_explain_callback._files import read_tensors, write_tensors
 from vit_explain_callback.metrics.attention import BlockStatistics
 
 
