@@ -1,20 +1,41 @@
 """Explanation drift of Vision Transformers, tracked while they are fine-tuned.
 
-`ViTExplainCallback` goes into a Lightning `Trainer`; `explain` gives the same maps without one, `explain_targets` for
-several classes at once; `attention_rollout`, `gradient_rollout` and `attention_flow` are the mathematics on explicit
-attention matrices.
+`ViTExplainCallback` goes into a Lightning `Trainer`; `ExplanationTracker` does the same in any other loop, and
+`load_run` reads what either saved. `explain` gives the maps of one batch, `explain_targets` for several classes at
+once; `attention_rollout`, `gradient_rollout` and `attention_flow` are the mathematics on explicit attention matrices.
 """
 
-from vit_explain_callback.explainer import explain, explain_targets
-from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.lightning.callback import ViTExplainCallback
-from vit_explain_callback.methods.base import AttentionFlow, GradRollout, Rollout
-from vit_explain_callback.methods.flow import attention_flow
-from vit_explain_callback.methods.rollout import attention_rollout, gradient_rollout
-from vit_explain_callback.metrics.metric import MapDrift
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vit_explain_callback.explainer import Explainer, explain, explain_targets
+    from vit_explain_callback.explanation import Explanation
+    from vit_explain_callback.lightning.callback import ViTExplainCallback
+    from vit_explain_callback.methods.base import AttentionFlow, GradRollout, Rollout
+    from vit_explain_callback.methods.flow import attention_flow
+    from vit_explain_callback.methods.rollout import attention_rollout, gradient_rollout
+    from vit_explain_callback.metrics.metric import MapDrift
+
+# Loaded at their first use: not everyone needs Lightning, and `vit-explain --help` needs nothing.
+_HOME = {
+    "AttentionFlow": "methods.base",
+    "Explainer": "explainer",
+    "Explanation": "explanation",
+    "GradRollout": "methods.base",
+    "MapDrift": "metrics.metric",
+    "Rollout": "methods.base",
+    "ViTExplainCallback": "lightning.callback",
+    "attention_flow": "methods.flow",
+    "attention_rollout": "methods.rollout",
+    "explain": "explainer",
+    "explain_targets": "explainer",
+    "gradient_rollout": "methods.rollout",
+}
 
 __all__ = [
     "AttentionFlow",
+    "Explainer",
     "Explanation",
     "GradRollout",
     "MapDrift",
@@ -26,3 +47,15 @@ __all__ = [
     "explain_targets",
     "gradient_rollout",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
