@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from tests.models import FAMILIES, random_images, tiny_vit
 from vit_explain_callback import Explanation, explain, explain_targets
 from vit_explain_callback.explainer import Explainer
-from vit_explain_callback.lightning.strategy import explain_together
 from vit_explain_callback.methods.fold import fold
-from vit_explain_callback.tracking.distributed import Ranks
+from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.visualization.overlay import colour_limit, overlay, unnormalise
 
 METHODS = ["grad_rollout", "rollout", "grad_rollout_max_0.9"]

@@ -15,37 +15,51 @@ if TYPE_CHECKING:
     from vit_explain_callback.methods.base import AttentionFlow, GradRollout, Rollout
     from vit_explain_callback.methods.flow import attention_flow
     from vit_explain_callback.methods.rollout import attention_rollout, gradient_rollout
-    from vit_explain_callback.metrics.metric import MapDrift
+    from vit_explain_callback.metrics.drift import MapDrift
+    from vit_explain_callback.tracking.probe import Probe
+    from vit_explain_callback.tracking.run import Run, load_run
+    from vit_explain_callback.tracking.tracker import ExplanationTracker
+    from vit_explain_callback.tracking.writers import Writer
 
 # Loaded at their first use: not everyone needs Lightning, and `vit-explain --help` needs nothing.
 _HOME = {
     "AttentionFlow": "methods.base",
     "Explainer": "explainer",
     "Explanation": "explanation",
+    "ExplanationTracker": "tracking.tracker",
     "GradRollout": "methods.base",
-    "MapDrift": "metrics.metric",
+    "MapDrift": "metrics.drift",
+    "Probe": "tracking.probe",
     "Rollout": "methods.base",
+    "Run": "tracking.run",
     "ViTExplainCallback": "lightning.callback",
+    "Writer": "tracking.writers",
     "attention_flow": "methods.flow",
     "attention_rollout": "methods.rollout",
     "explain": "explainer",
     "explain_targets": "explainer",
     "gradient_rollout": "methods.rollout",
+    "load_run": "tracking.run",
 }
 
 __all__ = [
     "AttentionFlow",
     "Explainer",
     "Explanation",
+    "ExplanationTracker",
     "GradRollout",
     "MapDrift",
+    "Probe",
     "Rollout",
+    "Run",
     "ViTExplainCallback",
+    "Writer",
     "attention_flow",
     "attention_rollout",
     "explain",
     "explain_targets",
     "gradient_rollout",
+    "load_run",
 ]
 
 
