@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vit_explain_callback._checks import check_classifier, check_start_layers
+from vit_explain_callback._checks import check_classifier, check_layers
 from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer, is_overridden
 from vit_explain_callback.lightning.fit import Observation
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.strategy import explained_module
-from vit_explain_callback.methods.base import Method, resolve_methods
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.faithfulness import Removal
 from vit_explain_callback.tracking.probe import ProbeBatch
 from vit_explain_callback.tracking.snapshot import History
@@ -193,7 +194,7 @@ class ViTExplainCallback(Callback):
             return  # which may be what makes the model; it runs after this
         vit = find_vit(pl_module, settings.vit)
         if is_timm_vit(vit):
-            check_start_layers(settings.methods, num_blocks(vit))
+            check_layers(settings.methods, num_blocks(vit))
         refuse_other_timm_models(vit)
         if explained_module(pl_module, settings.vit, settings.forward) is vit:
             check_classifier(vit)
