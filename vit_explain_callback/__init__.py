@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from vit_explain_callback.explainer import Explainer, explain, explain_targets
     from vit_explain_callback.explanation import Explanation
     from vit_explain_callback.lightning.callback import ViTExplainCallback
-    from vit_explain_callback.methods.base import AttentionFlow, GradRollout, Rollout
-    from vit_explain_callback.methods.flow import attention_flow
-    from vit_explain_callback.methods.rollout import attention_rollout, gradient_rollout
+    from vit_explain_callback.methods.flow import AttentionFlow, attention_flow
+    from vit_explain_callback.methods.grad_rollout import GradRollout, gradient_rollout
+    from vit_explain_callback.methods.rollout import Rollout, attention_rollout
     from vit_explain_callback.metrics.drift import MapDrift
     from vit_explain_callback.tracking.probe import Probe
     from vit_explain_callback.tracking.run import Run, load_run
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 # Loaded at their first use: not everyone needs Lightning, and `vit-explain --help` needs nothing.
 _HOME = {
-    "AttentionFlow": "methods.base",
+    "AttentionFlow": "methods.flow",
     "Explainer": "explainer",
     "Explanation": "explanation",
     "ExplanationTracker": "tracking.tracker",
-    "GradRollout": "methods.base",
+    "GradRollout": "methods.grad_rollout",
     "MapDrift": "metrics.drift",
     "Probe": "tracking.probe",
-    "Rollout": "methods.base",
+    "Rollout": "methods.rollout",
     "Run": "tracking.run",
     "ViTExplainCallback": "lightning.callback",
     "Writer": "tracking.writers",
@@ -38,7 +38,7 @@ _HOME = {
     "attention_rollout": "methods.rollout",
     "explain": "explainer",
     "explain_targets": "explainer",
-    "gradient_rollout": "methods.rollout",
+    "gradient_rollout": "methods.grad_rollout",
     "load_run": "tracking.run",
 }
 

@@ -16,7 +16,8 @@ from typing_extensions import Unpack
 from vit_explain_callback._checks import check_classifier, check_counts, check_images
 from vit_explain_callback._explain_batch import explain_batch
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.methods.base import Method, resolve_methods
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.vit.adapter import LogitsOf, Subject
 from vit_explain_callback.vit.isolation import undisturbed
 from vit_explain_callback.vit.timm import find_vit, normalisation, refuse_other_timm_models
@@ -140,7 +141,7 @@ class Explainer:
         stated = StatedLayout(options.get("prefix_tokens"), options.get("grid_size"))
         self._subject = Subject(model, find_vit(model, options.get("vit")), options.get("forward"), stated)
         refuse_other_timm_models(self._subject.vit)
-        if model is self._subject.vit and any(method.weighted for method in self.methods):
+        if model is self._subject.vit and any(method.needs_target for method in self.methods):
             check_classifier(model)
 
     def __call__(

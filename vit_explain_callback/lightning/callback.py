@@ -7,14 +7,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vit_explain_callback._checks import check_classifier, check_start_layers
+from vit_explain_callback._checks import check_classifier, check_layers
 from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer, is_overridden
 from vit_explain_callback.lightning.data import ProbeBatch
 from vit_explain_callback.lightning.fit import Fit
 from vit_explain_callback.lightning.loggers import declare_final_metrics
 from vit_explain_callback.lightning.settings import Display, Schedule, Settings
 from vit_explain_callback.lightning.strategy import explained_module
-from vit_explain_callback.methods.base import Method, resolve_methods
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.faithfulness import Removal
 from vit_explain_callback.tracking.scalars import final_tags
 from vit_explain_callback.tracking.tracker import ExplanationTracker
@@ -194,7 +195,7 @@ class ViTExplainCallback(Callback):
             return  # which may be what makes the model; it runs after this
         vit = find_vit(pl_module, settings.model.get("vit"))
         if is_timm_vit(vit):
-            check_start_layers(settings.methods, num_blocks(vit))
+            check_layers(settings.methods, num_blocks(vit))
         refuse_other_timm_models(vit)
         if explained_module(pl_module, settings.model.get("vit"), settings.model.get("forward")) is vit:
             check_classifier(vit)
