@@ -14,7 +14,8 @@ from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.tracking.report import Report
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.tracking.tensorboard import add_file, add_lines, final_tags, lay_out_margin_charts
-from vit_explain_callback.visualization.overlay import Picture, png
+from vit_explain_callback.visualization.encode import png
+from vit_explain_callback.visualization.overlay import Picture
 
 Show: TypeAlias = Callable[[str, Picture, int], Any]
 

@@ -12,7 +12,7 @@ from vit_explain_callback.tracking.report import Report
 from vit_explain_callback.tracking.snapshot import History, Snapshot
 from vit_explain_callback.tracking.summary import verdict
 from vit_explain_callback.visualization.curves import Curves, block_figure, drift_figure, line_figure
-from vit_explain_callback.visualization.overlay import png
+from vit_explain_callback.visualization.encode import png
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #202020; }

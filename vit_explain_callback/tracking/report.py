@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import Tensor
 from vit_explain_callback._files import read_tensors, write_tensors
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.tracking.probe import ProbeBatch
-from vit_explain_callback.tracking.scalars import scalars
+from vit_explain_callback.tracking.scalars import scalars, scale
 from vit_explain_callback.tracking.snapshot import History, Snapshot
+from vit_explain_callback.visualization.captions import caption, title
 from vit_explain_callback.visualization.encode import animation
 from vit_explain_callback.visualization.filmstrip import filmstrip
 from vit_explain_callback.visualization.overlay import (
@@ -25,11 +27,11 @@ from vit_explain_callback.visualization.overlay import (
     range_of,
     resized,
     unnormalise,
-    with_strip,
 )
+from vit_explain_callback.visualization.text import with_strip
 
 _SIDE = 224
-_FILMSTRIP_MAPS = 9
+_FILMSTRIP_MAPS = 4
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,18 @@ class Report:
         """Tag and picture of each figure of the latest snapshot: filmstrips, overlays and differences."""
         now, baseline = history.now, history.baseline
         columns = history.columns(_FILMSTRIP_MAPS)
-        captions = [[self._caption(snapshot, row) for row in range(len(self.pictures))] for snapshot in columns]
-        titles = [f"target {self._class_name(target)}" for target in now.target[: len(self.pictures)].tolist()]
+        rows = range(len(self.pictures))
+        captions = [[self._caption(snapshot, row, "\n") for row in rows] for snapshot in columns]
+        titles = [title(int(now.target[row]), self._label(row), self.class_names, "\n") for row in rows]
         for method, maps in now.maps.items():
             limit = colour_limit(baseline.maps[method])
             shown = slice(len(self.pictures))
             drift = [spearman(c.maps[method][shown], baseline.maps[method][shown]).tolist() for c in columns]
-            strip = filmstrip(self.pictures, titles, columns, captions, drift, method, limit)
+            steps, each = [column.step for column in columns], [column.maps[method] for column in columns]
+            levels = scale(baseline, method, "spearman") or (math.nan, math.nan)
+            strip = filmstrip(
+                self.pictures, titles, steps, each, captions, drift, method, limit, *levels, list(self.regions.values())
+            )
             yield f"explain_filmstrip/{method}", strip
             for index, picture in enumerate(self.pictures):
                 text = f"step {now.step} · {self._caption(now, index)}"
@@ -121,10 +128,10 @@ class Report:
                 ]
                 yield f"explain_gif/{method}/{index}", animation(frames)
 
-    def _caption(self, snapshot: Snapshot, row: int) -> str:
-        prediction = self._class_name(int(snapshot.prediction[row]))
-        return f"{prediction} · p={snapshot.target_probability[row].item():.2f}"
+    def _caption(self, snapshot: Snapshot, row: int, separator: str = " · ") -> str:
+        probabilities = snapshot.logits[row].double().softmax(dim=0)
+        prediction, target = int(snapshot.prediction[row]), int(snapshot.target[row])
+        return caption(prediction, target, self._label(row), probabilities, self.class_names, separator)
 
-    def _class_name(self, index: int) -> str:
-        known = self.class_names is not None and index < len(self.class_names)
-        return str(self.class_names[index]) if known and self.class_names else f"class {index}"
+    def _label(self, row: int) -> int | None:
+        return None if self.labels is None else int(self.labels[row])
