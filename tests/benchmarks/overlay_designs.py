@@ -133,12 +133,12 @@ def table(pictures: Sequence[Picture]) -> dict[tuple[str, str], dict[str, float]
 def side_by_side(pictures: Sequence[Picture], maps: Sequence[Tensor]) -> Picture:
     """A row for each picture with its map, then the first again as colour-blind people see it; designs are columns."""
     every = [(index, "all colours") for index in range(len(pictures))] + [(0, "protanopia"), (0, "deuteranopia")]
-    rows = []
+    rows: list[list[Picture]] = []
     for index, sight in every:
         height, width, _ = pictures[index].shape
         values = times_uniform(maps[index][None])[0] / colour_limit(maps[index][None])
-        values = F.interpolate(values.clamp(0, 1)[None, None], (height, width))[0, 0].numpy()
-        drawn = [pictures[index] / 255, *(design(pictures[index], values) for design in DESIGNS.values())]
+        shown = F.interpolate(values.clamp(0, 1)[None, None], (height, width))[0, 0].numpy()
+        drawn = [pictures[index] / 255, *(design(pictures[index], shown) for design in DESIGNS.values())]
         cells = [(seen(cell, SIGHT[sight]) * 255).round().astype(np.uint8) for cell in drawn]
         rows.append([with_strip(cell, sight) for cell in cells] if len(rows) >= len(pictures) else cells)
     heading = [with_strip(np.full((1, SIDE, 3), 255, dtype=np.uint8), name) for name in ("photograph", *DESIGNS)]

@@ -39,7 +39,8 @@ NEGATIVE = _table(_ORANGE)
 def scale(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Colour and opacity of values in [-1, 1] of any shape, along a new last axis of 4; what is beyond is clipped."""
     index = (np.clip(np.abs(values), 0, 1) * (LEVELS - 1)).round().astype(int)
-    return np.where((values < 0)[..., None], NEGATIVE[index], POSITIVE[index])
+    colours: NDArray[np.float64] = np.where((values < 0)[..., None], NEGATIVE[index], POSITIVE[index])
+    return colours
 
 
 def backdrop(picture: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,7 +33,7 @@ def jpeg(picture: Picture) -> bytes:
 
 def rendered(figure: Figure) -> Picture:
     """A matplotlib figure as a picture, on white."""
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves it untyped
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -1,7 +1,7 @@
 """The filmstrip: how each image's map changed over training, in one picture.
 
-TensorBoard shows a picture at 350 pixels of width until it is clicked. A strip of an image and four maps is 836 wide:
-its large letters are then 9 pixels high, its small ones 7.
+TensorBoard shows a picture 350 pixels wide until it is clicked, and takes the nearest pixel: every second one of a
+picture of 700, which is the width of a strip of an image and four maps, with no line thinner than two pixels.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from vit_explain_callback.visualization.captions import DEGENERATE, step_heading
 from vit_explain_callback.visualization.overlay import Picture, outlined, overlay, resized
 from vit_explain_callback.visualization.text import PAPER, colour_bar, write
 
-_CELL = 148
-_GAP = 8
-_LARGE, _SMALL = 21, 16
+_CELL = 132  # wide
+_GAP = 10
+_WIDTH = 5 * _CELL + 4 * _GAP
+_LARGE, _SMALL = 21, 15
 _LINE = 25  # of large text
 _CURVE = 50
 _CURVE_COLOUR = (90, 26, 176)
@@ -84,11 +85,11 @@ class _Strip:
     """The canvas of a filmstrip, and where everything stands on it."""
 
     def __init__(self, shape: Sequence[int], rows: int, columns: int) -> None:
-        height, width = shape[:2]
-        self.cell_height, self.cell_width = (max(1, round(s * _CELL / max(height, width))) for s in (height, width))
+        self.cell_width, self.cell_height = _CELL, max(1, round(_CELL * shape[0] / shape[1]))
         self._row_height = self.cell_height + 2 * _LINE + _CURVE + _GAP
         self._head = 2 * _LINE
-        size = ((columns + 1) * (self.cell_width + _GAP) - _GAP, self._head + rows * self._row_height + 2 * _LINE)
+        width = max(_WIDTH, (columns + 1) * (_CELL + _GAP) - _GAP)
+        size = (width, self._head + rows * self._row_height + 2 * _LINE)
         self.canvas = Image.new("RGB", size, PAPER)
         self._pen = ImageDraw.Draw(self.canvas)
 
@@ -115,13 +116,13 @@ class _Strip:
         top = self._top(row) + self.cell_height + 2 * _LINE + 8
         bottom = top + _CURVE - 20
         xs = [self._left(column) + self.cell_width / 2 for column in range(1, len(values) + 1)]
-        start, end = self._left(1), self.canvas.width
+        start, end = self._left(1), xs[-1] + self.cell_width / 2
 
         def height(value: float) -> float:
             return bottom - min(max(value, 0.0), 1.0) * (bottom - top)
 
         for value, text in ((1.0, "1"), (0.0, "0")):
-            self._pen.line([(start, height(value)), (end, height(value))], fill=_FAINT)
+            self._pen.line([(start, height(value)), (end, height(value))], fill=_FAINT, width=2)
             write(self.canvas, text, (start - 4, height(value)), _LARGE, _SMALL, "rm")
         write(self.canvas, "rank corr.", (0, (top + bottom) / 2), self.cell_width - _LARGE, _SMALL, "lm")
         for name, value in levels.items():

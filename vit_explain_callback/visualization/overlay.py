@@ -20,6 +20,7 @@ from vit_explain_callback.visualization.colours import backdrop, blend
 
 Picture: TypeAlias = NDArray[np.uint8]
 
+_THICKNESS = 2  # pixels of each line of a contour
 _LINE = (0, 120, 90)
 _HALO = (255, 255, 255)
 
@@ -95,10 +96,9 @@ def outlined(picture: Picture, mask: Tensor) -> Picture:
     """Draw the contour of a region given by its mask (h, w), boolean: a dark line within it, a bright one around it."""
     height, width, _ = picture.shape
     inside = _enlarged(mask.cpu().numpy().astype(bool), height, width)
-    thickness = max(1, round(max(height, width) / 110))
     result = picture.copy()
-    result[_grown(inside, thickness) & ~inside] = _HALO
-    result[_grown(~inside, thickness, beyond=True) & inside] = _LINE
+    result[_grown(inside, _THICKNESS) & ~inside] = _HALO
+    result[_grown(~inside, _THICKNESS, beyond=True) & inside] = _LINE
     return result
 
 
