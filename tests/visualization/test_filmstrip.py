@@ -13,6 +13,7 @@ from torch import Tensor
 from vit_explain_callback.visualization import filmstrip as module
 from vit_explain_callback.visualization.filmstrip import filmstrip
 from vit_explain_callback.visualization.overlay import Picture, outlined, overlay, resized
+from vit_explain_callback.visualization.text import fitting
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
 MAPS = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0)) / 12
@@ -64,7 +65,7 @@ def test_the_curve_runs_from_one_at_the_top_to_zero_and_less_at_the_bottom() -> 
 
 @pytest.mark.parametrize("levels", [{}, {"noise": 0.8}, {"noise": 0.8, "unrelated": 0.25}])
 def test_noise_and_unrelated_lines_are_drawn_where_they_are_known(levels: dict[str, float]) -> None:
-    strip = draw([[math.nan] * 3, [math.nan] * 3], **levels)
+    strip = draw([[math.nan] * 3, [math.nan] * 3], None, **levels)
     dashes = (strip == 110).all(axis=2)
     for row in range(3):
         top = 2 * LINE + row * ROW + CELL_HEIGHT + 2 * LINE + 8
@@ -97,10 +98,22 @@ def test_what_stands_over_the_columns_and_under_the_cells(monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "write", lambda canvas, text, *rest: written.append(text))
     draw([[1.0] * 3] * 3, [MAPS] * 3)
     assert written[:5] == ["baseline", "step 0", "step 9", "now", "step 18"]
-    assert written[5:8] == ["dog", "✗ cat", "p(dog) 0.50"]
+    assert written[5:9] == ["dog", "", "✗ cat", "p(dog) 0.50"]
     written.clear()
     draw([[1.0] * 3], [MAPS])
     assert written[:2] == ["baseline", "step 0"]
+
+
+def test_letters_shrink_before_a_step_loses_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, int] = {}
+
+    def spy(canvas: Any, text: str, place: Any, width: float, size: int, *rest: Any) -> None:
+        assert fitting(text, width, size) == text
+        sizes[text] = size
+
+    monkeypatch.setattr(module, "write", spy)
+    filmstrip([PICTURE], ["dog"], [0, 12345678], [MAPS] * 2, [["dog"]] * 2, [[1.0]] * 2, "rollout", 2.0)
+    assert sizes["step 12345678"] < sizes["step 0"] == sizes["dog"]
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40)])

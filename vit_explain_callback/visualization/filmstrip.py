@@ -17,7 +17,7 @@ from torch import Tensor
 from vit_explain_callback.metrics.maps import is_degenerate
 from vit_explain_callback.visualization.captions import DEGENERATE, step_headings
 from vit_explain_callback.visualization.overlay import Picture, outlined, overlay, resized
-from vit_explain_callback.visualization.text import PAPER, colour_bar, write
+from vit_explain_callback.visualization.text import PAPER, colour_bar, fitting, write
 
 _CELL = 132  # wide
 _GAP = 10
@@ -97,19 +97,20 @@ class _Strip:
         """Write one line or two over a column."""
         lines = text.split("\n")
         for line, words in enumerate(lines, start=2 - len(lines)):
-            write(self.canvas, words, (self._left(column), line * _LINE), self.cell_width, _LARGE)
+            self._large(words, (self._left(column), line * _LINE), self.cell_width)
 
     def cell(self, picture: Picture, text: str, column: int, row: int) -> None:
         """Paste a picture, with one line or two under it, the first one large."""
         left, top = self._left(column), self._top(row)
         self.canvas.paste(Image.fromarray(picture), (left, top))
-        for line, words in enumerate(text.split("\n")):
-            place = (left, top + self.cell_height + 1 + line * _LINE)
-            write(self.canvas, words, place, self.cell_width, (_LARGE, _SMALL)[min(line, 1)])
+        first, _, second = text.partition("\n")
+        under = top + self.cell_height + 1
+        self._large(first, (left, under), self.cell_width)
+        write(self.canvas, second, (left, under + _LINE), self.cell_width, _SMALL)
 
     def note(self, text: str, column: int, row: int) -> None:
         """Write on a picture."""
-        write(self.canvas, text, (self._left(column) + 4, self._top(row) + 4), self.cell_width - 8, _SMALL)
+        write(self.canvas, text, (self._left(column) + 2, self._top(row) + 4), self.cell_width - 2, _SMALL)
 
     def curve(self, values: Sequence[float], levels: Mapping[str, float], row: int) -> None:
         """Draw values against the columns with their scale, from 1 to 0 or less; what is not finite leaves a gap."""
@@ -138,16 +139,18 @@ class _Strip:
         """Write what is drawn: the method with its colours, and the lines of the curves."""
         y = self.canvas.height - 2 * _LINE + 4
         middle = self.canvas.width // 2
-        write(self.canvas, method, (0, y), middle - _GAP, _LARGE)
+        self._large(method, (0, y), middle - _GAP)
         bar = colour_bar(limit, self.canvas.width - middle, signed, _SMALL)
         self.canvas.paste(Image.fromarray(bar), (middle, y))
-        lines = ["● rank correlation with the baseline", *levels]
-        for place, name in enumerate(lines):
-            x = self.canvas.width * (0, 0.5, 0.75)[place]
-            if place:
-                self._dashed(x, x + 36, y + _LINE + 10, _DASHES[name])
-                x += 44
-            write(self.canvas, name, (x, y + _LINE), self.canvas.width / (2, 4, 4)[place], _SMALL)
+        write(self.canvas, "● rank correlation with the baseline", (0, y + _LINE), middle, _SMALL)
+        for place, name in enumerate(levels):
+            x = middle * (1 + place / 2)
+            self._dashed(x, x + 36, y + _LINE + 10, _DASHES[name])
+            write(self.canvas, name, (x + 44, y + _LINE), middle / 2 - 44, _SMALL)
+
+    def _large(self, text: str, place: tuple[float, float], width: float) -> None:
+        """Write in large letters, or in small ones where only they leave the text whole."""
+        write(self.canvas, text, place, width, _LARGE if fitting(text, width, _LARGE) == text else _SMALL)
 
     def _dashed(self, start: float, end: float, y: float, dash: int) -> None:
         for place in range(round(start), round(end), 2 * dash):
