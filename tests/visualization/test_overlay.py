@@ -87,8 +87,9 @@ def test_the_colour_limit_is_robust_and_never_below_twice_uniform() -> None:
     broad[:, 0] = 0.09
     assert colour_limit(broad) == pytest.approx(0.09 / 0.018)
     assert colour_limit(-broad + broad.amax()) == 2.0
-    signed = torch.where(torch.arange(10) < 6, broad, -broad)
-    assert colour_limit(signed) == pytest.approx(0.09 / 0.018)
+    negative = torch.full((4, 10, 10), 0.01)
+    negative[:, 0, :5] = -0.09
+    assert colour_limit(negative) == pytest.approx(0.09 / 0.014)
 
 
 def test_a_contour_runs_along_both_sides_of_the_edge_of_a_region() -> None:
