@@ -146,7 +146,7 @@ def test_the_last_filmstrip_still_shows_the_baseline_after_many_snapshots(
         shown.append(steps)
         return filmstrip(pictures, titles, steps, *rest)
 
-    monkeypatch.setattr("vit_explain_callback.tracking.report.filmstrip", spy)
+    monkeypatch.setattr("vit_explain_callback.tracking.pictures.filmstrip", spy)
     callback = ViTExplainCallback(["rollout"], every_n_steps=1, num_shown=2, num_images=4)
     trainer = fit(callback, tmp_path, max_epochs=5)
     assert len(saved(trainer)) == 21
@@ -168,7 +168,7 @@ def test_colour_limits_are_frozen_at_the_baseline(tmp_path: Path, monkeypatch: p
         limits.append(arguments[7])
         return filmstrip(*arguments)
 
-    monkeypatch.setattr("vit_explain_callback.tracking.report.filmstrip", spy)
+    monkeypatch.setattr("vit_explain_callback.tracking.pictures.filmstrip", spy)
     fit(ViTExplainCallback(["rollout_max"], every_n_steps=1), tmp_path, Classifier(lr=0.5))
     assert len(limits) == 9
     assert len(set(limits)) == 1
@@ -390,7 +390,7 @@ def test_class_names_come_from_the_data_set(tmp_path: Path, monkeypatch: pytest.
     def predicted(text: str) -> str:
         return text.split(" · ")[1].removeprefix("✗ ")
 
-    monkeypatch.setattr("vit_explain_callback.tracking.report.with_strip", spy)
+    monkeypatch.setattr("vit_explain_callback.tracking.pictures.with_strip", spy)
     data = Pictures()
     data.classes = ["ant", "bee", "cat", "dog", "eel"]  # type: ignore[attr-defined]
     fit(ViTExplainCallback(["rollout"], every_n_epochs=2), tmp_path, validation=loader(data))
