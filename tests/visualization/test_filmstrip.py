@@ -53,13 +53,15 @@ def test_it_has_a_row_for_each_image_and_a_column_for_each_snapshot() -> None:
         assert (cell(strip, row, 2) == overlay(small, MAPS[row].flip(0), 2.0)).all()
 
 
-def test_the_curve_runs_from_one_at_the_top_to_zero_and_less_at_the_bottom() -> None:
-    strip = draw([[1.0] * 3, [0.5, -0.5, math.nan]]).astype(int)
+@pytest.mark.parametrize("unknown", [math.nan, math.inf])
+def test_the_curve_runs_from_one_at_the_top_to_zero_and_less_at_the_bottom(unknown: float) -> None:
+    strip = draw([[1.0] * 3, [0.5, -0.5, unknown]]).astype(int)
     x = 2 * (CELL_WIDTH + GAP) + CELL_WIDTH // 2  # the place of the second snapshot
     purple = (strip[..., 2] - strip[..., 1] > 100) & (strip[..., 0] < 150)
     for row, share in enumerate((0.5, 1.0, None)):
         top = 2 * LINE + row * ROW + CELL_HEIGHT + 2 * LINE + 8
         found = np.flatnonzero(purple[top - 6 : top + CURVE - 14, x])
+        assert purple[top - 6 : top + CURVE - 14, x - 60].any() == (share is not None)  # or a gap
         assert (not len(found)) if share is None else abs(found.mean() - 6 - share * (CURVE - 20)) < 2
 
 
