@@ -14,6 +14,7 @@ from torch import Tensor
 from vit_explain_callback._files import read_tensors, write_tensors
 from vit_explain_callback.explanation import tensors_under
 from vit_explain_callback.visualization.overlay import Picture, range_of, resized, unnormalise
+from vit_explain_callback.visualization.selection import spread
 
 _SIDE = 224
 _ABOUT = ("class_names", "regression", "num_shown", "fingerprint")
@@ -30,7 +31,7 @@ class Probe:
         regions: Masks of the images by name, (B, H, W) boolean.
         class_names: Name of each class, or None to show indices.
         regression: Whether the outputs are quantities, and not the logits of classes.
-        num_shown: Images drawn, the first of them.
+        num_shown: Images drawn at most.
         fingerprint: Equal for the same images and labels in another process.
     """
 
@@ -65,7 +66,7 @@ class Probe:
             regression: Whether the outputs are quantities.
             normalisation: Mean and standard deviation of each channel, undone for display. Without them the range of
                 the images is stretched.
-            num_shown: Images drawn, the first of them.
+            num_shown: Images drawn at most, spread over the classes.
 
         Raises:
             ValueError: If a region does not hold one mask for each image, or channels do not match.
@@ -78,6 +79,12 @@ class Probe:
         pictures = [resized(unnormalise(image, mean, std), *size) for image in images]
         shown = min(num_shown, len(images))
         return cls(images, pictures, labels, regions, class_names, regression, shown, fingerprint(images, labels))
+
+    @property
+    def shown(self) -> list[int]:
+        """Indices of the images that are drawn, spread over the classes."""
+        labels = torch.zeros(len(self), dtype=torch.long) if self.labels is None else self.labels
+        return spread(labels, self.num_shown)
 
     def __len__(self) -> int:
         return len(self.pictures)
