@@ -41,6 +41,8 @@ class Repeating(Project):
 class Reflectances(Project):
     """Sentinel-2 counts, scaled in forward by buffers."""
 
+    centre: Tensor
+
     def __init__(self) -> None:
         super().__init__(in_chans=4)
         self.register_buffer("centre", torch.full((1, 4, 1, 1), 4000.0))
