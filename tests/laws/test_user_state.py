@@ -125,7 +125,7 @@ class Remembering(Project):
         self.recent: deque[float] = deque(maxlen=3)
         self.outputs: list[Tensor] = []
         self.by_size: dict[int, list[int]] = {}
-        self.nested = {"sizes": {0}, "pair": ([], 0)}
+        self.nested: dict[str, Any] = {"sizes": {0}, "pair": ([], 0)}
         self.progress = Progress()
         self.plain_tensor = torch.zeros(CLASSES)
 
@@ -135,8 +135,8 @@ class Remembering(Project):
         self.recent.append(logits.mean().item())
         self.outputs.append(logits.detach())
         self.by_size.setdefault(len(images), []).append(self.calls)
-        self.nested["sizes"].add(len(images))  # type: ignore[attr-defined]
-        self.nested["pair"][0].append(self.calls)  # type: ignore[index]
+        self.nested["sizes"].add(len(images))
+        self.nested["pair"][0].append(self.calls)
         self.progress.calls += 1
         self.progress.last = logits.detach()
         self.plain_tensor += logits.detach().mean(dim=0)
