@@ -83,9 +83,8 @@ def fit(
     }
     trainer = pl.Trainer(**(defaults | options))
     module = Classifier() if module is None else module
-    trainer.fit(
-        module.train(), train or loader(), loader() if validation == "same" else validation, ckpt_path=ckpt_path
-    )
+    validation = loader() if isinstance(validation, str) else validation
+    trainer.fit(module.train(), loader() if train is None else train, validation, ckpt_path=ckpt_path)
     return trainer
 
 

@@ -76,6 +76,8 @@ def reference(situation: Situation, state: dict[str, Tensor] | None = None) -> n
     module.setup("fit")
     if state is not None:
         module.load_state_dict(state)
+    if situation.dtype != torch.float32:
+        module.to(situation.dtype).float()
     return Applied(module, situation)
 
 

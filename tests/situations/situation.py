@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 Images: TypeAlias = "Tensor | Sequence[Tensor]"
@@ -37,6 +38,7 @@ class Situation:
         trainer: Options of the Trainer.
         callback: Options of the callback: nothing, unless the thread's user would have to say it.
         tolerance: Relative error of the maps.
+        dtype: Of the parameters.
     """
 
     source: str
@@ -55,3 +57,4 @@ class Situation:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     callback: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-3
+    dtype: torch.dtype = torch.float32

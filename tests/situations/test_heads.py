@@ -102,6 +102,17 @@ class NoForward(Project):
         return cross_entropy(self.vit(batch[0]), batch[1])
 
 
+class LookingAround(Project):
+    """The step asks the trainer and writes to the logger."""
+
+    def step(self, batch: Any) -> Tensor:
+        images, labels = batch
+        if self.trainer.sanity_checking or self.current_epoch > 3 or self.global_step > 100:
+            images = images + 0
+        self.logger.experiment.add_scalar("own", images.mean(), self.global_step)  # type: ignore[union-attr]
+        return cross_entropy(self.vit(images), labels) / self.trainer.accumulate_grad_batches
+
+
 class OtherForward(Project):
     """`forward` is for export: probabilities at another temperature."""
 
@@ -204,6 +215,7 @@ SITUATIONS = {
     "forward for export differs from the step": situation(
         OtherForward, NO_THREAD, "the forward's output was explained, not what is trained", says="forward"
     ),
+    "a step that looks at trainer and logger": situation(LookingAround, NO_THREAD, "right, and must stay so"),
     "teacher beside the student": situation(Distilling, NO_THREAD, "refused: several ViTs"),
     "block chunks of the DINOv2 hub code": situation(
         BlockChunks, "dinov2 hub code", "not tried", logits=lambda module, fed: module.fc(module.vit(fed))
