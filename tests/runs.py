@@ -84,7 +84,10 @@ def fit(
     trainer = pl.Trainer(**(defaults | options))
     module = Classifier() if module is None else module
     validation = loader() if isinstance(validation, str) else validation
-    trainer.fit(module.train(), loader() if train is None else train, validation, ckpt_path=ckpt_path)
+    if isinstance(train, pl.LightningDataModule):
+        trainer.fit(module.train(), datamodule=train, ckpt_path=ckpt_path)
+    else:
+        trainer.fit(module.train(), loader() if train is None else train, validation, ckpt_path=ckpt_path)
     return trainer
 
 

@@ -160,13 +160,15 @@ CASES = {
     "shuffled by the global stream": case(RIGHT, lambda: loader(shuffle=True)),
     "noise from generators of the data set": case("other noise from then on", lambda: DataLoader(Augmented(), 5)),
     "training reads the same data set": Case(NO_THREAD, "other noise from then on", Recording, one_data_set_for_both),
-    "a stream that reads on": case("began 16 images later", lambda: DataLoader(ReadingOn(), 5), snapshots=2),
-    "a stream out of one iterator": case("began 16 images later", lambda: DataLoader(OpenedStream(), 5), snapshots=2),
+    "a stream that reads on": case("validation began 16 images later", lambda: DataLoader(ReadingOn(), 5), snapshots=2),
+    "a stream out of one iterator": case(
+        "validation began 16 images later", lambda: DataLoader(OpenedStream(), 5), snapshots=2
+    ),
     "a stream that counts epochs": case(
-        "other images in every epoch", lambda: DataLoader(CountingEpochs(), 5), snapshots=2
+        "other images in every validation", lambda: DataLoader(CountingEpochs(), 5), snapshots=2
     ),
     "a loader that is its own iterator": Case(
-        "DALI#1615", "began one batch later", Dali, lambda: (in_dicts(), OwnIterator()), snapshots=2
+        "DALI#1615", "stopped: no images in a list of dicts", Dali, lambda: (in_dicts(), OwnIterator()), snapshots=2
     ),
     "a module that counts how often it makes its loader": case(RIGHT, lambda: None, module=OwnLoaders),
 }

@@ -235,7 +235,7 @@ class LookingAtTheTrainer(Project):
 
 CASES = {
     "a buffer written in place under no_grad": Case(
-        "lightning-bolts#419", "died at step 0: a leaf that requires grad", lambda: Centred("in place")
+        "lightning-bolts#419", "died at the second backward pass", lambda: Centred("in place")
     ),
     "a buffer written through .data": Case("lightning-bolts#419", "other weights", lambda: Centred("by data")),
     "a buffer replaced by detached values": Case(
@@ -243,7 +243,7 @@ CASES = {
     ),
     "FakeQuantize": Case(NO_THREAD, "other ranges, other weights", Quantised),
     "ActNorm through .data": Case(NO_THREAD, "set from the probe's images", lambda: Normalised("by data")),
-    "ActNorm under no_grad": Case(NO_THREAD, "set from the probe's images", lambda: Normalised("in place")),
+    "ActNorm under no_grad": Case(NO_THREAD, "the baseline failed", lambda: Normalised("in place")),
     "MoCo's queue": Case(NO_THREAD, "the probe's features in the queue", Queue),
     "counters, lists, dicts, a deque, a data class": Case(NO_THREAD, "counted the snapshots too", Remembering),
     "torchmetrics updated in forward": Case(NO_THREAD, "the probe's images counted too", Measuring),

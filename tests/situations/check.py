@@ -131,6 +131,8 @@ def check_maps(situation: Situation, snapshot: Any, model: nn.Module, fed: Tenso
     if situation.kind == "classes" and situation.labels is not None:
         known = [situation.labels[place] for place in places]
         assert [was for was, label in zip(target, known, strict=True) if label >= 0] == [k for k in known if k >= 0]
+    with torch.no_grad():
+        assert snapshot.logits.shape == model.eval()(fed.float()).shape, "other outputs than the loss is computed of"
     matrices = oracle.matrices(model, fed, target)
     torch.testing.assert_close(
         snapshot.logits.double(), matrices.logits, rtol=situation.tolerance, atol=situation.tolerance

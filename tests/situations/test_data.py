@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import (
     ConcatDataset,
@@ -28,7 +26,6 @@ from torchvision.transforms.functional import normalize, to_tensor
 from torchvision.utils import save_image
 
 from tests.models import CLASSES
-from tests.runs import saved
 from tests.situations.check import check, found_places
 from tests.situations.project import COUNT, LABELS, Project, Samples, loader, pictures, training
 from tests.situations.situation import Situation
@@ -41,6 +38,11 @@ class Resizing(Project):
 
     def __init__(self) -> None:
         super().__init__(dynamic_img_size=True)
+
+
+class TwoSets(Project):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
 
 
 class Form(Project):
@@ -109,7 +111,7 @@ def formed(form: Any, images: Any, labels: Any, before: str) -> Situation:
 
 STREAM = Situation(
     source="pytorch#14612",
-    before="refused: in the main process there is no worker",
+    before="every snapshot failed: no worker in the main process",
     module=Project,
     validation=lambda: DataLoader(Sharded(), 8, num_workers=1),
     train=training,
@@ -120,7 +122,7 @@ STREAM = Situation(
 SITUATIONS = {
     "split by SubsetRandomSampler": Situation(
         source="pytorch forum, train and validation split by sampler",
-        before="images of the training half were explained",
+        before="explained training images",
         module=Project,
         validation=lambda: split_of_one_set(1),
         train=lambda: split_of_one_set(0),
@@ -129,12 +131,21 @@ SITUATIONS = {
     ),
     "images of different sizes, one a batch": Situation(
         source="vision#555",
-        before="refused: the images of a batch differ in size",
+        before="every snapshot failed: sizes differ in a batch",
         module=Resizing,
         validation=lambda: loader(images_of_three_sizes(), batch_size=1),
         fed=images_of_three_sizes,
         labels=LABELS,
         images=10,
+    ),
+    "two validation loaders": Situation(
+        source="no thread",
+        before="right: images of the first",
+        module=TwoSets,
+        validation=lambda: [loader(), loader(pictures(seed=8))],
+        train=training,
+        fed=lambda: torch.cat([pictures(), pictures(seed=8)]),
+        labels=LABELS + LABELS,
     ),
     "a stream that only works in a worker": STREAM,
     "a stream without a sanity check": replace(
@@ -142,7 +153,7 @@ SITUATIONS = {
     ),
     "worker_init_fn opens the data": Situation(
         source="pytorch#14612",
-        before="refused: reading the probe images failed",
+        before="every snapshot failed: the file is not open",
         module=Project,
         validation=lambda: DataLoader(OpenedByWorker(), 5, num_workers=1, worker_init_fn=open_file),
         train=training,
@@ -153,25 +164,25 @@ SITUATIONS = {
         lambda index, image, label: (index, image, label),
         lambda batch: batch[1],
         lambda batch: batch[2],
-        "refused: the index was taken for the image",
+        "stopped: the index was taken for the image",
     ),
     "nested dict": formed(
         lambda index, image, label: {"data": {"rgb": image}, "meta": {"id": index, "truth": label}},
         lambda batch: batch["data"]["rgb"],
         lambda batch: batch["meta"]["truth"],
-        "refused: no usual name",
+        "stopped: no usual name",
     ),
     "webdataset's jpg and cls": formed(
         lambda _, image, label: {"__key__": "000", "jpg": image, "cls": label},
         lambda batch: batch["jpg"],
         lambda batch: batch["cls"],
-        "refused: no usual name",
+        "stopped: no usual name",
     ),
     "a named tuple, and the label as a string too": formed(
         lambda _, image, label: (str(label), Item(image, label)),
         lambda batch: batch[1].picture,
         lambda batch: batch[1].category,
-        "refused: strings are no images",
+        "stopped: strings are no images",
     ),
 }
 
@@ -194,7 +205,7 @@ def image_folder(folder: Path) -> Situation:
     data = ImageFolder(str(folder), prepared)
     return Situation(
         source="lightly-train#333",
-        before="16 images of the first class",
+        before="the first 16 images, of two classes",
         module=Project,
         validation=lambda: DataLoader(ImageFolder(str(folder), prepared), 5),
         train=lambda: DataLoader(ImageFolder(str(folder), prepared), 5, shuffle=True),
@@ -209,7 +220,7 @@ def test_an_image_folder_sorted_by_class(tmp_path: Path) -> None:
     assert set(Counter(labels).values()) <= {3, 4}, "every class as often as any other"
     assert len(Counter(labels)) == CLASSES
     assert set(labels[:6]) == set(range(CLASSES)), "the six images drawn are of all classes"
-    assert class_names(found.trainer) == NAMES
+    assert found.callback.tracker.probe.class_names == NAMES
 
 
 def test_without_labels_the_probe_is_spread_over_the_set(tmp_path: Path) -> None:
@@ -258,11 +269,4 @@ def test_class_names_are_found_through_what_wraps_a_data_set(kind: str, tmp_path
         labels=[label for _, label in samples],
     )
     found = check(situation, tmp_path)
-    assert class_names(found.trainer) == NAMES
-
-
-def class_names(trainer: Any) -> Any:
-    """Those of the captions, as they are kept for the page."""
-    assert saved(trainer)
-    with safe_open(Path(trainer.log_dir) / "explanations" / "probe.safetensors", "pt") as file:
-        return json.loads(file.metadata()["class_names"])
+    assert found.callback.tracker.probe.class_names == NAMES

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchmetrics
+import transformers
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -51,6 +53,13 @@ class LeftOverHead(Project):
 
     def forward(self, images: Tensor) -> Any:
         return self.fc(self.vit.forward_features(images)[:, 0])
+
+
+class LeftOverHeadInTheStep(LeftOverHead):
+    forward = pl.LightningModule.forward
+
+    def step(self, batch: Any) -> Tensor:
+        return cross_entropy(self.fc(self.vit.forward_features(batch[0])[:, 0]), batch[1])
 
 
 class Embedding(Project):
@@ -123,6 +132,60 @@ class OtherForward(Project):
         return cross_entropy(self.vit(batch[0]), batch[1])
 
 
+class UnderNoGrad(Project):
+    """A linear probe: the backbone runs under `no_grad`."""
+
+    def __init__(self) -> None:
+        super().__init__(num_classes=0)
+        self.head = nn.Linear(48, CLASSES)
+
+    def forward(self, images: Tensor) -> Any:
+        with torch.no_grad():
+            features = self.vit(images)
+        return self.head(features)
+
+
+class MetricOnly(Project):
+    """Validation computes an accuracy and no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = torchmetrics.classification.MulticlassAccuracy(CLASSES)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = batch
+        self.accuracy(self.vit(images), labels)
+        self.log("val_acc", self.accuracy, batch_size=5)
+
+
+class LossByHand(Project):
+    def step(self, batch: Any) -> Tensor:
+        images, labels = batch
+        return -self(images).log_softmax(dim=1).gather(1, labels[:, None]).mean()
+
+
+class HuggingFace(Project):
+    """The model computes its loss itself, and the batch goes in as keywords."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes: dict[str, Any] = {
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "intermediate_size": 96,
+        }
+        config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=CLASSES)
+        self.vit = randomised(transformers.ViTForImageClassification(config), seed=0)
+
+    def forward(self, **batch: Tensor) -> Any:  # type: ignore[override]
+        return self.vit(**batch)
+
+    def step(self, batch: Any) -> Tensor:
+        loss: Tensor = self(**batch).loss
+        return loss
+
+
 class Distilling(Project):
     """A frozen teacher, itself a ViT, stands beside the student and is asked first."""
 
@@ -186,39 +249,60 @@ def situation(module: Any, source: str, before: str, **more: Any) -> Situation:
 
 
 USUAL: dict[str, Any] = {"validation": loader, "fed": pictures, "labels": LABELS}
-NO_THREAD = "no thread"
+NO_THREAD, RIGHT = "no thread", "right, and must stay so"
 
 SITUATIONS = {
-    "model built in setup": situation(BuiltInSetup, "lightning#5410", "refused: no ViT in the module yet"),
-    "model built in configure_model": situation(BuiltInConfigureModel, "lightning#5410", "right, and must stay so"),
+    "model built in setup": situation(BuiltInSetup, "lightning#5410", "stopped: no ViT in the module yet"),
+    "model built in configure_model": situation(BuiltInConfigureModel, "lightning#5410", RIGHT),
     "left-over head, forward_features and an own head": situation(
         LeftOverHead,
         "dino#201",
-        "maps of the readout found by experiment",
+        RIGHT,
+        logits=lambda module, fed: module.fc(module.vit.forward_features(fed)[:, 0]),
+    ),
+    "left-over head, the own head in the step": situation(
+        LeftOverHeadInTheStep,
+        "dino#201",
+        "explained the left-over head",
         logits=lambda module, fed: module.fc(module.vit.forward_features(fed)[:, 0]),
     ),
     "forward returns an embedding, head in the step": situation(
         Embedding,
         "dino#201",
-        "the largest feature was explained as if it were a class",
+        "explained the largest feature as if it were a class",
         logits=lambda module, fed: module.head(module.vit(fed)),
     ),
-    "forward with required labels": situation(ForwardWithLabels, NO_THREAD, "failed: `labels` is missing"),
-    "forward with keyword-only arguments": situation(KeywordOnly, NO_THREAD, "failed: takes no position"),
+    "forward with required labels": situation(ForwardWithLabels, NO_THREAD, "stopped: `labels` is missing"),
+    "forward with keyword-only arguments": situation(KeywordOnly, NO_THREAD, "stopped: takes no position"),
     "forward of a whole batch": situation(
         WholeBatch,
         NO_THREAD,
-        "failed: a tensor is no batch",
+        "every snapshot failed: a tensor is no batch",
         validation=lambda: loader(form=lambda _, image, label: {"image": image, "label": label}),
     ),
-    "no forward, all in the steps": situation(NoForward, NO_THREAD, "right, and must stay so"),
+    "no forward, all in the steps": situation(NoForward, NO_THREAD, RIGHT),
     "forward for export differs from the step": situation(
-        OtherForward, NO_THREAD, "the forward's output was explained, not what is trained", says="forward"
+        OtherForward, NO_THREAD, "explained forward's output, not what is trained", says="forward"
     ),
-    "a step that looks at trainer and logger": situation(LookingAround, NO_THREAD, "right, and must stay so"),
-    "teacher beside the student": situation(Distilling, NO_THREAD, "refused: several ViTs"),
+    "a step that looks at trainer and logger": situation(LookingAround, NO_THREAD, RIGHT),
+    "a linear probe under no_grad": situation(
+        UnderNoGrad, NO_THREAD, RIGHT, logits=lambda module, fed: module.head(module.vit(fed))
+    ),
+    "validation computes no loss": situation(MetricOnly, NO_THREAD, RIGHT),
+    "a loss written by hand": situation(LossByHand, NO_THREAD, RIGHT),
+    "Hugging Face, batch as keywords": situation(
+        HuggingFace,
+        NO_THREAD,
+        "stopped: takes no position",
+        validation=lambda: loader(form=lambda _, image, label: {"pixel_values": image, "labels": label}),
+        logits=lambda module, fed: module.vit(fed).logits,
+    ),
+    "teacher beside the student": situation(Distilling, NO_THREAD, "stopped: several ViTs"),
     "block chunks of the DINOv2 hub code": situation(
-        BlockChunks, "dinov2 hub code", "not tried", logits=lambda module, fed: module.fc(module.vit(fed))
+        BlockChunks,
+        "dinov2 hub code",
+        "stopped: the chunks were taken for blocks",
+        logits=lambda module, fed: module.fc(module.vit(fed)),
     ),
 }
 

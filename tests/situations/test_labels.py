@@ -64,7 +64,7 @@ def halves(module: Any, fed: Tensor) -> Tensor:
 SITUATIONS = {
     "boolean labels": Situation(
         source="torcheval#135",
-        before="failed: booleans cannot be rounded",
+        before="every snapshot failed: booleans cannot be rounded",
         module=Binary,
         validation=lambda: loader(labels=[index % 3 == 0 for index in range(COUNT)]),
         fed=pictures,
@@ -73,7 +73,7 @@ SITUATIONS = {
     ),
     "regression of an age": Situation(
         source="vision_transformer#79",
-        before="the age was taken for a class index: refused as out of range",
+        before="stopped: the age was taken for a class",
         module=Age,
         validation=lambda: loader(labels=[20 + index for index in range(COUNT)]),
         fed=pictures,
@@ -82,7 +82,7 @@ SITUATIONS = {
     ),
     "regression of two numbers": Situation(
         source="vision_transformer#79",
-        before="the larger number was explained as if it were a class",
+        before="explained the larger number as if it were a class",
         module=TwoNumbers,
         validation=lambda: loader(labels=torch.randn(COUNT, 2, generator=torch.Generator().manual_seed(2))),
         fed=pictures,
@@ -91,7 +91,7 @@ SITUATIONS = {
     ),
     "labels from 1": Situation(
         source="no thread",
-        before="every map was of the next class, and the last one refused",
+        before="stopped: a target out of range; maps of the next class",
         module=FromOne,
         validation=lambda: loader(labels=[label + 1 for label in LABELS]),
         fed=pictures,
@@ -101,7 +101,7 @@ SITUATIONS = {
 for ignored in (-1, -100, 255):
     SITUATIONS[f"label {ignored} where there is none"] = Situation(
         source="no thread",
-        before="refused: a target out of range",
+        before="stopped: a target out of range",
         module=lambda ignored=ignored: Ignoring(ignored),  # type: ignore[misc]
         validation=lambda ignored=ignored: loader(  # type: ignore[misc]
             labels=[ignored if index % 4 == 0 else label for index, label in enumerate(LABELS)]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +72,31 @@ class BytesInForward(Project):
         return self.vit((images.to(torch.float32) / 255 - MEAN) / STD)
 
 
+class AsInTorchGeo(pl.LightningDataModule):
+    """Normalises after the transfer, otherwise in training than in validation, and asks the trainer which it is."""
+
+    def train_dataloader(self) -> Any:
+        return loader(in_bytes(seed=6), form=as_dict)
+
+    def val_dataloader(self) -> Any:
+        return loader(in_bytes(), form=as_dict)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        trainer: Any = self.trainer
+        assert trainer.training or trainer.validating or trainer.sanity_checking
+        images = normalised(batch["image"].float())
+        return {**batch, "image": images + 3 if trainer.training else images}
+
+
+def as_dict(index: int, image: Tensor, label: int) -> Any:
+    return {"image": image, "label": label, "place": index}
+
+
+class OfDict(Project):
+    def step(self, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(self(batch["image"]), batch["label"])
+
+
 class InPlace(Project):
     def step(self, batch: Any) -> Tensor:
         images, labels = batch
@@ -86,7 +112,7 @@ class InPlaceInForward(Project):
 SITUATIONS = {
     "small images upsampled in forward": Situation(
         source="transformers#13551",
-        before="refused: the ViT takes 32 pixels, the loader gives 16",
+        before="stopped: the ViT takes 32 pixels, the loader gives 16",
         module=Upsampling,
         validation=lambda: loader(pictures(size=16)),
         fed=lambda: nn.functional.interpolate(pictures(size=16), size=32, mode="bilinear"),
@@ -94,7 +120,7 @@ SITUATIONS = {
     ),
     "one channel repeated to three in forward": Situation(
         source="TransUNet#3",
-        before="refused: the ViT takes 3 channels, the loader gives 1",
+        before="stopped: three means for one channel",
         module=Repeating,
         validation=lambda: loader(pictures(channels=1)),
         fed=lambda: pictures(channels=1).expand(-1, 3, -1, -1),
@@ -102,7 +128,7 @@ SITUATIONS = {
     ),
     "counts up to 10000 scaled in forward": Situation(
         source="torchgeo#2175",
-        before="refused as bytes, though forward scales them",
+        before="stopped: taken for bytes",
         module=Reflectances,
         validation=lambda: loader(numbers(10000, channels=4).float()),
         fed=lambda: (numbers(10000, channels=4).float() - 4000) / 2500,
@@ -110,7 +136,7 @@ SITUATIONS = {
     ),
     "bytes normalised in the step": Situation(
         source="lightning#10469",
-        before="refused: bytes are no floating-point images",
+        before="stopped: bytes are no floating-point images",
         module=BytesInTheStep,
         validation=lambda: loader(in_bytes()),
         fed=lambda: normalised(in_bytes().float()),
@@ -124,9 +150,18 @@ SITUATIONS = {
         fed=lambda: normalised(in_bytes().float()),
         labels=LABELS,
     ),
+    "bytes normalised in the data module": Situation(
+        source="torchgeo#2175",
+        before="right, and must stay so",
+        module=OfDict,
+        validation=lambda: None,
+        train=AsInTorchGeo,
+        fed=lambda: normalised(in_bytes().float()),
+        labels=LABELS,
+    ),
     "bytes normalised in forward": Situation(
         source="lightning#10469",
-        before="refused: bytes are no floating-point images",
+        before="stopped: bytes are no floating-point images",
         module=BytesInForward,
         validation=lambda: loader(in_bytes()),
         fed=lambda: normalised(in_bytes().float()),
@@ -134,7 +169,7 @@ SITUATIONS = {
     ),
     "normalised in place in the step": Situation(
         source="no thread",
-        before="explained as they were before normalising",
+        before="explained the pixels before normalising",
         module=InPlace,
         validation=lambda: loader(pictures().sigmoid()),
         train=lambda: training(form=lambda _, image, label: (image.sigmoid(), label)),
@@ -144,7 +179,7 @@ SITUATIONS = {
     ),
     "normalised in place in forward": Situation(
         source="no thread",
-        before="normalised once more with every snapshot",
+        before="every snapshot failed: a leaf changed in place",
         module=InPlaceInForward,
         validation=lambda: loader(pictures().sigmoid()),
         train=lambda: training(form=lambda _, image, label: (image.sigmoid(), label)),
@@ -156,7 +191,7 @@ SITUATIONS = {
 for channels in (1, 2, 4, 6, 13):
     SITUATIONS[f"{channels} input channels"] = Situation(
         source="timm#976",
-        before="the pictures could not be drawn, and the snapshot failed",
+        before=f"stopped: three means for {channels} channels",
         module=lambda channels=channels: Project(in_chans=channels),  # type: ignore[misc]
         validation=lambda channels=channels: loader(pictures(channels=channels)),  # type: ignore[misc]
         fed=lambda channels=channels: pictures(channels=channels),  # type: ignore[misc]

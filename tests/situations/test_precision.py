@@ -46,7 +46,7 @@ class Checkpointed(Project):
 SITUATIONS = {
     "bf16-true with tensors made in forward": Situation(
         source=NO_THREAD,
-        before="failed at every snapshot: two precisions",
+        before="every snapshot failed: two precisions",
         module=MadeInForward,
         validation=loader,
         fed=lambda: pictures().bfloat16() - torch.full((1, 3, 1, 1), 0.5, dtype=torch.bfloat16),
@@ -57,7 +57,7 @@ SITUATIONS = {
     ),
     "bf16 backbone under bf16-mixed": Situation(
         source=NO_THREAD,
-        before="failed at every snapshot: two precisions",
+        before="every snapshot failed: two precisions",
         module=HalfBackbone,
         validation=loader,
         fed=pictures,
@@ -69,7 +69,7 @@ SITUATIONS = {
 }
 REENTRANT = Situation(
     source=NO_THREAD,
-    before="failed at every snapshot: not compatible with `.grad()`",
+    before="stopped: gradients said to be cut off",
     module=Checkpointed,
     validation=loader,
     fed=pictures,

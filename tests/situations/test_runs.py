@@ -121,9 +121,7 @@ class LastBlocks(Project):
         return self.head(torch.cat([prefix[:, 0] for _, prefix in layers], dim=1))
 
 
-LAST_BLOCKS = Situation(
-    "dinov2#483", "silently wrong: the last block's row alone", LastBlocks, loader, pictures, LABELS
-)
+LAST_BLOCKS = Situation("dinov2#483", "explained the last block's row alone", LastBlocks, loader, pictures, LABELS)
 
 
 def test_a_head_on_the_class_tokens_of_several_blocks(tmp_path: Path) -> None:
