@@ -10,6 +10,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from tests.situations.project import LABELS, loader, pictures
+
+NO_THREAD, RIGHT = "no thread", "right, and must stay so"
 Images: TypeAlias = "Tensor | Sequence[Tensor]"
 
 
@@ -44,9 +47,9 @@ class Situation:
     source: str
     before: str
     module: Callable[[], pl.LightningModule]
-    validation: Callable[[], Any]
-    fed: Callable[[], Images]
-    labels: Sequence[int] | None
+    validation: Callable[[], Any] = loader
+    fed: Callable[[], Images] = pictures
+    labels: Sequence[int] | None = tuple(LABELS)
     train: Callable[[], Any] | None = None
     logits: Callable[[Any, Tensor], Tensor] = logits_of_the_vit
     starts: Literal["class", "patches"] = "class"

@@ -28,7 +28,7 @@ from torchvision.utils import save_image
 from tests.models import CLASSES
 from tests.situations.check import check, found_places
 from tests.situations.project import COUNT, LABELS, Project, Samples, loader, pictures, training
-from tests.situations.situation import Situation
+from tests.situations.situation import NO_THREAD, Situation
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -100,12 +100,10 @@ def split_of_one_set(part: int) -> DataLoader[Any]:
 
 def formed(form: Any, images: Any, labels: Any, before: str) -> Situation:
     return Situation(
-        source="no thread",
+        source=NO_THREAD,
         before=before,
         module=lambda: Form(images, labels),
         validation=lambda: loader(form=form),
-        fed=pictures,
-        labels=LABELS,
     )
 
 
@@ -115,13 +113,11 @@ STREAM = Situation(
     module=Project,
     validation=lambda: DataLoader(Sharded(), 8, num_workers=1),
     train=training,
-    fed=pictures,
-    labels=LABELS,
 )
 
 SITUATIONS = {
     "split by SubsetRandomSampler": Situation(
-        source="pytorch forum, train and validation split by sampler",
+        source=NO_THREAD,
         before="explained training images",
         module=Project,
         validation=lambda: split_of_one_set(1),
@@ -135,11 +131,10 @@ SITUATIONS = {
         module=Resizing,
         validation=lambda: loader(images_of_three_sizes(), batch_size=1),
         fed=images_of_three_sizes,
-        labels=LABELS,
         images=10,
     ),
     "two validation loaders": Situation(
-        source="no thread",
+        source=NO_THREAD,
         before="right: images of the first",
         module=TwoSets,
         validation=lambda: [loader(), loader(pictures(seed=8))],
@@ -157,8 +152,6 @@ SITUATIONS = {
         module=Project,
         validation=lambda: DataLoader(OpenedByWorker(), 5, num_workers=1, worker_init_fn=open_file),
         train=training,
-        fed=pictures,
-        labels=LABELS,
     ),
     "(index, image, label)": formed(
         lambda index, image, label: (index, image, label),

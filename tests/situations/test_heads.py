@@ -1,4 +1,4 @@
-"""Where the model is made, how it is called, and what is put on top of the ViT."""
+"""What is put on top of the ViT, beside it and inside it."""
 
 from __future__ import annotations
 
@@ -8,40 +8,15 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-import torchmetrics
-import transformers
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tests.models import CLASSES, randomised, tiny_vit
 from tests.situations.check import check
-from tests.situations.project import LABELS, Project, loader, pictures
-from tests.situations.situation import Situation
+from tests.situations.project import Project
+from tests.situations.situation import NO_THREAD, RIGHT, Situation
 
 cross_entropy = nn.functional.cross_entropy
-
-
-class BuiltInSetup(Project):
-    def __init__(self) -> None:
-        super().__init__()
-        del self.vit
-
-    def setup(self, stage: str) -> None:
-        self.vit = tiny_vit(num_classes=CLASSES).train()
-
-
-class BuiltInConfigureModel(Project):
-    def __init__(self) -> None:
-        super().__init__()
-        del self.vit
-
-    def configure_model(self) -> None:
-        if not hasattr(self, "vit"):
-            self.vit = tiny_vit(num_classes=CLASSES).train()
-
-    def setup(self, stage: str) -> None:
-        if self._trainer is None:  # the check's reference
-            self.configure_model()
 
 
 class LeftOverHead(Project):
@@ -74,64 +49,6 @@ class Embedding(Project):
         return cross_entropy(self.head(self(images)), labels)
 
 
-class ForwardWithLabels(Project):
-    def forward(self, images: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
-        logits = self.vit(images)
-        return cross_entropy(logits, labels), logits
-
-    def step(self, batch: Any) -> Tensor:
-        loss: Tensor = self(*batch)[0]
-        return loss
-
-
-class KeywordOnly(Project):
-    def forward(self, *, pixel_values: Tensor, labels: Tensor | None = None) -> Any:  # type: ignore[override]
-        logits = self.vit(pixel_values)
-        return {"logits": logits, "loss": None if labels is None else cross_entropy(logits, labels)}
-
-    def step(self, batch: Any) -> Tensor:
-        loss: Tensor = self(pixel_values=batch[0], labels=batch[1])["loss"]
-        return loss
-
-
-class WholeBatch(Project):
-    def forward(self, batch: Any) -> Any:
-        return self.vit(batch["image"])
-
-    def step(self, batch: Any) -> Tensor:
-        return cross_entropy(self(batch), batch["label"])
-
-
-class NoForward(Project):
-    """Everything stands in the steps."""
-
-    forward = pl.LightningModule.forward
-
-    def step(self, batch: Any) -> Tensor:
-        return cross_entropy(self.vit(batch[0]), batch[1])
-
-
-class LookingAround(Project):
-    """The step asks the trainer and writes to the logger."""
-
-    def step(self, batch: Any) -> Tensor:
-        images, labels = batch
-        if self.trainer.sanity_checking or self.current_epoch > 3 or self.global_step > 100:
-            images = images + 0
-        self.logger.experiment.add_scalar("own", images.mean(), self.global_step)  # type: ignore[union-attr]
-        return cross_entropy(self.vit(images), labels) / self.trainer.accumulate_grad_batches
-
-
-class OtherForward(Project):
-    """`forward` is for export: probabilities at another temperature."""
-
-    def forward(self, images: Tensor) -> Any:
-        return (self.vit(images) / 4).softmax(dim=1)
-
-    def step(self, batch: Any) -> Tensor:
-        return cross_entropy(self.vit(batch[0]), batch[1])
-
-
 class UnderNoGrad(Project):
     """A linear probe: the backbone runs under `no_grad`."""
 
@@ -143,47 +60,6 @@ class UnderNoGrad(Project):
         with torch.no_grad():
             features = self.vit(images)
         return self.head(features)
-
-
-class MetricOnly(Project):
-    """Validation computes an accuracy and no loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.accuracy = torchmetrics.classification.MulticlassAccuracy(CLASSES)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        images, labels = batch
-        self.accuracy(self.vit(images), labels)
-        self.log("val_acc", self.accuracy, batch_size=5)
-
-
-class LossByHand(Project):
-    def step(self, batch: Any) -> Tensor:
-        images, labels = batch
-        return -self(images).log_softmax(dim=1).gather(1, labels[:, None]).mean()
-
-
-class HuggingFace(Project):
-    """The model computes its loss itself, and the batch goes in as keywords."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        sizes: dict[str, Any] = {
-            "hidden_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 3,
-            "intermediate_size": 96,
-        }
-        config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=CLASSES)
-        self.vit = randomised(transformers.ViTForImageClassification(config), seed=0)
-
-    def forward(self, **batch: Tensor) -> Any:  # type: ignore[override]
-        return self.vit(**batch)
-
-    def step(self, batch: Any) -> Tensor:
-        loss: Tensor = self(**batch).loss
-        return loss
 
 
 class Distilling(Project):
@@ -244,64 +120,33 @@ class BlockChunks(Project):
         return self.fc(self.vit(images))
 
 
-def situation(module: Any, source: str, before: str, **more: Any) -> Situation:
-    return Situation(source=source, before=before, module=module, **({**USUAL, **more}))
-
-
-USUAL: dict[str, Any] = {"validation": loader, "fed": pictures, "labels": LABELS}
-NO_THREAD, RIGHT = "no thread", "right, and must stay so"
-
 SITUATIONS = {
-    "model built in setup": situation(BuiltInSetup, "lightning#5410", "stopped: no ViT in the module yet"),
-    "model built in configure_model": situation(BuiltInConfigureModel, "lightning#5410", RIGHT),
-    "left-over head, forward_features and an own head": situation(
-        LeftOverHead,
+    "left-over head, forward_features and an own head": Situation(
         "dino#201",
         RIGHT,
+        LeftOverHead,
         logits=lambda module, fed: module.fc(module.vit.forward_features(fed)[:, 0]),
     ),
-    "left-over head, the own head in the step": situation(
-        LeftOverHeadInTheStep,
+    "left-over head, the own head in the step": Situation(
         "dino#201",
         "explained the left-over head",
+        LeftOverHeadInTheStep,
         logits=lambda module, fed: module.fc(module.vit.forward_features(fed)[:, 0]),
     ),
-    "forward returns an embedding, head in the step": situation(
-        Embedding,
+    "forward returns an embedding, head in the step": Situation(
         "dino#201",
         "explained the largest feature as if it were a class",
+        Embedding,
         logits=lambda module, fed: module.head(module.vit(fed)),
     ),
-    "forward with required labels": situation(ForwardWithLabels, NO_THREAD, "stopped: `labels` is missing"),
-    "forward with keyword-only arguments": situation(KeywordOnly, NO_THREAD, "stopped: takes no position"),
-    "forward of a whole batch": situation(
-        WholeBatch,
-        NO_THREAD,
-        "every snapshot failed: a tensor is no batch",
-        validation=lambda: loader(form=lambda _, image, label: {"image": image, "label": label}),
+    "a linear probe under no_grad": Situation(
+        NO_THREAD, RIGHT, UnderNoGrad, logits=lambda module, fed: module.head(module.vit(fed))
     ),
-    "no forward, all in the steps": situation(NoForward, NO_THREAD, RIGHT),
-    "forward for export differs from the step": situation(
-        OtherForward, NO_THREAD, "explained forward's output, not what is trained", says="forward"
-    ),
-    "a step that looks at trainer and logger": situation(LookingAround, NO_THREAD, RIGHT),
-    "a linear probe under no_grad": situation(
-        UnderNoGrad, NO_THREAD, RIGHT, logits=lambda module, fed: module.head(module.vit(fed))
-    ),
-    "validation computes no loss": situation(MetricOnly, NO_THREAD, RIGHT),
-    "a loss written by hand": situation(LossByHand, NO_THREAD, RIGHT),
-    "Hugging Face, batch as keywords": situation(
-        HuggingFace,
-        NO_THREAD,
-        "stopped: takes no position",
-        validation=lambda: loader(form=lambda _, image, label: {"pixel_values": image, "labels": label}),
-        logits=lambda module, fed: module.vit(fed).logits,
-    ),
-    "teacher beside the student": situation(Distilling, NO_THREAD, "stopped: several ViTs"),
-    "block chunks of the DINOv2 hub code": situation(
-        BlockChunks,
+    "teacher beside the student": Situation(NO_THREAD, "stopped: several ViTs", Distilling),
+    "block chunks of the DINOv2 hub code": Situation(
         "dinov2 hub code",
         "stopped: the chunks were taken for blocks",
+        BlockChunks,
         logits=lambda module, fed: module.fc(module.vit(fed)),
     ),
 }

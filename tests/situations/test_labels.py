@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.situations.check import check
-from tests.situations.project import COUNT, LABELS, Project, loader, pictures
-from tests.situations.situation import Situation
+from tests.situations.project import COUNT, LABELS, Project, loader
+from tests.situations.situation import NO_THREAD, Situation
 
 
 class Binary(Project):
@@ -67,7 +67,6 @@ SITUATIONS = {
         before="every snapshot failed: booleans cannot be rounded",
         module=Binary,
         validation=lambda: loader(labels=[index % 3 == 0 for index in range(COUNT)]),
-        fed=pictures,
         labels=[int(index % 3 == 0) for index in range(COUNT)],
         logits=halves,
     ),
@@ -76,7 +75,6 @@ SITUATIONS = {
         before="stopped: the age was taken for a class",
         module=Age,
         validation=lambda: loader(labels=[20 + index for index in range(COUNT)]),
-        fed=pictures,
         labels=None,
         kind="numbers",
     ),
@@ -85,28 +83,24 @@ SITUATIONS = {
         before="explained the larger number as if it were a class",
         module=TwoNumbers,
         validation=lambda: loader(labels=torch.randn(COUNT, 2, generator=torch.Generator().manual_seed(2))),
-        fed=pictures,
         labels=None,
         kind="numbers",
     ),
     "labels from 1": Situation(
-        source="no thread",
+        source=NO_THREAD,
         before="stopped: a target out of range; maps of the next class",
         module=FromOne,
         validation=lambda: loader(labels=[label + 1 for label in LABELS]),
-        fed=pictures,
-        labels=LABELS,
     ),
 }
 for ignored in (-1, -100, 255):
     SITUATIONS[f"label {ignored} where there is none"] = Situation(
-        source="no thread",
+        source=NO_THREAD,
         before="stopped: a target out of range",
         module=lambda ignored=ignored: Ignoring(ignored),  # type: ignore[misc]
         validation=lambda ignored=ignored: loader(  # type: ignore[misc]
             labels=[ignored if index % 4 == 0 else label for index, label in enumerate(LABELS)]
         ),
-        fed=pictures,
         labels=[-1 if index % 4 == 0 else label for index, label in enumerate(LABELS)],
     )
 

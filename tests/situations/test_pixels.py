@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.situations.check import check
-from tests.situations.project import COUNT, LABELS, Project, loader, pictures, training
-from tests.situations.situation import Situation
+from tests.situations.project import COUNT, Project, loader, pictures, training
+from tests.situations.situation import NO_THREAD, RIGHT, Situation
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(1, 3, 1, 1)
 
@@ -116,7 +116,6 @@ SITUATIONS = {
         module=Upsampling,
         validation=lambda: loader(pictures(size=16)),
         fed=lambda: nn.functional.interpolate(pictures(size=16), size=32, mode="bilinear"),
-        labels=LABELS,
     ),
     "one channel repeated to three in forward": Situation(
         source="TransUNet#3",
@@ -124,7 +123,6 @@ SITUATIONS = {
         module=Repeating,
         validation=lambda: loader(pictures(channels=1)),
         fed=lambda: pictures(channels=1).expand(-1, 3, -1, -1),
-        labels=LABELS,
     ),
     "counts up to 10000 scaled in forward": Situation(
         source="torchgeo#2175",
@@ -132,7 +130,6 @@ SITUATIONS = {
         module=Reflectances,
         validation=lambda: loader(numbers(10000, channels=4).float()),
         fed=lambda: (numbers(10000, channels=4).float() - 4000) / 2500,
-        labels=LABELS,
     ),
     "bytes normalised in the step": Situation(
         source="lightning#10469",
@@ -140,24 +137,21 @@ SITUATIONS = {
         module=BytesInTheStep,
         validation=lambda: loader(in_bytes()),
         fed=lambda: normalised(in_bytes().float()),
-        labels=LABELS,
     ),
     "bytes normalised in on_after_batch_transfer, by stage": Situation(
         source="lightning#10469",
-        before="right, and must stay so",
+        before=RIGHT,
         module=BytesInTheHook,
         validation=lambda: loader(in_bytes()),
         fed=lambda: normalised(in_bytes().float()),
-        labels=LABELS,
     ),
     "bytes normalised in the data module": Situation(
         source="torchgeo#2175",
-        before="right, and must stay so",
+        before=RIGHT,
         module=OfDict,
         validation=lambda: None,
         train=AsInTorchGeo,
         fed=lambda: normalised(in_bytes().float()),
-        labels=LABELS,
     ),
     "bytes normalised in forward": Situation(
         source="lightning#10469",
@@ -165,26 +159,23 @@ SITUATIONS = {
         module=BytesInForward,
         validation=lambda: loader(in_bytes()),
         fed=lambda: normalised(in_bytes().float()),
-        labels=LABELS,
     ),
     "normalised in place in the step": Situation(
-        source="no thread",
+        source=NO_THREAD,
         before="explained the pixels before normalising",
         module=InPlace,
         validation=lambda: loader(pictures().sigmoid()),
         train=lambda: training(form=lambda _, image, label: (image.sigmoid(), label)),
         fed=lambda: (pictures().sigmoid() - MEAN) / STD,
-        labels=LABELS,
         trainer={"max_epochs": 2},
     ),
     "normalised in place in forward": Situation(
-        source="no thread",
+        source=NO_THREAD,
         before="every snapshot failed: a leaf changed in place",
         module=InPlaceInForward,
         validation=lambda: loader(pictures().sigmoid()),
         train=lambda: training(form=lambda _, image, label: (image.sigmoid(), label)),
         fed=lambda: (pictures().sigmoid() - MEAN) / STD,
-        labels=LABELS,
         trainer={"max_epochs": 2},
     ),
 }
@@ -195,7 +186,6 @@ for channels in (1, 2, 4, 6, 13):
         module=lambda channels=channels: Project(in_chans=channels),  # type: ignore[misc]
         validation=lambda channels=channels: loader(pictures(channels=channels)),  # type: ignore[misc]
         fed=lambda channels=channels: pictures(channels=channels),  # type: ignore[misc]
-        labels=LABELS,
     )
 
 

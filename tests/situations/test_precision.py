@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from tests.models import CLASSES
 from tests.situations.check import check
-from tests.situations.project import LABELS, Project, loader, pictures
-from tests.situations.situation import Situation
-
-NO_THREAD = "no thread"
+from tests.situations.project import Project, pictures
+from tests.situations.situation import NO_THREAD, Situation
 
 
 class MadeInForward(Project):
@@ -48,9 +46,7 @@ SITUATIONS = {
         source=NO_THREAD,
         before="every snapshot failed: two precisions",
         module=MadeInForward,
-        validation=loader,
         fed=lambda: pictures().bfloat16() - torch.full((1, 3, 1, 1), 0.5, dtype=torch.bfloat16),
-        labels=LABELS,
         trainer={"precision": "bf16-true"},
         tolerance=0.05,
         dtype=torch.bfloat16,
@@ -59,9 +55,6 @@ SITUATIONS = {
         source=NO_THREAD,
         before="every snapshot failed: two precisions",
         module=HalfBackbone,
-        validation=loader,
-        fed=pictures,
-        labels=LABELS,
         logits=lambda module, fed: module.head(module.vit(fed)),
         trainer={"precision": "bf16-mixed"},
         tolerance=0.05,
@@ -71,9 +64,6 @@ REENTRANT = Situation(
     source=NO_THREAD,
     before="stopped: gradients said to be cut off",
     module=Checkpointed,
-    validation=loader,
-    fed=pictures,
-    labels=LABELS,
 )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tests.models import CLASSES
 from tests.situations.check import built, check, run
-from tests.situations.project import LABELS, Project, loader, pictures
-from tests.situations.situation import Situation
+from tests.situations.project import Project, loader
+from tests.situations.situation import NO_THREAD, Situation
 from vit_explain_callback import ViTExplainCallback
 
 PROMPTS = torch.arange(3 * 6).reshape(3, 6)
@@ -135,11 +135,10 @@ def embedding(module: Any, images: Tensor) -> Any:
 REFUSALS = {
     "CLIP with a text tower": Refusal(
         Situation(
-            source="no thread",
+            source=NO_THREAD,
             before="stopped: `texts` is missing",
             module=Clip,
             validation=lambda: loader(form=lambda index, image, _: (image, torch.arange(6) + index % 14)),
-            fed=pictures,
             labels=None,
             logits=zero_shot,
             callback={"forward": zero_shot},
@@ -147,11 +146,10 @@ REFUSALS = {
     ),
     "masked autoencoder": Refusal(
         Situation(
-            source="no thread",
+            source=NO_THREAD,
             before="stopped, without a cure: the reconstruction is no logits",
             module=MaskedAutoencoder,
             validation=lambda: loader(form=lambda _, image, __: image),
-            fed=pictures,
             labels=None,
             logits=embedding,
             callback={"forward": embedding},
@@ -159,11 +157,10 @@ REFUSALS = {
     ),
     "segmentation": Refusal(
         Situation(
-            source="no thread",
+            source=NO_THREAD,
             before="stopped, without a cure: a map is no logits",
             module=Segmenter,
             validation=lambda: loader(form=lambda _, image, label: (image, torch.full((32, 32), label))),
-            fed=pictures,
             labels=None,
             logits=mean_over_pixels,
             starts="patches",
@@ -172,11 +169,10 @@ REFUSALS = {
     ),
     "Siamese": Refusal(
         Situation(
-            source="no thread",
+            source=NO_THREAD,
             before="stopped: the second image is missing",
             module=Siamese,
             validation=lambda: loader(form=lambda index, image, _: (image, image.flip(2), 1 if index % 2 else -1)),
-            fed=pictures,
             labels=None,
             logits=embedding,
             callback={"forward": embedding},
@@ -188,8 +184,6 @@ REFUSALS = {
             before="refused, with a cure",
             module=TwoHeads,
             validation=lambda: loader(form=lambda index, image, label: (image, label, 20 + index)),
-            fed=pictures,
-            labels=LABELS,
             logits=lambda module, fed: module(fed)[0],
             callback={"forward": of_class},
         )

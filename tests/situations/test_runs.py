@@ -30,11 +30,11 @@ from tests.situations.check import (
     run,
 )
 from tests.situations.project import LABELS, Project, loader, pictures, training
-from tests.situations.situation import Situation
+from tests.situations.situation import NO_THREAD, RIGHT, Situation
 from vit_explain_callback import ViTExplainCallback, explain
 from vit_explain_callback.tracking.snapshot import Snapshot
 
-PLAIN = Situation("no thread", "right, and must stay so", Project, loader, pictures, LABELS)
+PLAIN = Situation(NO_THREAD, RIGHT, Project)
 
 
 class Endless(IterableDataset[Any]):
@@ -98,9 +98,6 @@ def test_endless_epochs_are_followed_by_their_validations(tmp_path: Path) -> Non
         "lightning#2150",
         "two snapshots, first and last",
         Project,
-        loader,
-        pictures,
-        LABELS,
         train=lambda: DataLoader(Endless(), 5),
         trainer={"max_epochs": -1, "max_steps": 6, "val_check_interval": 2},
     )
