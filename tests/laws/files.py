@@ -1,20 +1,19 @@
-"""Data sets whose file, like one of HDF5, is open in one process only; without Lightning, for spawned workers."""
+"""Data sets whose file, like HDF5, is open in one process only; without Lightning and timm, for spawned workers."""
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-
-from tests.models import CLASSES, random_images
 
 
 class File:
     """An open file: it cannot go to another process, nor be copied."""
 
     def __init__(self) -> None:
-        self.images = random_images(20, seed=5)
+        self.images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("h5py objects cannot be pickled")
@@ -35,4 +34,4 @@ class OpenedAtFirstUse(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if self.file is None:
             self.file = File()
-        return self.file.images[index], index % CLASSES
+        return self.file.images[index], index % 5

@@ -173,4 +173,7 @@ def check_scalars(situation: Situation, found: Run) -> None:
         (tag,) = tags
         assert board.Scalars(tag)[0].value == pytest.approx(hits)
     if situation.kind == "numbers":
+        texts = [path.read_text() for path in Path(found.trainer.log_dir or "").glob("explanations/*.txt")]
+        assert texts
+        assert [word for text in texts for word in ("class", "accuracy", "probability") if word in text] == []
         assert [tag for tag in board.Tags()["scalars"] if "probability" in tag or "prediction" in tag] == []
