@@ -23,7 +23,8 @@ def figures(history: History, probe: Probe) -> Iterator[tuple[str, Picture]]:
     shown = range(probe.num_shown)
     pictures = [probe.pictures[index] for index in shown]
     captions = [[_caption(probe, snapshot, row) for row in shown] for snapshot in columns]
-    titles = [f"target {_class_name(probe, target)}" for target in now.target[: len(shown)].tolist()]
+    targets = now.target[: len(shown)].tolist()
+    titles = ["" if probe.regression else f"target {_class_name(probe, target)}" for target in targets]
     for method, maps in now.maps.items():
         limit = colour_limit(baseline.maps[method])
         over_time = [snapshot.maps[method][: len(shown)] for snapshot in columns]
@@ -53,6 +54,8 @@ def animations(history: History, probe: Probe) -> Iterator[tuple[str, bytes]]:
 
 
 def _caption(probe: Probe, snapshot: Snapshot, row: int) -> str:
+    if probe.regression:
+        return f"output {snapshot.logits[row, snapshot.target[row]].item():.3g}"
     prediction = _class_name(probe, int(snapshot.prediction[row]))
     return f"{prediction} · p={snapshot.target_probability[row].item():.2f}"
 
