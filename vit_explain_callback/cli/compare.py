@@ -11,6 +11,8 @@ import torch
 
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.photograph import Photograph
+from vit_explain_callback.cli.results import ResultFolder, result_name
+from vit_explain_callback.cli.terminal import shortened
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method
@@ -20,6 +22,7 @@ from vit_explain_callback.visualization.overlay import colour_bar, colour_limit,
 
 _SWEEP = [*(step / 10 for step in range(10)), 0.95]
 _COLUMN = 2.0  # inches
+_NAME = 24  # characters of a class, as many as a column holds
 
 
 def compare(
@@ -41,7 +44,7 @@ def compare(
         The files.
 
     Raises:
-        OSError: If the photograph cannot be read.
+        OSError: If the photograph cannot be read, or a result not be written.
         ValueError: If the model cannot be explained, or has no classifier.
     """
     photograph, image = Photograph.read(path, classifier.view)
@@ -52,10 +55,13 @@ def compare(
         logits = explainer.logits(images)[0]
         classes = logits.topk(min(2, len(logits))).indices.tolist()
     found = [explanation.cpu() for explanation in explainer.for_targets(images, list(classes))]
-    output.mkdir(parents=True, exist_ok=True)
-    files = [output / f"{path.stem}.compare.png", output / f"{path.stem}.sweep.gif"]
-    files[0].write_bytes(_figure(classifier, methods, photograph, found))
-    files[1].write_bytes(_sweep(classifier, sweep, photograph, found))
+    name = result_name(Path(path.stem))
+    folder = ResultFolder(output, [path])
+    files = [
+        folder.write(f"{name}.compare.png", _figure(classifier, methods, photograph, found)),
+        folder.write(f"{name}.sweep.gif", _sweep(classifier, sweep, photograph, found)),
+    ]
+    folder.write_index({})
     return files
 
 
@@ -113,7 +119,7 @@ def _of_kind(method: Method, found: Sequence[Explanation]) -> Sequence[Explanati
 
 def _target(classifier: Classifier, explanation: Explanation) -> str:
     target = int(explanation.target[0])
-    return f"{classifier.class_name(target)} · p={explanation.probabilities[0, target].item():.2f}"
+    return f"{shortened(classifier.class_name(target), _NAME)} · p={explanation.probabilities[0, target].item():.2f}"
 
 
 def _options(method: Method) -> str:

@@ -65,6 +65,7 @@ def explain_series(
     batch_size: int | None = None,
     device: str = "cpu",
     check_every: int | None = 5,
+    prefix: str | None = None,
 ) -> None:
     """Write a snapshot of each checkpoint to `folder/explanations`; what is there already is kept.
 
@@ -81,6 +82,7 @@ def explain_series(
         batch_size: Images explained in one pass.
         device: Device to compute on.
         check_every: Checkpoints between those of which noise floor and faithfulness are measured, or None.
+        prefix: Of the model's names in the checkpoints, needed where they hold several models.
 
     Raises:
         FileNotFoundError: If a checkpoint is not there.
@@ -88,7 +90,7 @@ def explain_series(
     """
     folder = folder / "explanations"
     folder.mkdir(parents=True, exist_ok=True)
-    steps = _steps([Weights.read(path) for path in checkpoints])
+    steps = _steps([Weights.read(path, prefix) for path in checkpoints])
     probe = ProbeBatch(images)
     report = Report.of(probe, num_shown, normalisation(timm.create_model(name)), None, {})
     _keep_or_refuse(folder / "probe.safetensors", report, methods, folder)
@@ -96,7 +98,7 @@ def explain_series(
     for index, (step, path) in enumerate(tqdm(list(zip(steps, checkpoints, strict=True)), unit="checkpoint")):
         file = folder / f"step_{step:08d}.safetensors"
         if not file.is_file():
-            explainer = Explainer(with_weights(name, Weights.read(path)).to(device), methods)
+            explainer = Explainer(with_weights(name, Weights.read(path, prefix)).to(device), methods)
             chosen = target if target is not None else first
             found = explain_together(Ranks(), explainer, images, chosen, batch_size, block_statistics=True)
             checks = None

@@ -7,6 +7,7 @@ number of patches. Colour limits are the caller's, so that they can be shared ov
 from __future__ import annotations
 
 import io
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
 from typing import TypeAlias
@@ -87,11 +88,20 @@ def with_strip(picture: Picture, text: str) -> Picture:
 
 def write(canvas: Image.Image, text: str, place: tuple[int, int], width: int) -> None:
     """Write one line at `place` = (x, y), shortened with an ellipsis to `width` pixels."""
-    if _font().getlength(text) > width:
-        while text and _font().getlength(text + "…") > width:
-            text = text[:-1]
-        text += "…"
-    ImageDraw.Draw(canvas).text(place, text, fill=_INK, font=_font())
+    ImageDraw.Draw(canvas).text(place, fitted(text, width), fill=_INK, font=_font())
+
+
+def fitted(text: str, width: int) -> str:
+    """The text on one line, of `width` pixels at most: the longest beginning of it with an ellipsis."""
+    line = " ".join(text.split())
+    longest = min(len(line), width)  # a letter takes a pixel at least
+
+    def is_too_long(length: int) -> bool:
+        return _font().getlength(line[:length] + "…") > width
+
+    if longest == len(line) and _font().getlength(line) <= width:
+        return line
+    return line[: bisect_left(range(1, longest + 1), True, key=is_too_long)] + "…"
 
 
 def resized(picture: Picture, height: int, width: int) -> Picture:
