@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from vit_explain_callback.cli.parser import parse
-from vit_explain_callback.cli.terminal import complain, finish_output
+from vit_explain_callback.cli.terminal import complain, discard_unwritten
 
 _WRONG = 2
 _INTERRUPTED = 130
@@ -23,10 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         after Ctrl-C.
     """
     try:
-        status = _run(sys.argv[1:] if arguments is None else arguments)
+        return _run(sys.argv[1:] if arguments is None else arguments)
     finally:
-        written = finish_output()
-    return status if written else _WRONG
+        discard_unwritten()
 
 
 def _run(words: Sequence[str]) -> int:

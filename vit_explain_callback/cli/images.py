@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def explain_gallery(
                     else:
                         images.append(entry)
                         if len(images) == 1:
-                            say(str(output / entry["explanations"][0]["overlay"]))
+                            _show(output / entry["explanations"][0]["overlay"])
                 progress.update()
     except BaseException:
         if images:
@@ -95,6 +96,11 @@ def explain_gallery(
         raise
     folder.write_index(index)
     return index
+
+
+def _show(picture: Path) -> None:
+    with suppress(OSError):  # the table says it again, and raises, when nothing can be lost any more
+        say(str(picture))
 
 
 def _named_files(sources: Sequence[Path], output: Path) -> list[tuple[str, Path]]:

@@ -17,44 +17,43 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line on standard output, if there is one; what its encoding lacks becomes a question mark."""
-    _print(text, sys.stdout)
+    """Print a line on standard output, if there is one; what its encoding lacks becomes a question mark.
+
+    Raises:
+        OSError: If it cannot be written. A reader that has seen enough is no error.
+    """
+    try:
+        _print(text, sys.stdout)
+    except BrokenPipeError:
+        return
+    except OSError as error:
+        raise OSError(f"Standard output cannot be written: {error.strerror}.") from error
 
 
 def complain(text: str) -> None:
-    """Print one line on standard error, named as the command's."""
-    _print(f"vit-explain: {' '.join(text.split())}", sys.stderr)
+    """Print one line on standard error, named as the command's, if it can be written."""
+    with suppress(OSError):
+        _print(f"vit-explain: {' '.join(text.split())}", sys.stderr)
 
 
 def _print(text: str, stream: TextIO | None) -> None:
-    if stream is None:
+    if stream is None or stream.closed:
         return
     encoding = stream.encoding or "utf-8"
     line = printable(text).encode(encoding, "replace").decode(encoding)
-    # What could not be written stays in the buffer: `finish_output` finds it.
-    with suppress(OSError, ValueError):
-        print(line, file=stream, flush=True)
+    print(line, file=stream, flush=True)
 
 
-def finish_output() -> bool:
-    """Whether standard output took everything, or its reader has seen enough; else the reason is said."""
+def discard_unwritten() -> None:
+    """Forget what standard output did not take, so that Python does not try once more, and fail, when it ends."""
     if sys.stdout is None or sys.stdout.closed:
-        return True
+        return
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        _discard_output()
-    except OSError as error:
-        _discard_output()
-        complain(f"standard output cannot be written: {error.strerror}")
-        return False
-    return True
-
-
-def _discard_output() -> None:
-    """Send what is left in the buffer nowhere, so that Python does not try once more when it ends."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

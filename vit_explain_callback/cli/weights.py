@@ -90,7 +90,7 @@ class Weights:
             for prefix, names in held.items()
         }
         best = max(prefixes, key=lambda prefix: (len(fitting[prefix]), len(held[prefix])))
-        rivals = [prefix for prefix in prefixes if len(fitting[prefix]) >= len(own) / 2]
+        rivals = [prefix for prefix in prefixes if prefix != best and len(fitting[prefix]) >= len(own) / 2]
         others = [prefix for prefix in rivals if not self._same(held[best], best, prefix)]
         if others:
             names = " and ".join(repr(prefix) for prefix in sorted([best, *others]))
@@ -110,9 +110,9 @@ class Weights:
     def _stated_prefix(self, own: Mapping[str, Tensor]) -> str:
         prefix = f"{self.prefix}." if self.prefix and not self.prefix.endswith(".") else self.prefix or ""
         if not any(name.startswith(prefix) for name in self.tensors):
+            known = ", ".join(each.rstrip(".") for each in self._prefixes(own) if each) or "none before such a model"
             raise ValueError(
-                f"Expected `prefix` to begin names in {self.path}, but got {self.prefix!r}: it holds "
-                f"{', '.join(repr(known.rstrip('.')) for known in self._prefixes(own))}."
+                f"Expected `prefix` to begin names in {self.path}, but got {self.prefix!r}: it holds {known}."
             )
         return prefix
 

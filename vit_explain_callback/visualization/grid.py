@@ -63,7 +63,9 @@ def figure(
     drawn = Figure(figsize=(total_width, total_height), dpi=110)
 
     def write(x: float, y: float, text: str, **how: Any) -> None:
-        drawn.text(x / total_width, 1 - y / total_height, text, fontsize=8.5, parse_math=False, **how)  # class names may hold $
+        drawn.text(
+            x / total_width, 1 - y / total_height, text, fontsize=8.5, parse_math=False, **how
+        )  # class names may hold $
 
     for column, text in enumerate(headings):
         write(left + column * (width + _MARGIN) + width / 2, top - _MARGIN / 2, text, ha="center", va="bottom")
