@@ -25,13 +25,13 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from tests.cli.photographs import ANIMALS, NAME, OWN, checkpoint, index, photograph
-from vit_explain_callback.cli import images
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.photograph import Photograph
 from vit_explain_callback.cli.results import ResultFolder, result_name
@@ -194,14 +194,14 @@ def test_what_is_done_before_an_end_in_the_middle_is_in_the_index(
 ) -> None:
     for seed in range(3):
         photograph(f"in/{seed}.png", seed)
-    drawn = images.png
+    drawn = np.save
 
-    def fail_late(picture: Any) -> bytes:
+    def fail_late(*given: Any) -> None:
         if Path("explanations/1.rollout_max_0.9.npy").exists():
             raise error
-        return drawn(picture)
+        drawn(*given)
 
-    monkeypatch.setattr(images, "png", fail_late)
+    monkeypatch.setattr(np, "save", fail_late)
     assert main(["in", *OWN]) == (130 if isinstance(error, KeyboardInterrupt) else 2)
     assert [Path(image["file"]).name for image in strict_index()["images"]] == ["0.png", "1.png"]
     expected = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
@@ -254,7 +254,12 @@ def test_open_shows_the_picture_or_the_folder(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", lambda url: bool(shown.append(url)) or len(shown) < 3)
+
+    def show(url: str) -> bool:
+        shown.append(url)
+        return len(shown) < 3
+
+    monkeypatch.setattr(webbrowser, "open", show)
     photograph("in/a b.png", 1)
     photograph("in/c.png", 2)
     assert main(["in/a b.png", *OWN, "--open"]) == 0

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import io
 import math
+import random
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.visualization.filmstrip import filmstrip
+from vit_explain_callback.visualization.grid import Cell, figure
+from vit_explain_callback.visualization.grid import png as figure_png
 from vit_explain_callback.visualization.overlay import (
     STRIP_HEIGHT,
     colour_bar,
     colour_limit,
     difference,
+    fitted,
     overlay,
     png,
     resized,
@@ -93,6 +97,47 @@ def test_the_strip_of_text_is_added_below_and_cut_to_the_width() -> None:
     assert (short[:24] == 0).all()
     assert (short[24:] < 128).any()
     assert (long[24:, -1] > 200).all()
+
+
+def naively_fitted(text: str, width: int) -> str:
+    """Shortened letter by letter."""
+    length = ImageFont.load_default(size=12).getlength
+    if length(text) <= width:
+        return text
+    while text and length(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def test_text_is_shortened_to_the_longest_beginning_that_fits() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        letters = draw.choice(["il.,", "MW@", "abc DEF 012 …", "·=×éßΩ"])
+        text = " ".join("".join(draw.choices(letters, k=draw.randint(0, 60))).split())
+        width = draw.randint(1, 300)
+        assert fitted(text, width) == naively_fitted(text, width), (text, width)
+    assert fitted("two\n lines\t", 300) == "two lines"
+
+
+def test_a_long_text_is_measured_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    class Counting:
+        def getlength(self, text: str) -> float:
+            measured.append(len(text))
+            return float(7 * len(text))
+
+    monkeypatch.setattr("vit_explain_callback.visualization.overlay._font", Counting)
+    assert fitted("m" * 10**6, 640) == "m" * 90 + "…"
+    assert len(measured) <= 11
+    assert max(measured) <= 641
+
+
+def test_dollars_in_a_figure_are_no_formulas() -> None:
+    cell = Cell(np.zeros((8, 8, 3), dtype=np.uint8), r"$\foo$")
+    drawn = figure([[cell]], [r"$\alpha$"], [r"$x"], r"$\bar$")
+    assert figure_png(drawn).startswith(b"\x89PNG")
+    assert not any(text.get_parse_math() for text in drawn.texts)
 
 
 def test_resizing_keeps_pixels_sharp() -> None:
