@@ -7,21 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vit_explain_callback._checks import check_classifier, check_counts, check_images
 from vit_explain_callback._explain_batch import explain_batch
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.methods.base import Method, resolve_methods
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.vit.adapter import LogitsOf, Subject
 from vit_explain_callback.vit.isolation import undisturbed
 from vit_explain_callback.vit.timm import find_vit, normalisation, refuse_other_timm_models
 from vit_explain_callback.vit.tokens import StatedLayout
 
 T = TypeVar("T")
+
+
+class ModelOptions(TypedDict, total=False):
+    """What a model does not say of itself; all of it can be left out.
+
+    Attributes:
+        vit: Attribute path of the ViT inside the model, needed where it holds several.
+        forward: How to get logits (B, C) from the model and images, if not by `model(images)`.
+        prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
+        grid_size: Patches as (grid_h, grid_w), likewise.
+        class_names: Name of each class, for captions.
+    """
+
+    vit: str | None
+    forward: LogitsOf | None
+    prefix_tokens: int | None
+    grid_size: tuple[int, int] | None
+    class_names: Sequence[str] | None
 
 
 def explain(
@@ -32,11 +52,7 @@ def explain(
     batch_size: int | None = None,
     *,
     block_statistics: bool = False,
-    vit: str | None = None,
-    forward: LogitsOf | None = None,
-    prefix_tokens: int | None = None,
-    grid_size: tuple[int, int] | None = None,
-    class_names: Sequence[str] | None = None,
+    **options: Unpack[ModelOptions],
 ) -> Explanation:
     """Explain the predictions of a Vision Transformer with attention rollout and gradient rollout.
 
@@ -51,11 +67,7 @@ def explain(
         target: Class to explain: None for the predicted one, one index for all images, or (B,) integer indices.
         batch_size: Images per pass; None takes all at once. It changes memory, not results.
         block_statistics: Whether to measure what each block attends to; see `BlockStatistics`.
-        vit: Attribute path of the ViT inside `model`, needed where it holds several.
-        forward: How to get logits (B, C) from `model` and images, if not by `model(images)`.
-        prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
-        grid_size: Patches as (grid_h, grid_w), likewise.
-        class_names: Name of each class, for the explanation's captions.
+        **options: What the model does not say of itself; see `ModelOptions`.
 
     A head with one logit z counts as two classes with the logits -z/2 and z/2, so that their softmax is the sigmoid of
     z. With several labels an image, `target` names the one to explain.
@@ -74,16 +86,7 @@ def explain(
         >>> {name: tuple(maps.shape) for name, maps in explanation.maps.items()}
         {'rollout': (1, 14, 14), 'grad_rollout_max': (1, 14, 14)}
     """
-    explainer = Explainer(
-        model,
-        methods,
-        vit=vit,
-        forward=forward,
-        prefix_tokens=prefix_tokens,
-        grid_size=grid_size,
-        class_names=class_names,
-    )
-    return explainer(images, target, batch_size, block_statistics)
+    return Explainer(model, methods, **options)(images, target, batch_size, block_statistics)
 
 
 def explain_targets(
@@ -92,12 +95,7 @@ def explain_targets(
     targets: Sequence[int | Tensor | None],
     methods: Sequence[str | Method] = ("rollout", "grad_rollout"),
     batch_size: int | None = None,
-    *,
-    vit: str | None = None,
-    forward: LogitsOf | None = None,
-    prefix_tokens: int | None = None,
-    grid_size: tuple[int, int] | None = None,
-    class_names: Sequence[str] | None = None,
+    **options: Unpack[ModelOptions],
 ) -> list[Explanation]:
     """Explain the same images for several targets, from one forward pass and one backward pass for each target.
 
@@ -107,11 +105,7 @@ def explain_targets(
         targets: Each as `explain` takes one: None, one index, or (B,) integer indices.
         methods: Names or objects.
         batch_size: Images per pass.
-        vit: Attribute path of the ViT.
-        forward: How to get logits.
-        prefix_tokens: Number of tokens before the patches.
-        grid_size: Patches as (grid_h, grid_w).
-        class_names: Name of each class.
+        **options: As for `explain`.
 
     Returns:
         One explanation for each target; they share the maps of methods that do not depend on it.
@@ -120,16 +114,7 @@ def explain_targets(
         TypeError: As `explain`.
         ValueError: As `explain`, and if there is no target.
     """
-    explainer = Explainer(
-        model,
-        methods,
-        vit=vit,
-        forward=forward,
-        prefix_tokens=prefix_tokens,
-        grid_size=grid_size,
-        class_names=class_names,
-    )
-    return explainer.for_targets(images, targets, batch_size)
+    return Explainer(model, methods, **options).for_targets(images, targets, batch_size)
 
 
 class Explainer:
@@ -138,11 +123,7 @@ class Explainer:
     Args:
         model: As for `explain`, like the others.
         methods: Names or objects.
-        vit: Attribute path of the ViT.
-        forward: How to get logits.
-        prefix_tokens: Number of tokens before the patches.
-        grid_size: Patches as (grid_h, grid_w).
-        class_names: Name of each class.
+        **options: As for `explain`.
 
     Raises:
         TypeError: If methods are of the wrong type.
@@ -153,18 +134,14 @@ class Explainer:
         self,
         model: nn.Module,
         methods: Sequence[str | Method],
-        *,
-        vit: str | None = None,
-        forward: LogitsOf | None = None,
-        prefix_tokens: int | None = None,
-        grid_size: tuple[int, int] | None = None,
-        class_names: Sequence[str] | None = None,
+        **options: Unpack[ModelOptions],
     ) -> None:
         self.methods = resolve_methods(methods)
-        self.class_names = class_names
-        self._subject = Subject(model, find_vit(model, vit), forward, StatedLayout(prefix_tokens, grid_size))
+        self.class_names = options.get("class_names")
+        stated = StatedLayout(options.get("prefix_tokens"), options.get("grid_size"))
+        self._subject = Subject(model, find_vit(model, options.get("vit")), options.get("forward"), stated)
         refuse_other_timm_models(self._subject.vit)
-        if model is self._subject.vit and any(method.weighted for method in self.methods):
+        if model is self._subject.vit and any(method.needs_target for method in self.methods):
             check_classifier(model)
 
     def __call__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -77,6 +77,11 @@ class Explanation:
         """(B, C) softmax of the logits, in float64."""
         return self.logits.double().softmax(dim=1)
 
+    @property
+    def target_probability(self) -> Tensor:
+        """(B,) probability of the target class, in [0, 1]."""
+        return self.probabilities.gather(1, self.target[:, None])[:, 0]
+
     def cpu(self) -> Explanation:
         """A copy on the CPU, with logits in float32 at least."""
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
@@ -129,20 +134,11 @@ class Explanation:
         return figure(rows, ["image", *headings], scale="the limit over each column")
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all.
-
-        Its tensors are `map/{method}`, `logits`, `target`, `block/{statistic}` and `images`.
-        """
-        tensors = {f"map/{name}": maps for name, maps in self.maps.items()}
-        tensors |= {"logits": self.logits, "target": self.target}
-        if self.blocks is not None:
-            tensors |= {f"block/{name}": statistic for name, statistic in vars(self.blocks).items()}
-        if self.images is not None:
-            tensors["images"] = self.images
+        """Write one safetensors file of `tensors`, whole or not at all."""
         names = None if self.class_names is None else [str(name) for name in self.class_names]
         # Safetensors keeps the order of neither; the methods' is that of the columns.
-        told = {"methods": list(self.maps), "normalisation": self.normalisation, "class_names": names}
-        write_tensors(Path(path), tensors, {name: json.dumps(value) for name, value in told.items()})
+        about = {"methods": list(self.maps), "normalisation": self.normalisation, "class_names": names}
+        write_tensors(Path(path), self.tensors(), {name: json.dumps(value) for name, value in about.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> Explanation:
@@ -157,17 +153,40 @@ class Explanation:
         if "methods" not in metadata:
             raise ValueError(f"Expected {path} to be written by `Explanation.save`, but it was not.")
         methods = _names(path, metadata, "methods")
-        _check_tensors(path, tensors, methods)
         class_names = None if metadata.get("class_names") == "null" else _names(path, metadata, "class_names")
-        blocks = {name.removeprefix("block/"): value for name, value in tensors.items() if name.startswith("block/")}
+        _check_tensors(path, tensors, methods)
+        found = cls.from_tensors(tensors)
+        return replace(
+            found,
+            maps={name: found.maps[name] for name in methods},
+            normalisation=_normalisation(path, metadata),
+            class_names=class_names,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name: `map/{method}`, `logits`, `target`, `block/{statistic}` and `images`."""
+        tensors = {f"map/{name}": maps for name, maps in self.maps.items()}
+        tensors |= {"logits": self.logits, "target": self.target}
+        if self.blocks is not None:
+            tensors |= {f"block/{name}": statistic for name, statistic in vars(self.blocks).items()}
+        if self.images is not None:
+            tensors["images"] = self.images
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Explanation:
+        """The explanation that gave these `tensors`; others are passed over.
+
+        Raises:
+            KeyError: If `logits` or `target` is missing.
+        """
+        blocks = tensors_under("block", tensors)
         return cls(
-            {name: tensors[f"map/{name}"] for name in methods},
+            tensors_under("map", tensors),
             tensors["logits"],
             tensors["target"],
             BlockStatistics(**blocks) if blocks else None,
             tensors.get("images"),
-            _normalisation(path, metadata),
-            class_names,
         )
 
     def _picture(self, index: int) -> Picture:
@@ -193,6 +212,12 @@ class Explanation:
         left = len(self.logits) - _NUM_SHOWN
         more = f"<p>{left} more images: <code>plot(num_shown={len(self.logits)})</code></p>" if left > 0 else ""
         return f'<img alt="explanation" src="data:image/png;base64,{data}">{more}'
+
+
+def tensors_under(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with `group/`, without it."""
+    prefix = f"{group}/"
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _names(path: Path, metadata: Mapping[str, str], key: str) -> list[str]:

@@ -26,7 +26,7 @@ from tests.cli.photographs import ANIMALS, OWN, index, photograph
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.parser import HEAD_FUSIONS
 from vit_explain_callback.cli.terminal import printable, shortened, table
-from vit_explain_callback.methods import rollout
+from vit_explain_callback.methods import fusion
 
 ODD_NAMES = [word if word != "dog" else "dög → “Hund”" for word in OWN]
 LIGHT = """
@@ -66,7 +66,7 @@ def test_help_and_wrong_options_load_nothing(words: list[str], status: int, tmp_
 
 
 def test_the_parser_knows_the_fusions_without_loading_them() -> None:
-    assert HEAD_FUSIONS == rollout.HEAD_FUSIONS
+    assert HEAD_FUSIONS == fusion.HEAD_FUSIONS
 
 
 @pytest.fixture

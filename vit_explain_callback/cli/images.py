@@ -24,7 +24,8 @@ from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.metrics.maps import is_degenerate
-from vit_explain_callback.visualization.overlay import Picture, colour_bar, colour_limit, png, with_strip
+from vit_explain_callback.visualization.encode import png
+from vit_explain_callback.visualization.overlay import Picture, colour_bar, colour_limit, with_strip
 
 _TOP = 5
 _CAPTION = 60  # characters of a class name
@@ -198,8 +199,8 @@ class _ExplainedImage:
         """
         files: list[dict[str, Any]] = []
         for method in methods:
-            for target, maps in self._maps if method.weighted else self._maps[:1]:
-                of_class = target if method.weighted else None
+            for target, maps in self._maps if method.needs_target else self._maps[:1]:
+                of_class = target if method.needs_target else None
                 stem = f"{name}.{method.name}" + ("" if of_class is None else f".class{of_class}")
                 relevance = maps[method.name]
                 degenerate = bool(is_degenerate(relevance[None]))

@@ -20,8 +20,11 @@ from vit_explain_callback.cli.images import explain_gallery
 from vit_explain_callback.cli.parser import DISCARD_RATIO, HEAD_FUSIONS
 from vit_explain_callback.cli.results import INDEX
 from vit_explain_callback.cli.terminal import complain, say, table
-from vit_explain_callback.methods.base import GradRollout, Method, Rollout, method_from_name, resolve_methods
-from vit_explain_callback.methods.rollout import HeadFusion
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.fusion import HeadFusion
+from vit_explain_callback.methods.grad_rollout import GradRollout
+from vit_explain_callback.methods.names import method_from_name, resolve_methods
+from vit_explain_callback.methods.rollout import Rollout
 from vit_explain_callback.tracking.html import page
 
 _FAILED = 2
