@@ -5,9 +5,11 @@
 | `--output .` beside a photograph, or another file, called as a result | unchanged; the others are explained |
 | the same through a hard link, and for a result of an earlier run that is now an image to explain | the same |
 | an output file, a folder in the output or the index that is a symbolic link | what it leads to is unchanged |
+| `report.html` or `--output` that is another file, or a link | unchanged; a page is written over |
 | another `explanations.json`, or one that was edited (200 times) | unchanged; one line |
 | the same command again; with another method between; after a run that was killed | written over |
 | file names that are no UTF-8, hold control characters, are 250 bytes long | explained, with printable short names |
+| a name too long to open; an image that the transform cannot take | the others are explained |
 | NaN weights | `null`, valid JSON |
 | Ctrl-C, an error, a full disk in the middle | the index lists what is done |
 | numbers below their range | refused |
@@ -33,7 +35,7 @@ from safetensors.torch import save_file
 
 from tests.cli.photographs import ANIMALS, NAME, OWN, checkpoint, index, photograph
 from vit_explain_callback.cli.command import main
-from vit_explain_callback.cli.photograph import Photograph
+from vit_explain_callback.cli.photograph import Photograph, View
 from vit_explain_callback.cli.results import ResultFolder, result_name
 
 RESULT = "a.rollout_max_0.9.png"
@@ -160,6 +162,22 @@ def test_names_that_no_file_system_takes_are_made_short_and_printable(here: Path
     assert result_name(Path("a/b.c d")) == "a/b.c d"
 
 
+def test_one_image_that_the_transform_cannot_take_stops_no_other(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = View.box
+
+    def refuse(view: View, size: tuple[int, int]) -> Any:
+        if size == (9, 9):
+            raise ValueError("no such size")
+        return box(view, size)
+
+    monkeypatch.setattr(View, "box", refuse)
+    photograph("in/a.png", 1, (9, 9))
+    photograph("in/b.png", 2, (1, 3000))
+    assert main(["in", *OWN]) == 2
+    assert index()["failed"] == ["in/a.png: no such size"]
+    assert len(index()["images"]) == 1
+
+
 def test_one_name_that_is_too_long_to_open_stops_no_other(here: Path) -> None:
     assert main(["x" * 300 + ".png", "both.png", *OWN]) == 2
     assert len(index()["images"]) == len(index()["failed"]) == 1
@@ -268,6 +286,29 @@ def test_open_shows_the_picture_or_the_folder(
     folder = (here / "explanations").as_uri()
     assert shown == [f"{folder}/a%20b.rollout_max_0.9.png", folder, f"{folder}/both.compare.png"]
     assert "there is no browser to show" in capsys.readouterr().err
+
+
+def test_a_page_is_written_over_a_page_and_over_nothing_else(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[str] = []
+
+    def show(url: str) -> bool:
+        shown.append(url)
+        return True
+
+    monkeypatch.setattr(webbrowser, "open", show)
+    words = ["own.safetensors", "--model", NAME, "--images", ".", "--method", "rollout", "--check_every", "0"]
+    assert main(["drift", *words, "--output", "run", "--open"]) == 0
+    assert main(["report", "run", "--open"]) == 0
+    assert shown == [(here / "run/report.html").as_uri()] * 2
+    Path("notes.html").write_text("<title>Notes</title>")
+    Path("run/report.html").unlink()
+    Path("run/report.html").symlink_to("../notes.html")
+    assert main(["report", "run", "--output", "notes.html"]) == 2
+    assert main(["report", "run"]) == 2
+    assert Path("notes.html").read_text() == "<title>Notes</title>"
+    assert capsys.readouterr().err.count("is not written") == 2
 
 
 def test_overlays_are_pictures(here: Path) -> None:

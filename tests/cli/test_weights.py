@@ -7,6 +7,7 @@
 | state dictionaries as timm, DDP, `torch.compile` and Lightning wrap them | the same model |
 | a student and a teacher in one file | both named; `--prefix` takes either |
 | one model under two names; a teacher of another width | taken without asking |
+| 300 files with bytes changed, or cut off | read, or one line that names the file |
 | no tensors, tensors in a list, names that are numbers, a tensor that does not fit the conversion | one line |
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
+import random
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +186,30 @@ def test_what_is_no_model_is_said(here: Path, content: Any, message: str) -> Non
     torch.save(content, "a.pth")
     with pytest.raises(ValueError, match=message):
         with_weights(NAME, Weights.read(Path("a.pth")))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+def test_edited_files_are_read_or_said(here: Path, suffix: str) -> None:
+    model = checkpoint(embed_dim=12, depth=1)
+    path = Path(f"a{suffix}")
+    if suffix == ".safetensors":
+        save_file(model.state_dict(), path)
+    else:
+        torch.save({"state_dict": model.state_dict()}, path, _use_new_zipfile_serialization=suffix == ".pth")
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    refused = 0
+    for attempt in range(100):
+        edited = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            edited[draw.randrange([200, 3000, len(whole)][attempt % 3])] = draw.randrange(256)
+        path.write_bytes(edited[: draw.randrange(len(whole))] if attempt % 10 == 0 else edited)
+        try:
+            with_weights(NAME, Weights.read(path), embed_dim=12, depth=1)
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            refused += 1
+    assert 30 < refused < 100
 
 
 def test_a_safetensors_file_of_another_case(here: Path) -> None:

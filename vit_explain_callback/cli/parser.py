@@ -182,10 +182,11 @@ def _add_model(parser: _Parser) -> argparse._ArgumentGroup:
     return running
 
 
-def _add_output(parser: _Parser, what: str, **how: Any) -> None:
+def _add_output(parser: _Parser, what: str, **how: Any) -> argparse._ArgumentGroup:
     output = parser.add_argument_group("output")
     _option(output, "output", type=Path, metavar="PATH", help=what, **how)
     _option(output, "open", action="store_true", help="show the result in the browser when it is there")
+    return output
 
 
 def _drift() -> _Parser:
@@ -220,8 +221,8 @@ def _drift() -> _Parser:
     running = parser.add_argument_group("running")
     _option(running, "batch_size", type=_at_least_one, metavar="COUNT", help="images in one pass; default: all")
     _option(running, "device", default="cpu", help="default: cpu")
-    _add_output(parser, "folder; what it holds already is not computed again", required=True)
-    _option(parser, "num_shown", type=_at_least_one, metavar="COUNT", default=6, help="images drawn; default: 6")
+    output = _add_output(parser, "folder; what it holds already is not computed again", required=True)
+    _option(output, "num_shown", type=_at_least_one, metavar="COUNT", default=6, help="images drawn; default: 6")
     return parser
 
 

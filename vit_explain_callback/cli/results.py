@@ -44,7 +44,7 @@ class ResultFolder:
         self.path = path
         self._inputs = {_identity(file) for file in inputs} - {None}
         self._index = _read_index(path / INDEX)
-        self._files = {name for name in self._index["files"] if os.path.lexists(path / name)}
+        self._files = {name for name in self._index.pop("files") if os.path.lexists(path / name)}
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, content: bytes) -> Path:
@@ -69,8 +69,9 @@ class ResultFolder:
         Raises:
             OSError: If it cannot be written.
         """
-        self._index |= _finite(entries) | {"files": sorted(self._files)}
-        text = json.dumps(self._index, ensure_ascii=False, allow_nan=False, indent=1)
+        self._index |= _finite(entries)
+        index = {**self._index, "files": sorted(self._files)}
+        text = json.dumps(index, ensure_ascii=False, allow_nan=False, indent=1)
         # Bytes of a file name that are no UTF-8 become \udc80 to \udcff, which JSON reads back as the same.
         write_bytes(self.path / INDEX, (text + "\n").encode("utf-8", "backslashreplace"))
         return self.path / INDEX

@@ -29,6 +29,8 @@ from vit_explain_callback.tracking.html import page
 
 _FAILED = 2
 _ROWS = 20  # of the table
+_PAGE = b"<title>Explanation drift"
+_HEAD = 10_000  # bytes in which it stands
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,7 +123,12 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _write_page(run: Path, file: Path, show: bool) -> None:
-    write_text(file, page(run))
+    html = page(run)
+    if file.is_file() and _PAGE not in file.read_bytes()[:_HEAD]:
+        raise FileExistsError(
+            f"{file} is no page of a run and is not written over: move it, or choose another --output."
+        )
+    write_text(file, html)
     say(str(file))
     if show:
         _open(file)
