@@ -126,7 +126,7 @@ def _write_page(run: Path, file: Path, show: bool) -> None:
     html = page(run)
     if file.is_file() and _PAGE not in file.read_bytes()[:_HEAD]:
         raise FileExistsError(
-            f"{file} is no page of a run and is not written over: move it, or choose another --output."
+            f"{file} is no page of a run and is not written over: choose another --output."
         )
     write_text(file, html)
     say(str(file))
