@@ -99,6 +99,13 @@ def test_what_would_run_code_is_named_with_the_cure(here: Path) -> None:
         Weights.read(Path("a.pth"))
 
 
+def test_the_oldest_format_is_refused_by_itself(here: Path) -> None:
+    """Torch before 2.6 runs code in it, whatever `weights_only` says."""
+    Path("a.pth").write_bytes(as_oldest_format())
+    with pytest.raises(ValueError, match="of torch's format of 2016"):
+        Weights.read(Path("a.pth"))
+
+
 def same_model(loaded: Any, expected: Any) -> bool:
     pairs = zip(loaded.state_dict().items(), expected.state_dict().items(), strict=True)
     return all(one == other and a.equal(b) for (one, a), (other, b) in pairs)

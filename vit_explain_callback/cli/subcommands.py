@@ -125,9 +125,7 @@ def _report(args: argparse.Namespace) -> int:
 def _write_page(run: Path, file: Path, show: bool) -> None:
     html = page(run)
     if file.is_file() and _PAGE not in file.read_bytes()[:_HEAD]:
-        raise FileExistsError(
-            f"{file} is no page of a run and is not written over: choose another --output."
-        )
+        raise FileExistsError(f"{file} is no page of a run and is not written over: choose another --output.")
     write_text(file, html)
     say(str(file))
     if show:
