@@ -100,7 +100,7 @@ def test_what_would_run_code_is_named_with_the_cure(here: Path) -> None:
 
 
 def test_the_oldest_format_is_refused_by_itself(here: Path) -> None:
-    """Torch before 2.6 runs code in it, whatever `weights_only` says."""
+    """Torch before 2.6 reads it, whatever `weights_only` says."""
     Path("a.pth").write_bytes(as_oldest_format())
     with pytest.raises(ValueError, match="of torch's format of 2016"):
         Weights.read(Path("a.pth"))

@@ -161,7 +161,7 @@ def _add_model(parser: _Parser) -> argparse._ArgumentGroup:
         "checkpoint",
         type=Path,
         metavar="FILE",
-        help="weights of timm, Lightning or safetensors, instead of the hub; code in it is never run",
+        help="weights of timm, Lightning or safetensors, instead of the hub; read as tensors only",
     )
     _option(model, "prefix", help="of the model's names in the checkpoint, where it holds several models")
     _option(model, "hf", metavar="NAME_OR_DIR", help="image classifier of transformers, instead of timm")

@@ -162,7 +162,7 @@ def _unpickled(path: Path) -> object:
     Raises:
         ValueError: If it holds anything else.
     """
-    if tarfile.is_tarfile(path):  # torch before 2.6 runs code in these all the same (CVE-2025-32434)
+    if tarfile.is_tarfile(path):  # torch itself refuses these since 2.6, after CVE-2025-32434
         raise ValueError("it is of torch's format of 2016; load and save it with torch again")
     try:
         # Training checkpoints of timm hold their options in one.
