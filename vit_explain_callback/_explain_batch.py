@@ -27,7 +27,7 @@ class _Forward:
     """What a forward pass gave.
 
     Attributes:
-        images: (B, C, H, W), as they went in.
+        images: (B, C, H, W), as the ViT was fed them.
         logits: (B, C), in the autograd graph if there is one.
         targets: Classes to explain, (B,) each.
         stack: The attention of the blocks.
@@ -54,14 +54,13 @@ def explain_batch(
         TypeError: If the model's output is of the wrong type.
         ValueError: If a target or `start_layer` is out of range, or if the model's attention cannot be rolled out.
     """
-    known = subject.known_layout(images.shape[1:])
     with_gradients = any(method.needs_target for method in methods)
     forward = _forward(subject, images, methods, wanted, with_gradients)
     gradients = _gradients(forward)
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
     images, logits, targets, stack = images.detach(), forward.logits.detach(), forward.targets, forward.stack
     layout = subject.layout(stack, images)
-    if layout is not known and layout.readout is not None and stack.pool is not None:
+    if layout.observed and layout.readout is not None and stack.pool is not None:
         stack = replace(stack, pool=None)  # no logit depends on it
         gradients = [of_target[:-1] for of_target in gradients]
     _check_tokens(stack, layout)
@@ -83,12 +82,14 @@ def _forward(
     wanted: Sequence[Tensor | None],
     with_gradients: bool,
 ) -> _Forward:
-    with torch.set_grad_enabled(with_gradients):
-        # The input carries the graph through a frozen backbone; the parameters' flags are left alone.
-        images = images.detach().requires_grad_(with_gradients)
-        with AttentionRecorder(subject.vit, through_no_grad=with_gradients) as recorder:
-            logits = subject.logits(images)
+    with (
+        torch.set_grad_enabled(with_gradients),
+        AttentionRecorder(subject.vit, with_gradients, subject.twin.state) as recorder,
+        subject.fed(with_gradients) as fed,
+    ):
+        logits = subject.logits(images)
     stack = find_stack(subject.vit, recorder, len(images))
+    images = fed[0] if fed else images
     check_layers(methods, len(stack.calls))
     predicted = logits.detach().argmax(dim=1)
     targets = [predicted if target is None else target.to(logits.device) for target in wanted]
