@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tests.bits import differing
 from tests.runs import events, fit, messages, saved
+from tests.situations.check import FAILED
 from tests.situations.project import Project, loader, training
 from vit_explain_callback import ViTExplainCallback
 
@@ -68,7 +69,7 @@ def check(case: Case, folder: Path) -> None:
         again = leave(case, folder / "again", [])
         assert differing(without.everything, again.everything) == [], "the run itself cannot be repeated"
     assert changed == []
-    failed = [text for text in found.said if "failed" in text or "cannot" in text]
+    failed = [text for text in found.said if FAILED.search(text)]
     assert len(failed) in case.warned, failed
     assert len(found.steps) >= case.snapshots, (found.steps, found.said)
 
