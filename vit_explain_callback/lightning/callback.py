@@ -10,12 +10,10 @@ from torch import Tensor
 from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer
 from vit_explain_callback.lightning.batches import Watched, images_and_labels
 from vit_explain_callback.lightning.fit import Fit
-from vit_explain_callback.lightning.loggers import declare_final_metrics
 from vit_explain_callback.lightning.settings import Display, Schedule, Settings
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.faithfulness import Removal
-from vit_explain_callback.tracking.scalars import final_tags
 from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.vit.adapter import LogitsOf
 
@@ -44,7 +42,7 @@ class ViTExplainCallback(Callback):
     - `region/{name}/{method}/{stat}`: see `region_statistics`.
     - `faithfulness/{method}/srg`, `faithfulness/random/srg`: see `symmetric_relevance_gain`.
     - `probe/target_probability`, `probe/accuracy` (with labels), `probe/changed_predictions` (since the baseline).
-    - `final/…`: drift, faithfulness and lift of the last snapshot, which are in the HParams pane too.
+    - `final/…`: drift, faithfulness and lift of the last snapshot.
 
     Noise and faithfulness take extra passes and are measured every `check_every_n_snapshots`, and at the end. Every
     scalar is in `trainer.callback_metrics` too, for `ModelCheckpoint(monitor=…)` and `EarlyStopping`. Raw maps go to
@@ -147,9 +145,6 @@ class ViTExplainCallback(Callback):
                     "Expected a validation loader (and a `validation_step`) to take the probe images from, but there "
                     "is none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
                 )
-            names = [method.name for method in self.settings.methods]
-            tags = final_tags(names, self.settings.regions, bool(self.settings.check_every_n_snapshots))
-            declare_final_metrics(trainer, pl_module, tags)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the probe images and take the baseline, unless a checkpoint brought one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +11,12 @@ from torch import Tensor
 
 from vit_explain_callback.lightning._compat import LightningModule, Trainer
 from vit_explain_callback.lightning.batches import Watched
-from vit_explain_callback.lightning.loggers import LoggerWriter, shows_pictures
+from vit_explain_callback.lightning.folder import run_folder
+from vit_explain_callback.lightning.loggers import LoggerWriter
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.strategy import ranks_of
 from vit_explain_callback.lightning.subject import Subject
+from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.guard import Guard, raised_by_us
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.tracker import ExplanationTracker
@@ -49,8 +50,6 @@ class Fit:
         self._watched = watched
         self._guard = Guard(settings.on_error)
         self._last_step = trainer.global_step
-        # `log_dir` needs every rank.
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "explanations"
 
     def begin(self) -> None:
         """Take the baseline, unless a checkpoint brought one; then, the snapshot that was due after it was written.
@@ -143,11 +142,11 @@ class Fit:
             subject = Subject.of(settings, self._trainer, self._module, ranks, self._watched)
             if subject is None:
                 return None
-            self.tracker = ExplanationTracker(
+            folder = run_folder(self._trainer, self._guard)
+            tracker = ExplanationTracker(
                 subject.explainer,
                 subject.probe,
-                folder=self._folder if settings.save_maps and not self._leaves_no_files else None,
-                writers=self._writers(),
+                folder=folder if settings.save_maps and not self._leaves_no_files else None,
                 target=self._first_target(subject.probe),
                 check_every=settings.check_every_n_snapshots,
                 removal=settings.removal,
@@ -156,24 +155,29 @@ class Fit:
                 on_error=settings.on_error,
                 ranks=ranks,
             )
-            if self._state is not None:
-                self.tracker.load_state_dict(self._state)
+            if self._state:
+                tracker.load_state_dict(self._state)
+            tracker.writers = self._writers(folder)
+            self.tracker = tracker
         return self.tracker
 
-    def _writers(self) -> list[Writer]:
+    def _writers(self, folder: RunFolder) -> tuple[Writer, ...]:
         """Every logger, and a folder where none of them shows pictures; nothing but on the first process."""
         if not self._trainer.is_global_zero:
-            return []
+            return ()
         charts = [method.name for method in self._settings.methods] if self._settings.display.margin_charts else []
-        loggers = self._trainer.loggers
-        writers: list[Writer] = [LoggerWriter(logger, index, charts) for index, logger in enumerate(loggers)]
-        if not self._leaves_no_files and not any(map(shows_pictures, loggers)):
-            writers.append(FolderWriter(self._folder))
-            rank_zero_warn(
-                "ViTExplainCallback: no logger of this run shows pictures, as `TensorBoardLogger` does; the latest of "
-                f"each are PNG files in {self._folder}."
-            )
-        return writers
+        loggers: list[LoggerWriter] = []
+        for index, logger in enumerate(self._trainer.loggers):
+            what = f"cannot write to {type(logger).__name__} (logger {index})"
+            self._guard.attempt(what, lambda: loggers.append(LoggerWriter(logger, index, charts)))  # noqa: B023
+        if self._leaves_no_files or any(logger.shows_pictures for logger in loggers):
+            return tuple(loggers)
+        self._guard.attempt(f"cannot make the folder {folder}", lambda: folder.path)
+        rank_zero_warn(
+            "ViTExplainCallback: no logger of this run shows pictures, as `TensorBoardLogger` does; the latest of "
+            f"each are PNG files in {folder}."
+        )
+        return (*loggers, FolderWriter(folder))
 
     @property
     def _leaves_no_files(self) -> bool:

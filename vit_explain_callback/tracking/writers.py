@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vit_explain_callback._files import write_bytes
+from vit_explain_callback.tracking.folder import RunFolder
+from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.tensorboard import add_file, add_lines, lay_out_margin_charts
 from vit_explain_callback.visualization.encode import png
 from vit_explain_callback.visualization.overlay import Picture
@@ -45,7 +47,7 @@ class FolderWriter:
         folder: Made when it is needed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | RunFolder) -> None:
         self._folder = folder
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -62,8 +64,10 @@ class FolderWriter:
             self._write(tag, "gif", gif)
 
     def _write(self, tag: str, ending: str, content: bytes) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self._folder / f"{tag.replace('/', '-')}.{ending}", content)
+        folder = self._folder.path if isinstance(self._folder, RunFolder) else self._folder
+        check_space(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / f"{tag.replace('/', '-')}.{ending}", content)
 
 
 class TensorBoardWriter:
