@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -203,7 +204,7 @@ class Fit:
         text = tracker.finish()
         self._publish(tracker.scalars())
         if self._trainer.is_global_zero:
-            print(text)
+            self._guard.attempt("cannot print the summary", lambda: _say(text))
 
     def _first_target(self, probe: Probe) -> int | Tensor | None:
         if isinstance(self._settings.target, int):
@@ -211,3 +212,8 @@ class Fit:
         if probe.regression:
             return 0
         return probe.labels if self._settings.target == "label" else None
+
+
+def _say(text: str) -> None:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)

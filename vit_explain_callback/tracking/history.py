@@ -101,9 +101,9 @@ def check_alike(snapshots: Sequence[Snapshot], sources: Sequence[str | Path]) ->
     """
     for index, (snapshot, source) in enumerate(zip(snapshots, sources, strict=True)):
         first, found = _forms(snapshots[0]), _forms(snapshot)
-        for name in [*first, *found]:
-            # Blocks are kept of the first and the latest only.
-            if first.get(name) != found.get(name) and not (name.startswith("block/") and snapshot.blocks is None):
+        blocks = snapshots[0].blocks is not None and snapshot.blocks is not None  # not kept of every snapshot
+        for name in [name for name in (*first, *found) if blocks or not name.startswith("block/")]:
+            if first.get(name) != found.get(name):
                 raise ValueError(
                     f"Expected `{name}` in {source} to be {first.get(name, 'absent')} as in {sources[0]}, but got "
                     f"{found.get(name, 'none')}."

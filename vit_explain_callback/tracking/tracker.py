@@ -245,7 +245,7 @@ class ExplanationTracker:
                 check_space(folder.wanted)
                 write(folder.path)
 
-            self._guard.attempt(f"cannot write to the folder {folder.wanted}", make_and_write)
+            self._guard.attempt(f"cannot write to the folder {folder}", make_and_write)
 
     def _each_writer(self, write: Callable[[Writer], None]) -> None:
         for writer in self.writers:

@@ -50,6 +50,9 @@ class FolderWriter:
     def __init__(self, folder: Path | RunFolder) -> None:
         self._folder = folder
 
+    def __repr__(self) -> str:
+        return f"the folder {self._folder}"
+
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Nothing: the scalars of a run are computed again from its raw maps."""
 
@@ -64,8 +67,9 @@ class FolderWriter:
             self._write(tag, "gif", gif)
 
     def _write(self, tag: str, ending: str, content: bytes) -> None:
-        folder = self._folder.path if isinstance(self._folder, RunFolder) else self._folder
-        check_space(folder)
+        given = self._folder
+        check_space(given.wanted if isinstance(given, RunFolder) else given)
+        folder = given.path if isinstance(given, RunFolder) else given
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / f"{tag.replace('/', '-')}.{ending}", content)
 
