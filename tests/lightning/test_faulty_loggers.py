@@ -26,29 +26,44 @@ def short() -> ViTExplainCallback:
     return ViTExplainCallback(["rollout"], num_images=2, num_shown=1, check_every_n_snapshots=None)
 
 
-class NoExperiment(Spy):
+class Leaves(Spy):
+    """Its server leaves when fit starts: Lightning has asked it for everything once."""
+
+    gone = False
+
+    def ask(self) -> None:
+        if self.gone:
+            raise ConnectionError("no server")
+
+
+class NoExperiment(Leaves):
     @property
     def experiment(self) -> Any:
-        raise ConnectionError("no server")
+        self.ask()
+        return SimpleNamespace()
 
 
-class NoHyperparameters(Spy):
+class NoHyperparameters(Leaves):
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        raise ConnectionError("no server")
+        self.ask()
 
 
-class NoFolder(Spy):
+class NoFolder(Leaves):
     @property
-    def save_dir(self) -> str:
-        raise ConnectionError("no server")
+    def save_dir(self) -> Any:
+        self.ask()
+
+
+class Left(Classifier):
+    def on_fit_start(self) -> None:
+        self.loggers[0].gone = True  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", [NoExperiment, NoHyperparameters, NoFolder])
 def test_a_logger_that_raises_when_it_is_asked(tmp_path: Path, kind: type[Spy]) -> None:
     spy = Spy()
     _, plain, _ = ending(None, tmp_path, Classifier(), max_epochs=1)
-    module = Classifier()
-    _, weights, said = ending(short(), tmp_path, module, max_epochs=1, logger=[kind(), spy])
+    _, weights, said = ending(short(), tmp_path, Left(), max_epochs=1, logger=[kind(), spy])
     assert_trained_alike(weights, plain)
     asked = [text for text in said if "ConnectionError('no server')" in text]
     assert len(asked) == len(set(asked)) == {NoExperiment: 1, NoHyperparameters: 0, NoFolder: 2}[kind]
@@ -56,7 +71,7 @@ def test_a_logger_that_raises_when_it_is_asked(tmp_path: Path, kind: type[Spy]) 
     assert len(list(tmp_path.rglob("step_*"))) == 2
     if kind is NoExperiment:
         with pytest.raises(ConnectionError):
-            fit(ViTExplainCallback(["rollout"], on_error="raise"), tmp_path, logger=[kind()])
+            fit(ViTExplainCallback(["rollout"], on_error="raise"), tmp_path, Left(), logger=[kind()])
 
 
 class LikeDVCLive(Spy):
