@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks import cost, measure, model, snapshot
+from tests.benchmarks import cost, leak, measure, model, snapshot
 from tests.benchmarks.contenders import BACKWARD, CONTENDERS, FIVE, FORWARD, materialised_maps
 from tests.models import random_images, tiny_vit
 from vit_explain_callback import explain
@@ -92,3 +93,16 @@ def test_the_cost_model_finds_the_coefficients_that_made_the_times() -> None:
     np.testing.assert_allclose(found, coefficients, rtol=1e-6)
     four, two = (model.Case(16, ranks, 2, 12, 3, 14).time_terms(2) for ranks in (4, 2))
     assert four[:2] == two[:2]  # ranks beyond the cores are no faster
+
+
+def test_many_snapshots_are_measured() -> None:
+    series = leak.measure(6)
+    assert set(series) == {"resident", "cuda", "handles", "threads", "events", "maps", "pictures"}
+    assert all(len(values) == 6 for values in series.values())
+    for name in ("events", "maps"):
+        assert all(after > before for before, after in itertools.pairwise(series[name]))
+    assert series["handles"][2:] == [series["handles"][-1]] * 4
+    assert series["threads"][2:] == [series["threads"][-1]] * 4
+    assert series["pictures"] == [0.0] * 6
+    (line,) = leak.lines({"events": [0.0, 9, 12, 15]}, 1)
+    assert line.split() == ["events", "15", "bytes", "+3.00", "a", "step"]
