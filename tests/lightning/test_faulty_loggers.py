@@ -60,7 +60,7 @@ class Left(Classifier):
 
 
 @pytest.mark.parametrize("kind", [NoExperiment, NoHyperparameters, NoFolder])
-def test_a_logger_that_raises_when_it_is_asked(tmp_path: Path, kind: type[Spy]) -> None:
+def test_a_logger_that_raises_when_it_is_asked(tmp_path: Path, kind: type[Leaves]) -> None:
     spy = Spy()
     _, plain, _ = ending(None, tmp_path, Classifier(), max_epochs=1)
     _, weights, said = ending(short(), tmp_path, Left(), max_epochs=1, logger=[kind(), spy])
