@@ -145,7 +145,7 @@ def test_regions_of_validation_images_must_be_as_many(tmp_path: Path) -> None:
 
 def test_the_verdict_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = fit(ViTExplainCallback(), tmp_path)
-    text = Path(trainer.log_dir or "", "explanations", "run.txt", "verdict.txt").read_text(encoding="utf-8")
+    text = Path(trainer.log_dir or "", "explanations", "verdict.txt").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     assert "16 probe images over 3 snapshots" in text
     tensor = events(trainer).Tensors("explain_verdict/text_summary")[-1]
