@@ -8,15 +8,30 @@ attention matrices.
 from vit_explain_callback.explainer import explain, explain_targets
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.lightning.callback import ViTExplainCallback
-from vit_explain_callback.methods.flow import AttentionFlow, attention_flow
-from vit_explain_callback.methods.grad_rollout import GradRollout, gradient_rollout
-from vit_explain_callback.methods.rollout import Rollout, attention_rollout
+from vit_explain_callback.methods import (
+    Attention,
+    AttentionFlow,
+    Chefer,
+    GradAttention,
+    GradRollout,
+    GradSAM,
+    LeGrad,
+    Rollout,
+    attention_flow,
+    attention_rollout,
+    gradient_rollout,
+)
 from vit_explain_callback.metrics.metric import MapDrift
 
 __all__ = [
+    "Attention",
     "AttentionFlow",
+    "Chefer",
     "Explanation",
+    "GradAttention",
     "GradRollout",
+    "GradSAM",
+    "LeGrad",
     "MapDrift",
     "Rollout",
     "ViTExplainCallback",

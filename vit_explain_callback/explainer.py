@@ -33,13 +33,14 @@ def explain(
     batch_size: int | None = None,
     *,
     block_statistics: bool = False,
+    query: tuple[int, int] | None = None,
     vit: str | None = None,
     forward: LogitsOf | None = None,
     prefix_tokens: int | None = None,
     grid_size: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Explanation:
-    """Explain the predictions of a Vision Transformer with attention rollout and gradient rollout.
+    """Explain the predictions of a Vision Transformer: which patches they draw on, by one method or several.
 
     The model runs in evaluation mode and outside autocast, with its own attention kernel, and is left as it was found:
     training flags, gradients, buffers and random streams included.
@@ -47,11 +48,13 @@ def explain(
     Args:
         model: A ViT, or any module that holds exactly one and returns logits for a batch of images.
         images: (B, C, H, W), normalised as the model expects. Moved to the model's device and dtype.
-        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout`,
-            `GradRollout` and `AttentionFlow` objects.
+        methods: Names (`"rollout"`, `"grad_rollout_max_0.9"`, `"chefer"`, `"attention_block12_head3"`, …) or objects
+            (`Rollout()`, `Chefer()`, …).
         target: Class to explain: None for the predicted one, one index for all images, or (B,) integer indices.
         batch_size: Images per pass; None takes all at once. It changes memory, not results.
         block_statistics: Whether to measure what each block attends to; see `BlockStatistics`.
+        query: Patch as (row, column), counted from 0, to start from instead of what the classifier reads: what that
+            patch attends to. For methods that depend on no class.
         vit: Attribute path of the ViT inside `model`, needed where it holds several.
         forward: How to get logits (B, C) from `model` and images, if not by `model(images)`.
         prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
@@ -84,7 +87,7 @@ def explain(
         grid_size=grid_size,
         class_names=class_names,
     )
-    return explainer(images, target, batch_size, block_statistics)
+    return explainer(images, target, batch_size, block_statistics, query)
 
 
 def explain_targets(
@@ -174,6 +177,7 @@ class Explainer:
         target: int | Tensor | None = None,
         batch_size: int | None = None,
         block_statistics: bool = False,
+        query: tuple[int, int] | None = None,
     ) -> Explanation:
         """Explain a batch, in parts of `batch_size` images; in smaller ones where memory does not suffice.
 
@@ -181,7 +185,7 @@ class Explainer:
             TypeError: If images, target or the model's output are of the wrong type.
             ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
         """
-        return self.for_targets(images, [target], batch_size, block_statistics)[0]
+        return self.for_targets(images, [target], batch_size, block_statistics, query)[0]
 
     def for_targets(
         self,
@@ -189,6 +193,7 @@ class Explainer:
         targets: Sequence[int | Tensor | None],
         batch_size: int | None = None,
         block_statistics: bool = False,
+        query: tuple[int, int] | None = None,
     ) -> list[Explanation]:
         """Explain a batch for several targets: one forward pass, and one backward pass for each target.
 
@@ -205,7 +210,7 @@ class Explainer:
 
         def work(part: slice, copied: Tensor) -> list[Explanation]:
             own = [None if target is None else target[part] for target in wanted]
-            return explain_batch(self._subject, copied, self.methods, own, block_statistics)
+            return explain_batch(self._subject, copied, self.methods, own, block_statistics, query)
 
         parts = self._in_parts(images, batch_size, work)
         mean_std, names = normalisation(self._subject.vit), self.class_names

@@ -94,12 +94,12 @@ class LastBlocks(Method):
 
     @property
     def fusion(self) -> Fusion:
-        return Fusion("mean", weighted=self.of_class)
+        return Fusion(of="weighted", positive="after") if self.of_class else Fusion()
 
     def layers(self, blocks: int) -> range:
         return range(blocks - self.count + 1, blocks + 1)
 
-    def start(self, readout: Tensor) -> Tensor:
+    def start(self, readout: Tensor, pool: Tensor | None) -> Tensor:
         return torch.zeros_like(readout)
 
     def step(self, relevance: Tensor, block: Block) -> Tensor:

@@ -1,0 +1,154 @@
+"""LeGrad against float64 gradients of each block's own logit, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import oracle
+from tests.laws.test_oracle import assert_same, mixed_state_model, whole_state
+from tests.methods.agreement import relative_error
+from tests.models import FAMILIES, Family, random_images, tiny_vit
+from vit_explain_callback import Chefer, LeGrad, explain, explain_targets
+
+
+def expected_maps(family: Family, gradients: list[Tensor], first: int) -> Tensor:
+    """(B, grid_h, grid_w), entry by entry."""
+    count = len(gradients[0])
+    rows = torch.zeros(count, family.tokens, dtype=torch.float64)
+    for gradient in gradients[first - 1 :]:
+        _, heads, queries, keys = gradient.shape
+        for image in range(count):
+            for head in range(heads):
+                for query in range(queries):
+                    row = gradient[image, head, query]
+                    rows[image, family.tokens - keys :] += torch.where(row > 0, row, 0.0) / (heads * queries)
+    return rows[:, family.prefix :].reshape(count, *family.grid)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_maps_equal_the_oracle(name: str) -> None:
+    family = FAMILIES[name]
+    model, images = family.create(), random_images(2, family.image_size)
+    targets = [torch.tensor([1, 4]), torch.tensor([0, 0])]
+    methods = [LeGrad(), LeGrad(3), LeGrad(-2)]
+    single = explain_targets(model, images, targets, methods)
+    double = explain_targets(copy.deepcopy(model).double(), images, targets, methods)
+    for place, target in enumerate(targets):
+        gradients = oracle.block_gradients(model, images, target.tolist())
+        for method, first in zip(methods, (1, 3, 2), strict=True):
+            expected = expected_maps(family, gradients, first)
+            assert expected.norm() > 0
+            assert relative_error(single[place].maps[method.name], expected) < 1e-4, method.name
+            assert relative_error(double[place].maps[method.name], expected) < 1e-9, method.name
+
+
+def test_on_the_last_block_it_is_the_gradient_of_the_logit() -> None:
+    """There the tokens after the block are those that the classifier reads."""
+    model, images = tiny_vit(global_pool="avg").double(), random_images(2)
+    last = oracle.matrices(model, images, [2, 2]).gradients[-1]
+    expected = last.clamp(min=0).mean(dim=(1, 2))[:, 1:].reshape(2, 4, 4)
+    torch.testing.assert_close(explain(model, images, [LeGrad(-1)], 2).maps["legrad_from-1"], expected)
+
+
+def test_on_a_class_token_model_only_the_class_token_s_row_counts() -> None:
+    model, images = tiny_vit(), random_images(1)
+    for gradient in oracle.block_gradients(model, images, [0]):
+        assert gradient[:, :, 0].abs().sum() > 0
+        assert gradient[:, :, 1:].abs().sum() == 0
+
+
+def test_others_beside_it_are_the_same_and_it_takes_one_forward_pass_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = tiny_vit(), random_images(3)
+    seen: list[int] = []
+    model.register_forward_hook(lambda _module, args, _output: seen.append(len(args[0])))
+    together = explain(model, images, ["legrad", "chefer", "rollout"], batch_size=2)
+    assert seen == [2, 6, 1, 3]  # the images, and the images once for each of three blocks
+    seen.clear()
+    for name in ("chefer", "rollout"):
+        assert explain(model, images, [name], batch_size=2).maps[name].equal(together.maps[name])
+    assert len(seen) == 4
+
+
+def test_frozen_and_checkpointed_models_and_no_grad_give_the_same_maps() -> None:
+    model, images = tiny_vit().double(), random_images(2)
+    plain = explain(model, images, ["legrad"], 1).maps["legrad"]
+    model.requires_grad_(False)
+    torch.testing.assert_close(explain(model, images, ["legrad"], 1).maps["legrad"], plain, rtol=1e-12, atol=0)
+    model.set_grad_checkpointing(True)
+    torch.testing.assert_close(explain(model, images, ["legrad"], 1).maps["legrad"], plain, rtol=1e-12, atol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(explain(model, images, ["legrad"], 1).maps["legrad"], plain, rtol=1e-12, atol=0)
+
+
+class Probe(nn.Module):
+    """A frozen backbone under `no_grad`, and a head that also looks at the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = tiny_vit(num_classes=0)
+        self.head = nn.Linear(48 + 3, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.backbone(images)
+        return self.head(torch.cat([features, images.mean(dim=(2, 3))], dim=1))
+
+
+def test_a_head_on_a_frozen_backbone_that_also_sees_the_images() -> None:
+    model, images = Probe().double().eval(), random_images(2)
+    maps = explain(model, images, ["legrad"], 1).maps["legrad"]
+
+    class Whole(nn.Module):
+        """The same without `no_grad`, in timm's parts: `blocks`, `norm` and `forward_head`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = model.backbone, model.head
+            self.blocks, self.norm = model.backbone.blocks, model.backbone.norm
+
+        def forward(self, given: Tensor) -> Any:
+            return self.backbone(given)
+
+        def forward_head(self, tokens: Tensor) -> Tensor:
+            features = self.backbone.forward_head(tokens)
+            return self.head(torch.cat([features, images.double().mean(dim=(2, 3))], dim=1))
+
+    expected = expected_maps(FAMILIES["vit"], oracle.block_gradients(Whole(), images, [1, 1]), 1)
+    torch.testing.assert_close(maps, expected)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_it_leaves_the_model_and_the_world_as_they_were(fails: bool) -> None:
+    model = mixed_state_model()
+    before = whole_state(model)
+    if fails:
+
+        def fail_behind_the_blocks(_module: nn.Module, args: tuple[Tensor]) -> None:
+            torch.rand(3)
+            if len(args[0]) > 2:  # in the pass of all blocks' tokens
+                raise ZeroDivisionError
+
+        handle = model.head.register_forward_pre_hook(fail_behind_the_blocks)
+        before = whole_state(model)
+        with pytest.raises(ZeroDivisionError):
+            explain(model, random_images(2), ["legrad"])
+        assert_same(before, whole_state(model))
+        handle.remove()
+    else:
+        explain(model, random_images(2), ["legrad", Chefer()], batch_size=1)
+        assert_same(before, whole_state(model))
+
+
+def test_blocks_that_are_no_modules_are_refused() -> None:
+    vit_pytorch = pytest.importorskip("vit_pytorch")
+    model = vit_pytorch.ViT(
+        image_size=32, patch_size=8, num_classes=5, dim=48, depth=3, heads=3, mlp_dim=96, dim_head=16
+    ).eval()
+    assert "chefer" in explain(model, random_images(1), ["chefer"]).maps
+    with pytest.raises(ValueError, match=r"one after another.*Leave out the methods that need it, such as LeGrad"):
+        explain(model, random_images(1), ["legrad"])
