@@ -44,7 +44,7 @@ def explain_batch(
     known = subject.known_layout(images.shape[1:])
     logits, stack = _forward(subject, images, methods)
     targets = _targets(logits.detach(), wanted)
-    gradients = _gradients(logits, stack, targets, methods)
+    gradients = _gradients(logits, stack, targets)
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
     logits, images = logits.detach(), images.detach()
     layout = subject.layout(stack, images)
@@ -63,7 +63,6 @@ def explain_batch(
     blocks = Blocks(stack, gradients, own_logits)
     del stack, gradients, own_logits  # the iterator lets go of each block once nobody else holds it
     found = _maps(methods, blocks, layout, meter)
-    found += found[:1] * (len(targets) - len(found))
     statistics = None if meter is None else meter.result()
     return [Explanation(maps, logits, target, statistics) for maps, target in zip(found, targets, strict=True)]
 
@@ -93,17 +92,10 @@ def _targets(logits: Tensor, wanted: Sequence[Tensor | None]) -> list[Tensor]:
     return targets
 
 
-def _gradients(
-    logits: Tensor, stack: Stack, targets: Sequence[Tensor], methods: Sequence[Method]
-) -> list[list[Tensor | None]]:
-    """∂y_c/∂O of each block and then of the pool for each target, None where there is no graph from it to y_c.
-
-    For the first target alone if no method depends on the target.
-    """
+def _gradients(logits: Tensor, stack: Stack, targets: Sequence[Tensor]) -> list[list[Tensor | None]]:
+    """∂y_c/∂O of each block and then of the pool for each target, None where there is no graph from it to y_c."""
     outputs = [call.output for call in _with_pool(stack)]
     attached = [index for index, output in enumerate(outputs) if output.requires_grad]
-    if not any(method.needs_target for method in methods):
-        targets = targets[:1]
     gradients: list[list[Tensor | None]] = [[None] * len(outputs) for _ in targets]
     if not logits.requires_grad or not attached:
         return gradients
@@ -141,7 +133,7 @@ def _read_by(query: tuple[int, int], layout: TokenLayout) -> TokenLayout:
 def _maps(
     methods: Sequence[Method], blocks: Blocks, layout: TokenLayout, meter: BlockMeter | None
 ) -> list[dict[str, Tensor]]:
-    """Maps (B, grid_h, grid_w) by name for each target that there are gradients of."""
+    """Maps (B, grid_h, grid_w) by name for each target."""
     with torch.no_grad():
         folded = fold(methods, blocks, layout, meter)
     return [{method.name: layout.to_grid(row) for method, row in rows.items()} for rows in folded]

@@ -302,7 +302,7 @@ def test_wrong_images_are_refused(images: Tensor, error: type[Exception], messag
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"methods": ["rolout"]}, ValueError, "`methods` to name `rollout`, `grad_rollout` or `flow`"),
+        ({"methods": ["rolout"]}, ValueError, "`methods` to name `rollout`, `grad_rollout`, `flow`, .* or `legrad`"),
         ({"methods": []}, ValueError, "at least one method"),
         ({"methods": ["rollout", Rollout()]}, ValueError, "each only once"),
         ({"methods": [3]}, TypeError, "got 3"),

@@ -45,4 +45,10 @@ def start_row(family: Family, attentions: list[Tensor]) -> Tensor:
     if family.readout != "pool":
         return family.start_row()
     pool = sum(attentions[-1], torch.zeros_like(attentions[-1][0])) / len(attentions[-1])
-    return pool.mean(dim=0)
+    return of_pool(family, pool)
+
+
+def of_pool(family: Family, matrix: Tensor) -> Tensor:
+    """The mean row of a pool's matrix (Q, M) as (N,): a pool may read the patches alone."""
+    row = matrix.mean(dim=0)
+    return torch.cat([row.new_zeros(family.tokens - len(row)), row])

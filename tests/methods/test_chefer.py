@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.methods.agreement import assert_maps_equal
+from tests.methods.agreement import assert_maps_equal, of_pool
 from tests.models import FAMILIES, Family, random_images, tiny_vit
 from vit_explain_callback import Chefer, explain
 from vit_explain_callback.methods import Method
@@ -20,7 +20,7 @@ def relevance(family: Family, attentions: list[Tensor], gradients: list[Tensor],
     for layer in range(method.layers(blocks)[0] - 1, blocks):
         whole = whole + oracle.positive_product(attentions[layer], gradients[layer]) @ whole
     if family.readout == "pool":
-        return oracle.positive_product(attentions[-1], gradients[-1]).mean(dim=0) @ whole
+        return of_pool(family, oracle.positive_product(attentions[-1], gradients[-1])) @ whole
     return family.start_row() @ whole
 
 

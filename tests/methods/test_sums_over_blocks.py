@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.methods.agreement import assert_maps_equal, start_row
+from tests.methods.agreement import assert_maps_equal, of_pool, start_row
 from tests.models import FAMILIES, Family, random_images, tiny_vit
 from vit_explain_callback import GradAttention, GradSAM, explain
 from vit_explain_callback.methods import Method
@@ -24,7 +24,7 @@ def summed(family: Family, attentions: list[Tensor], gradients: list[Tensor], me
             for token, weight in enumerate(read):
                 total = total + weight * matrix[token]
     if family.readout == "pool":
-        total = total + product(attentions[-1], gradients[-1]).mean(dim=0)
+        total = total + of_pool(family, product(attentions[-1], gradients[-1]))
     return total
 
 
