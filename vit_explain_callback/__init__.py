@@ -1,43 +1,90 @@
 """Explanation drift of Vision Transformers, tracked while they are fine-tuned.
 
-`ViTExplainCallback` goes into a Lightning `Trainer`; `explain` gives the same maps without one, `explain_targets` for
-several classes at once; `attention_rollout`, `gradient_rollout` and `attention_flow` are the mathematics on explicit
-attention matrices.
+`ViTExplainCallback` goes into a Lightning `Trainer`; `ExplanationTracker` does the same in any other loop, and
+`load_run` reads what either saved. `explain` gives the maps of one batch, `explain_targets` for several classes at
+once; `attention_rollout`, `gradient_rollout` and `attention_flow` are the mathematics on explicit attention matrices.
 """
 
-from vit_explain_callback.explainer import explain, explain_targets
-from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.lightning.callback import ViTExplainCallback
-from vit_explain_callback.methods import (
-    Attention,
-    AttentionFlow,
-    Chefer,
-    GradAttention,
-    GradRollout,
-    GradSAM,
-    LeGrad,
-    Rollout,
-    attention_flow,
-    attention_rollout,
-    gradient_rollout,
-)
-from vit_explain_callback.metrics.metric import MapDrift
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vit_explain_callback.explainer import Explainer, explain, explain_targets
+    from vit_explain_callback.explanation import Explanation
+    from vit_explain_callback.lightning.callback import ViTExplainCallback
+    from vit_explain_callback.methods.attention import Attention
+    from vit_explain_callback.methods.chefer import Chefer
+    from vit_explain_callback.methods.flow import AttentionFlow, attention_flow
+    from vit_explain_callback.methods.grad_attention import GradAttention
+    from vit_explain_callback.methods.grad_rollout import GradRollout, gradient_rollout
+    from vit_explain_callback.methods.gradsam import GradSAM
+    from vit_explain_callback.methods.legrad import LeGrad
+    from vit_explain_callback.methods.rollout import Rollout, attention_rollout
+    from vit_explain_callback.metrics.drift import MapDrift
+    from vit_explain_callback.tracking.probe import Probe
+    from vit_explain_callback.tracking.run import Run, load_run
+    from vit_explain_callback.tracking.tracker import ExplanationTracker
+    from vit_explain_callback.tracking.writers import Writer
+
+# Loaded at their first use: not everyone needs Lightning, and `vit-explain --help` needs nothing.
+_HOME = {
+    "Attention": "methods.attention",
+    "AttentionFlow": "methods.flow",
+    "Chefer": "methods.chefer",
+    "Explainer": "explainer",
+    "Explanation": "explanation",
+    "ExplanationTracker": "tracking.tracker",
+    "GradAttention": "methods.grad_attention",
+    "GradRollout": "methods.grad_rollout",
+    "GradSAM": "methods.gradsam",
+    "LeGrad": "methods.legrad",
+    "MapDrift": "metrics.drift",
+    "Probe": "tracking.probe",
+    "Rollout": "methods.rollout",
+    "Run": "tracking.run",
+    "ViTExplainCallback": "lightning.callback",
+    "Writer": "tracking.writers",
+    "attention_flow": "methods.flow",
+    "attention_rollout": "methods.rollout",
+    "explain": "explainer",
+    "explain_targets": "explainer",
+    "gradient_rollout": "methods.grad_rollout",
+    "load_run": "tracking.run",
+}
 
 __all__ = [
     "Attention",
     "AttentionFlow",
     "Chefer",
+    "Explainer",
     "Explanation",
+    "ExplanationTracker",
     "GradAttention",
     "GradRollout",
     "GradSAM",
     "LeGrad",
     "MapDrift",
+    "Probe",
     "Rollout",
+    "Run",
     "ViTExplainCallback",
+    "Writer",
     "attention_flow",
     "attention_rollout",
     "explain",
     "explain_targets",
     "gradient_rollout",
+    "load_run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -41,20 +41,19 @@ def explain_batch(
         ValueError: If a target, the query or an option is out of range, or if the model's attention cannot be rolled
             out.
     """
-    known = subject.known_layout(images.shape[1:])
-    logits, stack = _forward(subject, images, methods)
+    logits, stack, fed = _forward(subject, images, methods)
     targets = _targets(logits.detach(), wanted)
     gradients = _gradients(logits, stack, targets)
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
-    logits, images = logits.detach(), images.detach()
-    layout = subject.layout(stack, images)
-    if layout is not known and layout.readout is not None and stack.pool is not None:
+    logits = logits.detach()
+    layout = subject.layout(stack, fed)
+    if layout.observed and layout.readout is not None and stack.pool is not None:
         stack = replace(stack, pool=None)  # no logit depends on it
         gradients = [of_target[:-1] for of_target in gradients]
     _check_tokens(stack, layout)
     if _weighted(methods):
         _check_reached(stack, gradients[0])
-    meter = _meter(stack, layout, images) if block_statistics else None
+    meter = _meter(stack, layout, fed) if block_statistics else None
     own_logits = _block_logits(subject, stack, images, targets, methods)
     if query is not None:
         check_query(query, methods, layout.grid)
@@ -67,17 +66,19 @@ def explain_batch(
     return [Explanation(maps, logits, target, statistics) for maps, target in zip(found, targets, strict=True)]
 
 
-def _forward(subject: Subject, images: Tensor, methods: Sequence[Method]) -> tuple[Tensor, Stack]:
-    """Logits (B, C), in the autograd graph if a method asks for their gradient, and the attention of the blocks."""
-    with torch.set_grad_enabled(_weighted(methods)):
-        # The input carries the graph through a frozen backbone; the parameters' flags are left alone.
-        images = images.detach().requires_grad_(_weighted(methods))
-        with AttentionRecorder(subject.vit, through_no_grad=_weighted(methods)) as recorder:
-            logits = subject.logits(images)
+def _forward(subject: Subject, images: Tensor, methods: Sequence[Method]) -> tuple[Tensor, Stack, Tensor]:
+    """Logits (B, C), in the autograd graph if a method asks for it, the blocks, and the images that the ViT was fed."""
+    weighted = _weighted(methods)
+    with (
+        torch.set_grad_enabled(weighted),
+        AttentionRecorder(subject.vit, weighted, subject.twin.state) as recorder,
+        subject.fed(weighted) as fed,
+    ):
+        logits = subject.logits(images)
     stack = find_stack(subject.vit, recorder, len(images))
     check_layers(methods, len(stack.calls))
     check_heads(methods, [call.shape[1] for call in stack.calls])
-    return logits, stack
+    return logits, stack, fed[0] if fed else images
 
 
 def _weighted(methods: Sequence[Method]) -> bool:
@@ -86,7 +87,8 @@ def _weighted(methods: Sequence[Method]) -> bool:
 
 def _targets(logits: Tensor, wanted: Sequence[Tensor | None]) -> list[Tensor]:
     predicted = logits.argmax(dim=1)
-    targets = [predicted if target is None else target.to(logits.device) for target in wanted]
+    # Copies: what the user made in inference mode could not be saved for a backward pass.
+    targets = [predicted if target is None else target.to(logits.device, copy=True) for target in wanted]
     for target in targets:
         check_target(target, logits.shape[1])
     return targets

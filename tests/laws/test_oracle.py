@@ -141,7 +141,13 @@ def test_targets() -> None:
 def test_one_forward_and_one_backward_serve_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = tiny_vit(), random_images(2)
     passes: list[str] = []
-    model.register_forward_hook(lambda *_: passes.append("forward"))
+    forward = type(model).forward
+
+    def counted_forward(*given: Any) -> Any:
+        passes.append("forward")
+        return forward(*given)
+
+    monkeypatch.setattr(type(model), "forward", counted_forward)
     backward = torch.autograd.grad
 
     def counted(*args: Any, **rest: Any) -> Any:
@@ -360,3 +366,11 @@ def test_blocks_that_no_method_looks_at_are_not_computed(monkeypatch: pytest.Mon
     monkeypatch.setattr(fold, "_fused", counted)
     explain(tiny_vit(), random_images(1), ["rollout_from3", "rollout_max_from2"])
     assert seen == [2, 1]  # of three blocks
+
+
+def test_targets_made_in_inference_mode_can_be_explained() -> None:
+    model, images = tiny_vit(), random_images(2)
+    plain = explain(model, images, target=torch.tensor([1, 2]))
+    with torch.inference_mode():
+        found = explain(model, images.clone(), target=torch.tensor([1, 2]))
+    assert found.maps["grad_rollout"].equal(plain.maps["grad_rollout"])

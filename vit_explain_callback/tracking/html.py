@@ -5,14 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
-from vit_explain_callback.tracking.report import Report
-from vit_explain_callback.tracking.snapshot import History, Snapshot
-from vit_explain_callback.tracking.summary import verdict
+from vit_explain_callback.tracking.pictures import animations
+from vit_explain_callback.tracking.run import load_run
 from vit_explain_callback.visualization.curves import Curves, block_figure, drift_figure, line_figure
-from vit_explain_callback.visualization.overlay import png
+from vit_explain_callback.visualization.encode import png
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #202020; }
@@ -24,47 +22,21 @@ td:first-child, th:first-child { text-align: left; } tr:nth-child(even) { backgr
 """
 
 
-def load_run(run: Path) -> tuple[Report, Iterator[tuple[History, dict[str, float]]]]:
-    """What a run saved: the report on its probe images, and its history and scalars after each snapshot.
-
-    Args:
-        run: The run's folder, or the folder `explanations` in it.
-
-    Raises:
-        FileNotFoundError: If nothing was saved there.
-    """
-    folder = run / "explanations" if (run / "explanations").is_dir() else run
-    paths = sorted(folder.glob("step_*.safetensors"))
-    if not paths or not (folder / "probe.safetensors").is_file():
-        raise FileNotFoundError(
-            f"There are no explanations in {run}: expected step_*.safetensors and probe.safetensors, as "
-            "`ViTExplainCallback(save_maps=True)` writes them to the run's folder."
-        )
-    report = Report.load(folder / "probe.safetensors")
-
-    def snapshots() -> Iterator[tuple[History, dict[str, float]]]:
-        history = History()
-        for path in paths:
-            history.add(Snapshot.load(path))
-            yield history, report.scalars(history)
-
-    return report, snapshots()
-
-
 def page(run: Path) -> str:
     """The HTML page of a run.
 
     Raises:
         FileNotFoundError: If nothing was saved there.
     """
-    report, snapshots = load_run(run)
+    found = load_run(run)
+    probe, history = found.probe, found.history
     curves: dict[str, list[tuple[int, float]]] = {}
-    for history, scalars in snapshots:
-        for tag, value in scalars.items():
-            curves.setdefault(tag, []).append((history.now.step, value))
+    for row in found.scalars:
+        for tag, value in row.items():
+            curves.setdefault(tag, []).append((int(row["step"]), value))
+    del curves["step"]
     parts = [f"<h1>Explanation drift: {html.escape(run.resolve().name)}</h1>"]
-    text = verdict(history, report.labels, report.regions, report.class_names)
-    parts.append(f"<pre>{html.escape(text)}</pre>")
+    parts.append(f"<pre>{html.escape(found.summary)}</pre>")
     parts += ["<h2>Predictions and faithfulness</h2>", _picture(_summary(curves, list(history.now.maps)), "curves")]
     if "drift_blocks/spearman/block_01" in curves:
         panels = {
@@ -74,21 +46,21 @@ def page(run: Path) -> str:
             "share on sinks": "attention/sink_share",
         }
         parts += ["<h2>Blocks</h2>", _picture(block_figure(curves, panels), "values by block and step")]
-    figures = dict(report.figures(history))
-    animations = dict(report.animations(history))
+    pictures = found.pictures
+    moving_pictures = dict(animations(history, probe))
     for method in history.now.maps:
         parts += [f"<h2>{html.escape(method)}</h2>", _picture(drift_figure(curves, method), "drift by step")]
-        if report.regions:
+        if probe.regions:
             panels_of = {
-                statistic.replace("_", " "): {name: f"region/{name}/{method}/{statistic}" for name in report.regions}
+                statistic.replace("_", " "): {name: f"region/{name}/{method}/{statistic}" for name in probe.regions}
                 for statistic in ("lift", "pointing_game", "auroc")
             }
             parts.append(_picture(line_figure(curves, panels_of), "regions by step"))
-        parts.append(_picture(png(figures[f"explain_filmstrip/{method}"]), "filmstrip"))
+        parts.append(_picture(png(pictures[f"explain_filmstrip/{method}"]), "filmstrip"))
         for kind in ("overlay", "diff"):
-            tags = [tag for tag in figures if tag.startswith(f"explain_{kind}/{method}/")]
-            parts.append(f'<div class="row">{"".join(_picture(png(figures[tag]), tag) for tag in tags)}</div>')
-        moving = [gif for tag, gif in animations.items() if tag.startswith(f"explain_gif/{method}/")]
+            tags = [tag for tag in pictures if tag.startswith(f"explain_{kind}/{method}/")]
+            parts.append(f'<div class="row">{"".join(_picture(png(pictures[tag]), tag) for tag in tags)}</div>')
+        moving = [gif for tag, gif in moving_pictures.items() if tag.startswith(f"explain_gif/{method}/")]
         parts.append(f'<div class="row">{"".join(_picture(gif, "animation", "gif") for gif in moving)}</div>')
     parts += ["<h2>Every scalar</h2>", _table(curves)]
     return (
