@@ -47,9 +47,8 @@ def explain_batch(
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
     logits = logits.detach()
     layout = subject.layout(stack, fed)
-    if layout.observed and layout.readout is not None and stack.pool is not None:
-        stack = replace(stack, pool=None)  # no logit depends on it
-        gradients = [of_target[:-1] for of_target in gradients]
+    if layout.observed and layout.readout is not None:
+        stack, gradients = _without_pool(stack, gradients)  # no logit depends on one
     _check_tokens(stack, layout)
     if _weighted(methods):
         _check_reached(stack, gradients[0])
@@ -58,7 +57,7 @@ def explain_batch(
     if query is not None:
         check_query(query, methods, layout.grid)
         layout = _read_by(query, layout)
-        stack, gradients = replace(stack, pool=None), [of_target[: len(stack.calls)] for of_target in gradients]
+        stack, gradients = _without_pool(stack, gradients)
     blocks = Blocks(stack, gradients, own_logits)
     del stack, gradients, own_logits  # the iterator lets go of each block once nobody else holds it
     found = _maps(methods, blocks, layout, meter)
@@ -126,6 +125,10 @@ def _block_logits(
     return block_logits(subject, stack, images, targets, layers) if layers else {}
 
 
+def _without_pool(stack: Stack, gradients: list[list[Tensor | None]]) -> tuple[Stack, list[list[Tensor | None]]]:
+    return replace(stack, pool=None), [of_target[: len(stack.calls)] for of_target in gradients]
+
+
 def _read_by(query: tuple[int, int], layout: TokenLayout) -> TokenLayout:
     """The layout of a model whose classifier reads one patch."""
     place = layout.first_patch + query[0] * layout.grid[1] + query[1]
@@ -175,5 +178,5 @@ def _check_reached(stack: Stack, gradients: Sequence[Tensor | None]) -> None:
             raise ValueError(
                 f"Expected gradients to reach `{call.module}`, but its output is cut off from the logits. Take "
                 "`detach()` out of the model's forward (freeze parameters with `requires_grad` instead), or leave out "
-                "gradient rollout."
+                "the methods that depend on the class."
             )

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from tests import oracle
 from tests.laws.test_oracle import assert_same, mixed_state_model, whole_state
 from tests.methods.agreement import relative_error
-from tests.models import FAMILIES, Family, random_images, tiny_vit
+from tests.models import FAMILIES, Family, random_images, randomised, tiny_vit
+from tests.vit.test_beyond_timm import Plain, hugging_face
 from vit_explain_callback import Chefer, LeGrad, explain, explain_targets
 
 
@@ -54,6 +55,46 @@ def test_on_the_last_block_it_is_the_gradient_of_the_logit() -> None:
     last = oracle.matrices(model, images, [2, 2]).gradients[-1]
     expected = last.clamp(min=0).mean(dim=(1, 2))[:, 1:].reshape(2, 4, 4)
     torch.testing.assert_close(explain(model, images, [LeGrad(-1)], 2).maps["legrad_from-1"], expected)
+
+
+class Logits(nn.Module):
+    """A model that gives its logits and nothing else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.model(images)
+        return getattr(output, "logits", output)
+
+
+def cut_off(model: nn.Module, count: int) -> nn.Module:
+    """The model with the first `count` of its three blocks alone."""
+    short = copy.deepcopy(model)
+    for module in list(short.modules()):
+        for name, blocks in module.named_children():
+            if isinstance(blocks, nn.ModuleList) and len(blocks) == 3:
+                setattr(module, name, blocks[:count])
+    return Logits(short)
+
+
+@pytest.mark.parametrize("name", ["ViT", "Dinov2", "Siglip", "DINOv3ViT", "first", "mean"])
+def test_of_other_models_it_is_the_gradient_of_the_model_cut_off_after_each_block(name: str) -> None:
+    plain = name in ("first", "mean")
+    model = randomised(Plain(name), seed=0) if plain else hugging_face(name, "sdpa")
+    grid = (4, 6) if plain else (4, 4)
+    model, images = model.double().eval(), random_images(2, (8 * grid[0], 8 * grid[1]))
+    found = explain(model, images, [LeGrad(start) for start in (1, 2, 3)], 1).maps
+    gradients = [oracle.matrices(cut_off(model, count), images, [1, 1]).gradients[-1] for count in (1, 2, 3)]
+    rows = [g.clamp(min=0).mean(dim=(1, 2))[:, -grid[0] * grid[1] :].reshape(2, *grid) for g in gradients]
+    for start, maps in enumerate(found.values()):
+        torch.testing.assert_close(maps, torch.stack(rows[start:]).sum(dim=0))
+
+
+def test_blocks_with_tokens_before_images_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"tokens of shape \(2, 25, D\) from .*, but got \(25, 2, 48\). Leave out"):
+        explain(randomised(Plain(batch_first=False), seed=0).eval(), random_images(2, (32, 48)), ["legrad"])
 
 
 def test_on_a_class_token_model_only_the_class_token_s_row_counts() -> None:
