@@ -11,16 +11,18 @@ import torch
 
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.photograph import Photograph
+from vit_explain_callback.cli.results import ResultFolder, result_name
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.fused_method import FusedMethod
-from vit_explain_callback.visualization.encode import animation
-from vit_explain_callback.visualization.grid import Cell, figure, png
-from vit_explain_callback.visualization.overlay import colour_bar, colour_limit, with_strip
+from vit_explain_callback.visualization.captions import class_caption, range_caption
+from vit_explain_callback.visualization.encode import animation, png, rendered
+from vit_explain_callback.visualization.grid import Cell, figure
+from vit_explain_callback.visualization.overlay import colour_limit
+from vit_explain_callback.visualization.text import colour_bar, with_strip
 
 _SWEEP = [*(step / 10 for step in range(10)), 0.95]
-_COLUMN = 2.0  # inches
 
 
 def compare(
@@ -42,7 +44,7 @@ def compare(
         The files.
 
     Raises:
-        OSError: If the photograph cannot be read.
+        OSError: If the photograph cannot be read, or a result not be written.
         ValueError: If the model cannot be explained or has no classifier, or a method has no such options.
     """
     photograph, image = Photograph.read(path, classifier.view)
@@ -54,10 +56,13 @@ def compare(
         logits = explainer.logits(images)[0]
         classes = logits.topk(min(2, len(logits))).indices.tolist()
     found = [explanation.cpu() for explanation in explainer.for_targets(images, list(classes))]
-    output.mkdir(parents=True, exist_ok=True)
-    files = [output / f"{path.stem}.compare.png", output / f"{path.stem}.sweep.gif"]
-    files[0].write_bytes(_figure(classifier, fused, photograph, found))
-    files[1].write_bytes(_sweep(classifier, sweep, photograph, found))
+    name = result_name(Path(path.stem))
+    folder = ResultFolder(output, [path])
+    files = [
+        folder.write(f"{name}.compare.png", _figure(classifier, fused, photograph, found)),
+        folder.write(f"{name}.sweep.gif", _sweep(classifier, sweep, photograph, found)),
+    ]
+    folder.write_index({})
     return files
 
 
@@ -79,14 +84,14 @@ def _figure(
             # What is compared along a row has one scale: the classes of a method.
             limit = colour_limit(torch.cat([each.maps[method.name] for each in _of_kind(method, found)]))
             relevance = explanation.maps[method.name][0]
-            row.append(Cell(photograph.overlay(relevance, limit), f"0 to {limit:.1f} × uniform"))
+            row.append(Cell(photograph.overlay(relevance, limit), range_caption(limit)))
         rows.append(row)
     headings = [
         f"{of_kind.kind}\n{_target(classifier, explanation) if of_kind.needs_target else 'any class'}"
         for of_kind, explanation in columns
     ]
     labels = [variant.replace(", ", "\n") for variant in variants]
-    return png(figure(rows, headings, labels, scale="the limit under each map", width=_COLUMN))
+    return png(rendered(figure(rows, headings, labels, scale="the limit under each map")))
 
 
 def _sweep(
@@ -124,8 +129,7 @@ def _of_kind(method: Method, found: Sequence[Explanation]) -> Sequence[Explanati
 
 
 def _target(classifier: Classifier, explanation: Explanation) -> str:
-    target = int(explanation.target[0])
-    return f"{classifier.class_name(target)} · p={explanation.probabilities[0, target].item():.2f}"
+    return class_caption(int(explanation.target[0]), explanation.probabilities[0], classifier.class_names)
 
 
 def _options(method: FusedMethod) -> str:
