@@ -20,6 +20,7 @@ from vit_explain_callback import ViTExplainCallback
 
 PATCH, BLOCKS = 8, 3
 METHODS = ("rollout", "grad_rollout")
+FAILED = re.compile("failed|cannot (write|conclude)")
 
 
 @dataclass
@@ -82,7 +83,7 @@ def reference(situation: Situation, state: dict[str, Tensor] | None = None) -> n
 
 
 def check_said(situation: Situation, found: Run) -> None:
-    assert [text for text in found.said if "failed" in text or "cannot" in text] == []
+    assert [text for text in found.said if FAILED.search(text)] == []
     if situation.says is not None:
         assert len([text for text in found.said if re.search(situation.says, text)]) == 1, found.said
 
