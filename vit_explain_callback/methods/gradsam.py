@@ -22,7 +22,8 @@ class GradSAM(Method):
     are averaged. As nothing is normalised or multiplied from block to block, a gradient that is k times as large gives
     a map that is k times as large, and no other.
 
-    Grad-SAM (Barkan et al. 2021, arXiv:2204.11073) is the same for text, but averages over the rows of all tokens.
+    After Grad-SAM (Barkan et al. 2021, arXiv:2204.11073), which was made for text and sums over the attention of all
+    tokens; here it is that of the readout alone.
 
     Where an attention-pooling head does the reading, its own row of Ē is one more term of the sum, and r is its
     attention, the mean over its heads and queries.
