@@ -54,17 +54,19 @@ def look(model: nn.Module, run: Callable[[], object], vit: str | None = None) ->
         def noted(part: Any) -> Any:
             if not isinstance(part, Tensor) or part.ndim != 4:
                 return part
-            images.append((names[module], part.detach()))
+            if not recorder.calls:  # a copy, as it may be normalised in place
+                images.append((names[module], part.detach().clone()))
             # The graph begins here, as no parameter of a twin asks for a gradient.
             begins = part.is_floating_point() and not part.requires_grad
             return part.detach().requires_grad_().clone() if begins else part
 
         return tuple(map(noted, args)), {name: noted(part) for name, part in kwargs.items()}
 
+    recorder = AttentionRecorder(model, begins_graph=True)
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in names]
     handles.append(model.register_forward_hook(lambda _, args, output: called.append((args, output))))
     error: Exception | None = None
-    with torch.enable_grad(), AttentionRecorder(model, begins_graph=True) as recorder, LossWatcher() as watcher:
+    with torch.enable_grad(), recorder, LossWatcher() as watcher:
         try:
             run()
         except Exception as raised:
