@@ -63,7 +63,7 @@ class Silent:
             raise AttributeError(name)
         return self
 
-    def __call__(self, *_: Any, **__: Any) -> Any:
+    def __call__(self, *_: Any, **__: Any) -> Any:  # noqa: D102
         return self
 
     def __enter__(self) -> Any:

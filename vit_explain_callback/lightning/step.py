@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
 import tempfile
@@ -17,7 +16,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
-from vit_explain_callback.lightning.batches import images_and_labels, picked
+from vit_explain_callback.lightning.batches import cloned, images_and_labels, picked
 from vit_explain_callback.lightning.stand_in import StandIn
 from vit_explain_callback.vit.adapter import LogitsOf
 from vit_explain_callback.vit.isolation import undisturbed
@@ -205,7 +204,7 @@ def _looks(module: LightningModule, trainer: Trainer, batch: Any, vit: str | Non
         if not is_overridden(name, module):
             continue
         with evaluating(module, trainer) as twin:
-            found = look(twin.module, partial(run_step, twin.module, name, copy.copy(batch)), vit)
+            found = look(twin.module, partial(run_step, twin.module, name, cloned(batch)), vit)
         looks.append((name, found))
         if found.losses:
             break
@@ -241,11 +240,11 @@ def _seen(module: LightningModule, trainer: Trainer, batch: Any, step: StepName,
     adapter.part = _part(adapter, images, outputs.detach())
     if adapter.part is None:
         _check_rows(adapter, images, outputs.detach())
-        if not found.called and is_overridden("forward", module):
-            notice = (
-                f"`forward` gives other outputs than the loss of `{step}` is computed of; the loss's are explained. "
-                "`forward=lambda module, images: module(images)` explains the others."
-            )
+    if adapter.part != "" and not found.called and is_overridden("forward", module):
+        notice = (
+            f"`forward` gives other outputs than the loss of `{step}` is computed of; the loss's are explained. "
+            "`forward=lambda module, images: module(images)` explains the others."
+        )
     return Seen(adapter, _plain(images), None if labels is None else _plain(labels), notice)
 
 
@@ -260,8 +259,8 @@ def _check_rows(adapter: LightningAdapter, images: Tensor, outputs: Tensor) -> N
         or not torch.allclose(alone.float(), row.float(), rtol=1e-2, atol=1e-3)
     ):
         raise ValueError(
-            f"Expected the outputs of `{adapter.step}` of {type(adapter.model).__name__} for an image to depend on that "
-            f"image alone, but they depend on the rest of the batch, as those of a contrastive loss do. {_CURE}"
+            f"Expected the outputs of `{adapter.step}` of {type(adapter.model).__name__} for an image to depend on it "
+            f"alone, but they depend on the rest of the batch, as those of a contrastive loss do. {_CURE}"
         )
 
 

@@ -104,6 +104,8 @@ class ExplanationTracker:
     def observe(self, step: int) -> dict[str, float]:
         """Take a snapshot: explain, measure and write. The first one is the baseline.
 
+        A second one at the same step, of weights that were replaced since, takes the place of the one before.
+
         Args:
             step: Optimiser steps taken so far.
 
@@ -117,6 +119,8 @@ class ExplanationTracker:
         explanation = explain_together(
             self._ranks, self._model(), self._images, target, self._batch_size, self._block_statistics
         )
+        if self.history.count > 1 and self.history.now.step == step:
+            self.history.drop_latest()
         due = self._check_every and self.history.count % self._check_every == 0
         self.history.add(Snapshot(step, explanation, self._reliability(explanation) if due else None))
         values = self.scalars()
