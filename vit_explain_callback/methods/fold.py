@@ -215,7 +215,10 @@ def _matrices(
     show: Callable[[Tensor], None] | None,
     sources: Sequence[tuple[str, int]],
 ) -> Iterator[tuple[tuple[str, int], Tensor]]:
-    """A, A ⊙ ∂y/∂A or ∂s/∂A of some images and heads, (b, h, N, M), one after another; never the last with others."""
+    """Each of `sources`, A, A ⊙ ∂y/∂A or ∂s/∂A, of some images and heads, (b, h, N, M), with the source.
+
+    Attention is computed only where it is needed: ∂s/∂A, which is never asked for together with others, does without.
+    """
     attention = None
     if show is not None or any(of != "block_gradient" for of, _ in sources):
         attention = block.call.attention(images, heads)
