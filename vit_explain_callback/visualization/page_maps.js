@@ -1,0 +1,255 @@
+'use strict';
+// Maps, pictures and colours: reads what tracking/html.py stored, and draws as visualization/overlay.py does.
+
+/**
+ * What is stored for a method. Snapshots and images are counted from 0; null is a value that is not finite.
+ * @typedef {object} Method
+ * @property {[number, number]} grid  rows and columns of patches
+ * @property {number} limit  upper end of the colours, in multiples of uniform relevance
+ * @property {boolean} signed  whether its maps have negative values
+ * @property {string[]} maps  of each snapshot: base64 of a record for each image, see visualization/quantise.py
+ * @property {(number | null)[][]} drift  rank correlation with the baseline, by snapshot and image
+ * @property {Record<string, (number | null)[][]>} lift  of each region, by snapshot and image
+ */
+/**
+ * @typedef {{name: string, values: (number | null)[], low?: (number | null)[], high?: (number | null)[],
+ *   reference?: boolean}} Line
+ * @typedef {{title: string, note: string, method: string | null, range: [number, number] | null, lines: Line[]}} Chart
+ */
+/**
+ * @typedef {object} Run
+ * @property {string} name
+ * @property {number} taken  snapshots of the run, shown or not
+ * @property {number[]} steps  of the snapshots shown
+ * @property {(number | null)[][] | null} output  of a regression, by snapshot and image; null for a classifier
+ * @property {number[][]} prediction  class, by snapshot and image
+ * @property {(number | null)[][]} confidence  probability of the predicted class
+ * @property {number[]} target  class of each image that the gradients are of
+ * @property {(number | null)[][]} target_probability
+ * @property {Record<string, Method>} methods
+ * @property {Chart[]} charts
+ * @property {Record<string, (number | null)[][]>} blocks  by name: values by block and snapshot
+ * @property {Record<string, (number | null)[]>} scalars  by tag
+ */
+/**
+ * @typedef {object} Data
+ * @property {number} written  seconds since 1970
+ * @property {number} images
+ * @property {[number, number]} size  height and width of the pictures
+ * @property {string[]} pictures  JPEG in base64, of the first images at least
+ * @property {number[] | null} labels
+ * @property {Record<number, string>} classes  names
+ * @property {Record<string, string[]>} regions  a PNG of the mask for each image, in base64
+ * @property {{sequential: string, diverging: string}} colours  256 RGBA colours, in base64
+ * @property {number} saturation  of the picture under a map, from 0 (grey) to 1
+ * @property {Run[]} runs
+ */
+/** @typedef {{width: number, height: number, colour: Uint8ClampedArray, faded: Uint8ClampedArray}} Picture */
+/**
+ * A map as it is drawn: places on a colour scale from 0 to 1, row by row.
+ * @typedef {{places: Float32Array, grid: [number, number], colours: Uint8Array}} Layer
+ */
+/** @typedef {{strength: number, smooth: boolean, plain: boolean, opaque: boolean}} Look */
+
+/** @type {Data} */
+const data = JSON.parse(/** @type {HTMLElement} */ (document.getElementById('data')).textContent || '');
+
+/**
+ * The bytes from `start` on that a base64 text stands for; only the part that is needed is decoded.
+ * @param {string} text
+ * @param {number} start
+ * @param {number} count
+ */
+function bytesOf(text, start, count) {
+  const group = Math.floor(start / 3);
+  const binary = atob(text.slice(group * 4, Math.ceil((start + count) / 3) * 4));
+  const bytes = new Uint8Array(count);
+  for (let i = 0; i < count; i++) bytes[i] = binary.charCodeAt(start - group * 3 + i);
+  return bytes;
+}
+
+const sequential = bytesOf(data.colours.sequential, 0, 1024);
+const diverging = bytesOf(data.colours.diverging, 0, 1024);
+
+/**
+ * A map in multiples of uniform relevance, row by row; null where it is degenerate.
+ * @param {Method} method
+ * @param {number} snapshot
+ * @param {number} image
+ */
+function mapOf(method, snapshot, image) {
+  const patches = method.grid[0] * method.grid[1];
+  const record = bytesOf(method.maps[snapshot], image * (8 + patches), 8 + patches);
+  const [low, high] = [0, 4].map((place) => new DataView(record.buffer).getFloat32(place, true));
+  if (Number.isNaN(low)) return null;
+  const values = new Float32Array(patches);
+  for (let i = 0; i < patches; i++) values[i] = low + ((high - low) * record[8 + i]) / 255;
+  return values;
+}
+
+/**
+ * A map, or a difference of maps, on its colours; null where there is nothing to draw.
+ * @param {Float32Array | null} values  in multiples of uniform
+ * @param {Method} method
+ * @param {boolean} signed  whether 0 is in the middle of the colours
+ * @returns {Layer | null}
+ */
+function layerOf(values, method, signed) {
+  if (!values) return null;
+  const places = values.map((value) => (signed ? value / method.limit / 2 + 0.5 : value / method.limit));
+  return { places, grid: method.grid, colours: signed ? diverging : sequential };
+}
+
+/**
+ * The colour's index, from 0 to 255, at each pixel: one flat colour a patch.
+ * @param {Layer} layer
+ * @param {number} width
+ * @param {number} height
+ */
+function patchIndices({ places, grid: [rows, columns] }, width, height) {
+  const indices = new Uint8ClampedArray(width * height);
+  for (let y = 0, drawn = -1; y < height; y++) {
+    const row = Math.floor((y * rows) / height);
+    if (row === drawn) {
+      indices.copyWithin(y * width, (y - 1) * width, y * width);
+      continue;
+    }
+    drawn = row;
+    for (let x = 0; x < width; x++) {
+      indices[y * width + x] = Math.floor(places[row * columns + Math.floor((x * columns) / width)] * 256);
+    }
+  }
+  return indices;
+}
+
+/**
+ * The same, but going over from patch to patch: bilinear between their centres.
+ * @param {Layer} layer
+ * @param {number} width
+ * @param {number} height
+ */
+function smoothIndices({ places, grid: [rows, columns] }, width, height) {
+  /** @param {number} pixel @param {number} pixels @param {number} count */
+  const between = (pixel, pixels, count) => {
+    const place = Math.min(Math.max(((pixel + 0.5) * count) / pixels - 0.5, 0), count - 1);
+    const first = Math.min(Math.floor(place), Math.max(count - 2, 0));
+    return { first, second: Math.min(first + 1, count - 1), share: place - first };
+  };
+  const across = Array.from({ length: width }, (_, x) => between(x, width, columns));
+  const indices = new Uint8ClampedArray(width * height);
+  for (let y = 0; y < height; y++) {
+    const down = between(y, height, rows);
+    const [upper, lower] = [down.first * columns, down.second * columns];
+    for (let x = 0; x < width; x++) {
+      const { first, second, share } = across[x];
+      const above = places[upper + first] * (1 - share) + places[upper + second] * share;
+      const below = places[lower + first] * (1 - share) + places[lower + second] * share;
+      indices[y * width + x] = Math.floor((above * (1 - down.share) + below * down.share) * 256);
+    }
+  }
+  return indices;
+}
+
+/**
+ * Draw a picture with a layer on it: picture · (1 − a) + colour · a, a being the colour's own strength.
+ * @param {HTMLCanvasElement} canvas
+ * @param {Picture} picture
+ * @param {Layer | null} layer
+ * @param {Look} look
+ */
+function paint(canvas, picture, layer, look) {
+  const { width, height } = picture;
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext('2d', { willReadFrequently: true }));
+  const image = new ImageData(width, height);
+  const [pixels, under] = [image.data, look.plain ? picture.colour : picture.faded];
+  pixels.set(under);
+  if (layer && !look.plain) {
+    const indices = (look.smooth ? smoothIndices : patchIndices)(layer, width, height);
+    const mixed = new Float32Array(1024); // colour · a, and 1 − a
+    for (let i = 0; i < 1024; i += 4) {
+      const strength = look.opaque ? 1 : (layer.colours[i + 3] / 255) * look.strength;
+      for (let channel = 0; channel < 3; channel++) mixed[i + channel] = layer.colours[i + channel] * strength;
+      mixed[i + 3] = 1 - strength;
+    }
+    for (let i = 0, p = 0; i < indices.length; i++, p += 4) {
+      const c = indices[i] * 4;
+      pixels[p] = under[p] * mixed[c + 3] + mixed[c];
+      pixels[p + 1] = under[p + 1] * mixed[c + 3] + mixed[c + 1];
+      pixels[p + 2] = under[p + 2] * mixed[c + 3] + mixed[c + 2];
+    }
+  }
+  context.putImageData(image, 0, 0);
+}
+
+/**
+ * The RGBA pixels of an image file.
+ * @param {string} kind
+ * @param {string} text  the file in base64
+ */
+async function pixelsOf(kind, text) {
+  const image = new Image();
+  image.src = `data:image/${kind};base64,${text}`;
+  await image.decode();
+  const canvas = Object.assign(document.createElement('canvas'), { width: image.width, height: image.height });
+  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext('2d', { willReadFrequently: true }));
+  context.drawImage(image, 0, 0);
+  return context.getImageData(0, 0, image.width, image.height);
+}
+
+/**
+ * The picture of a probe image; grey where the run stored none.
+ * @param {number} image
+ * @returns {Promise<Picture>}
+ */
+async function pictureOf(image) {
+  const [height, width] = data.size;
+  if (image >= data.pictures.length) {
+    const grey = new Uint8ClampedArray(width * height * 4).fill(128).map((value, i) => (i % 4 === 3 ? 255 : value));
+    return { width, height, colour: grey, faded: grey };
+  }
+  const colour = (await pixelsOf('jpeg', data.pictures[image])).data;
+  const faded = new Uint8ClampedArray(colour);
+  for (let p = 0; p < faded.length; p += 4) {
+    // Rec. 601 luma, rounded as Pillow does.
+    const grey = (colour[p] * 19595 + colour[p + 1] * 38470 + colour[p + 2] * 7471 + 0x8000) >> 16;
+    for (let c = p; c < p + 3; c++) faded[c] = grey + data.saturation * (colour[c] - grey);
+  }
+  return { width, height, colour, faded };
+}
+
+/**
+ * Draw the outlines of an image's regions, each in its colour on a dark edge.
+ * @param {HTMLCanvasElement} canvas
+ * @param {number} image
+ */
+async function paintOutlines(canvas, image) {
+  const [height, width] = data.size;
+  Object.assign(canvas, { width, height });
+  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext('2d'));
+  const size = Math.max(width, height) / 112;
+  for (const [index, masks] of Object.values(data.regions).entries()) {
+    const mask = (await pixelsOf('png', masks[image])).data;
+    /** @param {number} x @param {number} y */
+    const inside = (x, y) => x >= 0 && y >= 0 && x < width && y < height && mask[(y * width + x) * 4] > 0;
+    const edge = [];
+    for (let y = 0; y < height; y++) {
+      for (let x = 0; x < width; x++) {
+        const within = inside(x - 1, y) && inside(x + 1, y) && inside(x, y - 1) && inside(x, y + 1);
+        if (inside(x, y) && !within) edge.push([x, y]);
+      }
+    }
+    for (const [colour, wide] of /** @type {[string, number][]} */ ([['#000', 1.8 * size], [lineColour(index), size]])) {
+      context.fillStyle = colour;
+      for (const [x, y] of edge) context.fillRect(x + 0.5 - wide / 2, y + 0.5 - wide / 2, wide, wide);
+    }
+  }
+}
+
+/**
+ * The colour of a line or a region, from the style sheet.
+ * @param {number} index
+ */
+function lineColour(index) {
+  return getComputedStyle(document.documentElement).getPropertyValue(`--line-${index % 6}`).trim();
+}
