@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import timm
 import torch
 
+from vit_explain_callback._files import write_text
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.compare import compare
 from vit_explain_callback.cli.drift import explain_series, read_images
@@ -81,15 +82,15 @@ def _drift(args: argparse.Namespace) -> None:
         device=args.device,
         check_every=args.check_every or None,
     )
-    _write_page(args.output, args.output / "report.html")
+    _write_page([args.output], args.output / "report.html")
 
 
 def _report(args: argparse.Namespace) -> None:
-    _write_page(args.run_dir, args.output or args.run_dir / "report.html")
+    _write_page(args.runs, args.output or args.runs[0] / "report.html")
 
 
-def _write_page(run: Path, file: Path) -> None:
-    file.write_text(page(run), encoding="utf-8")
+def _write_page(runs: Sequence[Path], file: Path) -> None:
+    write_text(file, page(runs))
     print(file)
 
 
@@ -230,9 +231,12 @@ def _drift_parser() -> _Parser:
 
 
 def _report_parser() -> _Parser:
-    parser = _Parser(prog="vit-explain report", description="Show a run, from the raw maps it saved.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run that holds `explanations`")
-    parser.option("output", type=Path, help="HTML file; default: report.html in RUN_DIR")
+    parser = _Parser(
+        prog="vit-explain report",
+        description="Show a run, from the raw maps it saved; several runs of the same probe images side by side.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run that holds `explanations`")
+    parser.option("output", type=Path, help="HTML file; default: report.html in the first RUN")
     parser.set_defaults(run=_report)
     return parser
 

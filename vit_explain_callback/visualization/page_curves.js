@@ -33,11 +33,13 @@ function drawn(name, attributes, ...children) {
 }
 
 /**
- * A number as one reads it: three digits, a dash for none.
+ * A number as one reads it: three significant digits or so many decimals, a dash for none.
  * @param {number | null | undefined} value
+ * @param {number} [decimals]
  */
-function shown(value) {
-  return value === null || value === undefined ? '–' : String(Number(value.toPrecision(3))).replace('-', '−');
+function shown(value, decimals) {
+  if (value === null || value === undefined) return '–';
+  return (decimals ? value.toFixed(decimals) : String(Number(value.toPrecision(3)))).replace('-', '−');
 }
 
 /**

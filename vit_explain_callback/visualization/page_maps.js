@@ -218,16 +218,18 @@ async function pictureOf(image) {
   return { width, height, colour, faded };
 }
 
+/** In the order of the lines' colours, and bright whatever the page's own are: pictures are as dark as they are. */
+const OUTLINES = ['#56b4e9', '#f08a3c', '#2fc79a', '#e3a1c8', '#f0e442', '#8fb8ff'];
+
 /**
  * Draw the outlines of an image's regions, each in its colour on a dark edge.
  * @param {HTMLCanvasElement} canvas
  * @param {number} image
  */
 async function paintOutlines(canvas, image) {
-  const [height, width] = data.size;
-  Object.assign(canvas, { width, height });
+  const { width, height } = canvas;
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext('2d'));
-  const size = Math.max(width, height) / 112;
+  const size = Math.max(width, height) / 150;
   for (const [index, masks] of Object.values(data.regions).entries()) {
     const mask = (await pixelsOf('png', masks[image])).data;
     /** @param {number} x @param {number} y */
@@ -239,17 +241,9 @@ async function paintOutlines(canvas, image) {
         if (inside(x, y) && !within) edge.push([x, y]);
       }
     }
-    for (const [colour, wide] of /** @type {[string, number][]} */ ([['#000', 1.8 * size], [lineColour(index), size]])) {
+    for (const [colour, wide] of /** @type {[string, number][]} */ ([['#000', 1.8 * size], [OUTLINES[index % OUTLINES.length], size]])) {
       context.fillStyle = colour;
       for (const [x, y] of edge) context.fillRect(x + 0.5 - wide / 2, y + 0.5 - wide / 2, wide, wide);
     }
   }
-}
-
-/**
- * The colour of a line or a region, from the style sheet.
- * @param {number} index
- */
-function lineColour(index) {
-  return getComputedStyle(document.documentElement).getPropertyValue(`--line-${index % 6}`).trim();
 }
