@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_explain_callback.metrics.attention import BlockStatistics
 from vit_explain_callback.tracking.report import Report
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.visualization.overlay import Picture
@@ -28,19 +29,22 @@ def save_run(
     *,
     images: int = 4,
     steps: Sequence[int] = (0, 10, 20, 40),
-    grids: Mapping[str, tuple[int, int]] = GRIDS,
+    grids: Mapping[str, tuple[int, int]] | None = None,
     classes: int = 3,
     size: tuple[int, int] = (48, 64),
     pictures: int | None = None,
     labels: Sequence[int] | None = (0, 1, 2, 0),
     class_names: Sequence[str] | None = ("cat", "dog", "hare"),
     regions: Sequence[str] = (),
+    blocks: int = 0,
     seed: int = 0,
     maps: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Save a run with random maps, or `maps` (T, B, grid_h, grid_w) by method; pictures and labels are the same ones
     whatever the `seed`.
     """
+    # What blocks attend to is compared with the maps, patch by patch.
+    grids = grids or (dict.fromkeys(GRIDS, (4, 6)) if blocks else GRIDS)
     generator = torch.Generator().manual_seed(seed)
     explanations = folder / "explanations"
     explanations.mkdir(parents=True)
@@ -51,9 +55,15 @@ def save_run(
     report = Report(None if labels is None else torch.tensor(labels), shown, class_names, masks)
     report.save(explanations / "probe.safetensors")
     for index, step in enumerate(steps):
-        random = {name: torch.rand(images, *grid, generator=generator) ** 3 for name, grid in grids.items()}
+        random = {name: torch.rand(images, *shape, generator=generator) ** 3 for name, shape in grids.items()}
         found = random if maps is None else {name: each[index] for name, each in maps.items()}
         logits = torch.randn(images, classes, generator=generator)
         target = torch.tensor([0] * images if labels is None or classes == 1 else list(labels))
-        Snapshot(step, found, logits, target).save(explanations / f"step_{step:08d}.safetensors")
+        seen = _blocks(images, blocks, next(iter(grids.values())), generator) if blocks else None
+        Snapshot(step, found, logits, target, seen).save(explanations / f"step_{step:08d}.safetensors")
     return folder
+
+
+def _blocks(images: int, blocks: int, grid: tuple[int, int], generator: torch.Generator) -> BlockStatistics:
+    shapes = [(images, blocks, *grid)] * 2 + [(images, blocks)] * 5
+    return BlockStatistics(*(torch.rand(shape, generator=generator) for shape in shapes))

@@ -83,7 +83,9 @@ def _drift(rows: Rows, method: str) -> dict[str, Any]:
     else:
         title, note, ends = "Rank correlation with the baseline", "1 = unchanged; band p10 to p90", []
     low, median, high = ([number(value) for value in spread[part]] for part in ("p10", "median", "p90"))
-    return _chart(title, note, [{"name": "median image", "values": median, "low": low, "high": high}, *ends], None, method)
+    return _chart(
+        title, note, [{"name": "median image", "values": median, "low": low, "high": high}, *ends], None, method
+    )
 
 
 def _chart(

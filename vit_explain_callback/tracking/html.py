@@ -129,8 +129,7 @@ def page(runs: Path | Sequence[Path], most_snapshots: int = 300) -> str:
     folders = [runs] if isinstance(runs, Path) else list(runs)
     if not folders or most_snapshots < 2:
         raise ValueError(
-            "Expected at least one of `runs` and 2 of `most_snapshots`, but got "
-            f"{len(folders)} and {most_snapshots}."
+            f"Expected at least one of `runs` and 2 of `most_snapshots`, but got {len(folders)} and {most_snapshots}."
         )
     read = [Recorded.read(folder, most_snapshots) for folder in folders]
     for other, folder in zip(read[1:], folders[1:], strict=True):
@@ -220,7 +219,10 @@ def _data(runs: Sequence[Recorded]) -> dict[str, Any]:
         "labels": None if report.labels is None else report.labels.tolist(),
         "classes": {index: str(names[index]) if index < len(names) else f"class {index}" for index in sorted(used)},
         "regions": {name: [_mask(mask, (height, width)) for mask in masks] for name, masks in report.regions.items()},
-        "colours": {"sequential": _text(colour_table(MAP_COLOURS)), "diverging": _text(colour_table(DIFFERENCE_COLOURS))},
+        "colours": {
+            "sequential": _text(colour_table(MAP_COLOURS)),
+            "diverging": _text(colour_table(DIFFERENCE_COLOURS)),
+        },
         "saturation": 0.0,
         "runs": [_run(run, methods) for run in runs],
     }
@@ -292,7 +294,7 @@ def _document(runs: Sequence[Recorded], data: dict[str, Any]) -> str:
 def _summary(run: Recorded) -> str:
     heading, *lines = run.summary.splitlines()
     items = "".join(
-        f'<li{" class=detail" if line.startswith(" ") else ""}>{html.escape(line.strip())}</li>' for line in lines
+        f"<li{' class=detail' if line.startswith(' ') else ''}>{html.escape(line.strip())}</li>" for line in lines
     )
     name = html.escape(run.name)
     return f"<section><p class=eyebrow>{name}</p><h1>{html.escape(heading)}</h1><ul>{items}</ul></section>"

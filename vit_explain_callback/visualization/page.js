@@ -110,7 +110,7 @@ function renderNow() {
   const steps = [...new Set(runs.map((each, r) => each.steps[snapshots[r]]))].join(' | ');
   slider.value = String(state.position);
   slider.setAttribute('aria-valuetext', `step ${steps}, ${state.position + 1} of ${positions.length}`);
-  part('where', 'output').textContent = `step ${steps}`;
+  part('where', 'span').textContent = `step ${steps}`;
   arrange();
   tiles.forEach(describeTile);
   tiles.filter((tile) => tile.visible && tile.item.isConnected).forEach(drawTile);
@@ -211,8 +211,9 @@ Object.keys(MODES).forEach((mode, index) => (KEYS[String(index + 1)] = () => cho
 /** @param {KeyboardEvent} event */
 function onKey(event) {
   const target = /** @type {HTMLElement} */ (event.target);
-  const writing = target.matches('select, input:not([type=checkbox])');
-  if (event.ctrlKey || event.metaKey || event.altKey || writing) return;
+  // What a control does with a key itself it keeps.
+  const taken = target.matches('select, input[type=search]') || (target.matches('input[type=range]') && event.key.startsWith('Arrow'));
+  if (event.ctrlKey || event.metaKey || event.altKey || taken) return;
   const beside = { ArrowUp: -1, ArrowDown: 1 }[event.key];
   const action = large.open && beside ? () => openBeside(beside) : KEYS[event.key];
   if (!action) return;

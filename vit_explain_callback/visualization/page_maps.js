@@ -229,7 +229,7 @@ const OUTLINES = ['#56b4e9', '#f08a3c', '#2fc79a', '#e3a1c8', '#f0e442', '#8fb8f
 async function paintOutlines(canvas, image) {
   const { width, height } = canvas;
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext('2d'));
-  const size = Math.max(width, height) / 150;
+  const size = Math.max(1, Math.max(width, height) / 150);
   for (const [index, masks] of Object.values(data.regions).entries()) {
     const mask = (await pixelsOf('png', masks[image])).data;
     /** @param {number} x @param {number} y */
