@@ -38,11 +38,13 @@ def curve(rows: Rows, tag: str) -> list[float | None]:
 def charts(rows: Rows, methods: Sequence[str], regions: Sequence[str]) -> list[dict[str, Any]]:
     """Every chart that has a value.
 
-    A chart has a `title`, a `note` that says how to read it, the `method` it belongs to or None, the `range` of its axis
-    or None, and `lines`. A line has a `name`, `values` for each snapshot, and perhaps a band from `low` to `high`, or
-    `reference: True` where it is what others are to be compared with.
+    A chart has a `title`, a `note` that says how to read it, the `method` it belongs to or None, the least `range` of
+    its axis or None, and `lines`. A line has a `name`, `values` for each snapshot, and perhaps a band from `low` to
+    `high`, or `reference: True` where it is what others are to be compared with.
     """
-    gains = [{"name": method, "values": curve(rows, _FAITHFULNESS.format(method))} for method in methods]
+    gains: list[dict[str, Any]] = [
+        {"name": method, "values": curve(rows, _FAITHFULNESS.format(method))} for method in methods
+    ]
     gains.append({"name": "random order", "values": curve(rows, _FAITHFULNESS.format("random")), "reference": True})
     probe = [{"name": name, "values": curve(rows, tag)} for name, tag in _PROBE.items()]
     found = [_drift(rows, method) for method in methods]

@@ -134,7 +134,30 @@ def page(runs: Path | Sequence[Path], most_snapshots: int = 300) -> str:
     read = [Recorded.read(folder, most_snapshots) for folder in folders]
     for other, folder in zip(read[1:], folders[1:], strict=True):
         _check_same_probe(read[0], other, folder)
-    return _document(read, _data(read))
+    return document(read)
+
+
+def document(runs: Sequence[Recorded]) -> str:
+    """The HTML page of runs that explain the same probe images."""
+    style, *scripts = (_asset(name) for name in ("page.css", *_SCRIPTS))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hashed(style)}; "
+        f"script-src {' '.join(map(_hashed, scripts))}; base-uri 'none'; form-action 'none'"
+    )
+    # What stands in a script element ends at the first </script.
+    text = json.dumps(_data(runs), allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {
+        "policy": policy,
+        "title": html.escape(", ".join(run.name for run in runs)),
+        "style": f"<style>{style}</style>",
+        "summary": "".join(map(_summary, runs)),
+        "data": f'<script type="application/json" id="data">{text}</script>',
+        "scripts": "".join(f"<script>{script}</script>" for script in scripts),
+    }
+    document = _asset("page.html")
+    for name, part in parts.items():
+        document = document.replace(f"<!--{name}-->", part)
+    return document
 
 
 def write_page(folder: Path, most_snapshots: int = 48) -> Path:
@@ -267,28 +290,6 @@ def _lift(maps: Tensor, masks: Tensor) -> Tensor:
     covered = F.adaptive_avg_pool2d(masks.double()[:, None], (maps.shape[1], maps.shape[2]))[:, 0]
     # A uniform map has the mean 1, and a region's share of the image is the mean of what it covers.
     return (times_uniform(maps) * covered).mean(dim=(1, 2)) / covered.mean(dim=(1, 2))
-
-
-def _document(runs: Sequence[Recorded], data: dict[str, Any]) -> str:
-    style, *scripts = (_asset(name) for name in ("page.css", *_SCRIPTS))
-    policy = (
-        f"default-src 'none'; img-src data:; style-src {_hashed(style)}; "
-        f"script-src {' '.join(map(_hashed, scripts))}; base-uri 'none'; form-action 'none'"
-    )
-    # What stands in a script element ends at the first </script.
-    text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {
-        "policy": policy,
-        "title": html.escape(", ".join(run.name for run in runs)),
-        "style": f"<style>{style}</style>",
-        "summary": "".join(map(_summary, runs)),
-        "data": f'<script type="application/json" id="data">{text}</script>',
-        "scripts": "".join(f"<script>{script}</script>" for script in scripts),
-    }
-    document = _asset("page.html")
-    for name, part in parts.items():
-        document = document.replace(f"<!--{name}-->", part)
-    return document
 
 
 def _summary(run: Recorded) -> str:
