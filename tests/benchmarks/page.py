@@ -81,7 +81,7 @@ def slide(file: Path, chromium: str) -> dict[str, float]:
         tab = browser.new_page(viewport={"width": 1366, "height": 768})
         begun = time.perf_counter()
         tab.goto(f"file://{file}")
-        tab.evaluate("Promise.all(pictures)")
+        tab.evaluate("Promise.all(pictures).then(() => null)")  # else it would be handed over
         opened = time.perf_counter() - begun
         browser.start_tracing(page=tab, categories=["disabled-by-default-devtools.timeline.frame"])
         scripts = sorted(tab.evaluate(_SLIDE, _MOVES))

@@ -215,7 +215,9 @@ def test_the_slider_moves_every_tile_every_marker_and_every_number(tmp_path: Pat
         for image in range(4):
             said = tab.evaluate(f"tiles[{image}].drift.textContent")
             assert said == f"ρ {drift[step, image]:.2f}".replace("-", "−")
-            assert names[int(predictions(run)[step, image])] in tab.evaluate(f"tiles[{image}].texts[0].textContent")
+            assert names[int(predictions(run)[step, image])] in tab.evaluate(
+                f"tiles[{image}].texts[0].prediction.textContent"
+            )
         assert len(marker(tab)) == 1
         assert f"at {text.split()[1]}:" in tab.locator("#scalar svg[role=img]").get_attribute("aria-label")
         assert tab.locator("#blocks .cell").evaluate("cell => cell.style.left") == f"{step * 25}%"

@@ -30,7 +30,7 @@ from vit_explain_callback.visualization.overlay import DIFFERENCE_COLOURS, MAP_C
 from vit_explain_callback.visualization.quantise import colour_table, quantised, times_uniform
 
 FILE = "report.html"
-_SCRIPTS = ("page_maps.js", "page_curves.js", "page_tiles.js", "page_large.js", "page.js")
+_SCRIPTS = ("page_maps.js", "page_curves.js", "page_tiles.js", "page_charts.js", "page_large.js", "page.js")
 _MOST_BYTES = 96 * 2**20  # of maps; a browser opens more, but no longer at once
 _QUALITY = 90
 

@@ -1,73 +1,6 @@
 'use strict';
 // The page: one position along the runs, and everything that stands by it.
 
-// ---- Curves, blocks, scalars ----------------------------------------------------------------------------------------
-
-let charts = /** @type {ReturnType<typeof chartOf>[]} */ ([]);
-let heatMaps = /** @type {ReturnType<typeof heatMap>[]} */ ([]);
-let scalarChart = /** @type {ReturnType<typeof chartOf> | null} */ (null);
-
-
-/**
- * Lines of every run in one chart.
- * @param {string} title
- * @param {(each: Run, r: number) => Line[] | undefined} linesOf
- */
-function linesOfRuns(title, linesOf) {
-  return runs.flatMap((each, r) =>
-    (linesOf(each, r) || [])
-      .filter((line) => !(line.reference && r)) // what is compared with is drawn once
-      .map((line, colour) => {
-        const name = several && !line.reference ? `${line.name}, ${each.name}` : line.name;
-        return { ...line, name, run: r, xs: places[r], key: `${title} ${name}`, colour };
-      }),
-  );
-}
-
-/**
- * @param {{title: string, note: string, range: [number, number] | null}} chart
- * @param {(each: Run, r: number) => Line[] | undefined} linesOf
- */
-function chartOfRuns(chart, linesOf) {
-  return chartOf(chart, linesOfRuns(chart.title, linesOf), [positions[0], positions[positions.length - 1]], moveToPlace);
-}
-
-function drawCharts() {
-  const of = (/** @type {Run} */ each) => each.charts.filter((chart) => !chart.method || chart.method === state.method);
-  charts = of(runs[0]).map((chart) =>
-    chartOfRuns(chart, (each) => of(each).find((other) => other.title === chart.title)?.lines),
-  );
-  part('charts', 'div').replaceChildren(...charts.map((chart) => chart.element));
-}
-
-function drawBlocks() {
-  const name = statistic.value;
-  heatMaps = runs.map((each, r) =>
-    heatMap(several ? `${each.name}, ${name}` : name, each.blocks[name], (_, snapshot) => moveToPlace(places[r][snapshot])),
-  );
-  part('blocks', 'div').replaceChildren(...heatMaps.map((map) => map.element));
-}
-
-const MOST_FOUND = 40;
-
-function findScalars() {
-  const tags = Object.keys(runs[0].scalars);
-  const words = part('search', 'input').value.toLowerCase().split(/\s+/);
-  const found = tags.filter((tag) => words.every((word) => tag.toLowerCase().includes(word)));
-  const more = found.length > MOST_FOUND ? `; the first ${MOST_FOUND} are listed` : '';
-  part('found', 'p').textContent = `${found.length} of ${tags.length} scalars${more}. Choose one to see its curve.`;
-  const buttons = found.slice(0, MOST_FOUND).map((tag) => element('button', { onclick: () => showScalar(tag) }, tag));
-  part('scalars', 'ul').replaceChildren(...buttons.map((button) => element('li', {}, button)));
-}
-
-/** @param {string} tag */
-function showScalar(tag) {
-  const chart = { title: tag, note: '', range: null };
-  scalarChart = chartOfRuns(chart, (each) => each.scalars[tag] && [{ name: 'value', values: each.scalars[tag] }]);
-  part('scalar', 'div').replaceChildren(scalarChart.element);
-  scalarChart.moveTo(positions[state.position], snapshots);
-}
-
 // ---- The position ---------------------------------------------------------------------------------------------------
 
 /** Lay the runs along the slider: by step, or from the first snapshot (0) to the last (1). */
@@ -114,7 +47,7 @@ function renderNow() {
   arrange();
   tiles.forEach(describeTile);
   tiles.filter((tile) => tile.visible && tile.item.isConnected).forEach(drawTile);
-  for (const chart of [...charts, scalarChart]) chart?.moveTo(place, snapshots);
+  for (const chart of [...charts, scalarChart?.chart]) chart?.moveTo(place, snapshots);
   heatMaps.forEach((map, r) => map.moveTo(snapshots[r]));
   if (large.open) renderLarge();
   part('scale', 'p').replaceChildren(...scaleOf());
@@ -138,7 +71,11 @@ function scaleOf() {
 // ---- Addresses ------------------------------------------------------------------------------------------------------
 
 function writeAddress() {
-  const words = new URLSearchParams({ step: String(runs[0].steps[snapshots[0]]), method: state.method, mode: state.mode });
+  const words = new URLSearchParams({
+    step: String(runs[0].steps[snapshots[0]]),
+    method: state.method,
+    mode: state.mode,
+  });
   if (large.open) words.set('image', String(state.image));
   if (location.hash.slice(1) !== words.toString()) history.replaceState(null, '', `#${words}`);
 }
@@ -165,7 +102,8 @@ function readAddress() {
 
 function showChoices() {
   methodChoice.value = state.method;
-  for (const [mode, button] of Object.entries(modeButtons)) button.setAttribute('aria-pressed', String(mode === state.mode));
+  for (const [mode, button] of Object.entries(modeButtons))
+    button.setAttribute('aria-pressed', String(mode === state.mode));
 }
 
 /** @param {string} method */
@@ -212,7 +150,9 @@ Object.keys(MODES).forEach((mode, index) => (KEYS[String(index + 1)] = () => cho
 function onKey(event) {
   const target = /** @type {HTMLElement} */ (event.target);
   // What a control does with a key itself it keeps.
-  const taken = target.matches('select, input[type=search]') || (target.matches('input[type=range]') && event.key.startsWith('Arrow'));
+  const taken =
+    target.matches('select, input[type=search]') ||
+    (target.matches('input[type=range]') && event.key.startsWith('Arrow'));
   if (event.ctrlKey || event.metaKey || event.altKey || taken) return;
   const beside = { ArrowUp: -1, ArrowDown: 1 }[event.key];
   const action = large.open && beside ? () => openBeside(beside) : KEYS[event.key];
@@ -236,16 +176,26 @@ function fill(select, options) {
 /** Say how old the page is, and what it leaves out. */
 function describePage() {
   const minutes = Math.max(0, Date.now() / 1000 - data.written) / 60;
-  const [unit, amount] = minutes < 60 ? ['minute', minutes] : minutes < 2880 ? ['hour', minutes / 60] : ['day', minutes / 1440];
-  const age = minutes < 1 ? 'just now' : `${Math.floor(amount)} ${unit}${Math.floor(amount) === 1 ? '' : 's'} ago`;
+  const units = /** @type {[string, number][]} */ ([
+    ['day', 1440],
+    ['hour', 60],
+    ['minute', 1],
+  ]);
+  const [unit, long] = units.find((each) => minutes >= each[1]) || ['', 1];
+  const count = Math.floor(minutes / long);
+  const age = unit ? `${count} ${unit}${count === 1 ? '' : 's'} ago` : 'just now';
   const last = Math.max(...runs.flatMap((each) => each.steps));
   part('age', 'p').textContent = `Written ${age}, at step ${last}. Reload it to see whether the run has gone on.`;
-  const thinned = runs.filter((each) => each.taken > each.steps.length).map(
-    (each) => `${each.name} shows ${each.steps.length} of its ${each.taken} snapshots, spaced by the logarithm of the step. `,
-  );
+  const thinned = runs
+    .filter((each) => each.taken > each.steps.length)
+    .map(
+      (each) =>
+        `${each.name} shows ${each.steps.length} of its ${each.taken} snapshots, spaced by the logarithm of the step. `,
+    );
   const missing = data.images - data.pictures.length;
   const grey = missing > 0 ? `The run stored no picture of ${missing} of its ${data.images} images. ` : '';
-  part('about', 'p').textContent = `${thinned.join('')}${grey}Maps are stored in 8 bits: a value is wrong by at most 1/510 of its map's range.`;
+  part('about', 'p').textContent =
+    `${thinned.join('')}${grey}Maps are stored in 8 bits: a value is wrong by at most 1/510 of its map's range.`;
 }
 
 function prepare() {
@@ -254,15 +204,30 @@ function prepare() {
     modeButtons[mode] = element('button', how, MODES[mode].name);
   });
   part('modes', 'div').append(...Object.values(modeButtons));
-  fill(methodChoice, Object.keys(runs[0].methods).map((name) => [name, name]));
-  fill(part('sort', 'select'), [...SORTS].map(([value, { name }]) => [value, name]));
+  fill(
+    methodChoice,
+    Object.keys(runs[0].methods).map((name) => [name, name]),
+  );
+  fill(
+    part('sort', 'select'),
+    [...SORTS].map(([value, { name }]) => [value, name]),
+  );
   const classes = [...new Set(data.labels || runs[0].target)].sort((a, b) => a - b);
-  fill(part('class', 'select'), [['', 'all'], ...classes.map((each) => /** @type {[string, string]} */ ([String(each), data.classes[each]]))]);
+  fill(part('class', 'select'), [
+    ['', 'all'],
+    ...classes.map((each) => /** @type {[string, string]} */ ([String(each), data.classes[each]])),
+  ]);
   const statistics = Object.keys(runs[0].blocks).filter((name) => runs.every((each) => name in each.blocks));
-  fill(statistic, statistics.map((name) => [name, name.replaceAll('_', ' ')]));
+  fill(
+    statistic,
+    statistics.map((name) => [name, name.replaceAll('_', ' ')]),
+  );
   part('blocks-section', 'section').hidden = !statistics.length;
   for (const [id, needed] of /** @type {[string, boolean][]} */ ([
-    ['outlines', Object.keys(data.regions).length > 0], ['by', several], ['class', !runs[0].output], ['flipped', !runs[0].output],
+    ['outlines', Object.keys(data.regions).length > 0],
+    ['by', several],
+    ['class', !runs[0].output],
+    ['flipped', !runs[0].output],
   ])) {
     const label = document.getElementById(id)?.closest('label');
     if (label) label.hidden = !needed;
@@ -279,25 +244,30 @@ function listen() {
   part('now', 'button').onclick = () => moveTo(Infinity);
   part('play', 'button').onclick = togglePlay;
   methodChoice.onchange = () => chooseMethod(methodChoice.value);
-  statistic.onchange = () => { drawBlocks(); render(); };
+  statistic.onchange = () => {
+    drawBlocks();
+    render();
+  };
   part('search', 'input').oninput = findScalars;
   controls.onsubmit = (event) => event.preventDefault();
   controls.oninput = render;
-  part('outlines', 'input').onchange = (event) => document.body.classList.toggle('bare', !(/** @type {HTMLInputElement} */ (event.target).checked));
+  part('outlines', 'input').onchange = () => document.body.classList.toggle('bare', !part('outlines', 'input').checked);
   part('by', 'select').onchange = () => {
-    const place = places[0][snapshots[0]];
-    const snapshot = places[0].indexOf(place);
     align();
     drawCharts();
-    scalarChart = null;
-    part('scalar', 'div').replaceChildren();
-    moveToPlace(places[0][snapshot]);
+    if (scalarChart) showScalar(scalarChart.tag);
+    moveToPlace(places[0][snapshots[0]]);
   };
   part('before', 'button').onclick = () => openBeside(-1);
   part('after', 'button').onclick = () => openBeside(1);
   part('close', 'button').onclick = () => large.close();
-  large.onclose = () => { tiles[state.image].button.focus(); writeAddress(); };
-  part('save', 'a').onclick = () => { part('save', 'a').href = largeFrames[largeFrames.length - 1].canvas.toDataURL(); };
+  large.onclose = () => {
+    tiles[state.image].button.focus();
+    writeAddress();
+  };
+  part('save', 'a').onclick = () => {
+    part('save', 'a').href = largeFrames[largeFrames.length - 1].canvas.toDataURL();
+  };
   document.onkeydown = onKey;
   window.onhashchange = readAddress;
   window.onbeforeprint = () => tiles.forEach(drawTile);

@@ -43,6 +43,15 @@ function shown(value, decimals) {
 }
 
 /**
+ * Set a text; one that stays costs no layout.
+ * @param {Node} node
+ * @param {string} text
+ */
+function say(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+/**
  * Round numbers between two ends, about `count` of them.
  * @param {number} low
  * @param {number} high
@@ -53,7 +62,8 @@ function ticks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * ([1, 2, 5].find((factor) => factor * power >= rough) || 10);
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(6)));
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++)
+    found.push(Number((i * step).toPrecision(6)));
   return found;
 }
 
@@ -67,34 +77,30 @@ const FRAME = { width: 340, height: 150, left: 36, right: 8, top: 8, bottom: 18 
 const hidden = new Set();
 
 /**
- * A chart with a legend and a marker. Its `moveTo` shows where each run stands; `onMove` is told where the reader points.
- * @param {{title: string, note: string, range: [number, number] | null}} chart
+ * The axes and the lines of a chart; `moveMarker` puts its marker at a place along the axis.
  * @param {Drawn[]} lines
  * @param {[number, number]} span  ends of the axis along which the lines run
- * @param {(x: number) => void} onMove
+ * @param {[number, number] | null} range  that the other axis shows at least
+ * @param {(x: number) => void} onMove  told where the reader points
  */
-function chartOf(chart, lines, span, onMove) {
+function plotOf(lines, span, range, onMove) {
   const { width, height, left, right, top, bottom } = FRAME;
-  const visible = lines.filter((line) => !hidden.has(line.key));
-  const values = visible.flatMap((line) => [line.values, line.low || [], line.high || []]).flat();
-  const known = /** @type {number[]} */ (values.filter((value) => value !== null && value !== undefined));
-  let [low, high] = known.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], chart.range || [Infinity, -Infinity]);
-  if (low > high) [low, high] = [0, 1];
-  if (low === high) [low, high] = [low - 0.5, high + 0.5];
+  const values = lines.flatMap((line) => [...line.values, ...(line.low || []), ...(line.high || [])]);
+  const ends = extent(values, range || [Infinity, -Infinity]);
   /** @param {number} x */
   const across = (x) => left + ((x - span[0]) / (span[1] - span[0] || 1)) * (width - left - right);
   /** @param {number} y */
-  const down = (y) => height - bottom - ((y - low) / (high - low)) * (height - bottom - top);
+  const down = (y) => height - bottom - ((y - ends[0]) / (ends[1] - ends[0])) * (height - bottom - top);
 
   const plot = drawn('svg', { viewBox: `0 0 ${width} ${height}`, role: 'img', class: 'plot' });
-  for (const y of ticks(low, high, 4)) {
+  for (const y of ticks(ends[0], ends[1], 4)) {
     plot.append(drawn('line', { x1: left, x2: width - right, y1: down(y), y2: down(y), class: 'grid' }));
     plot.append(drawn('text', { x: left - 5, y: down(y) + 3, 'text-anchor': 'end' }, shown(y)));
   }
   for (const x of ticks(span[0], span[1], 5)) {
     plot.append(drawn('text', { x: across(x), y: height - 5, 'text-anchor': 'middle' }, shown(x)));
   }
-  for (const line of visible) plot.append(...partsOf(line, across, down));
+  for (const line of lines) plot.append(...partsOf(line, across, down));
   const marker = drawn('line', { y1: top - 4, y2: height - bottom, class: 'marker' });
   plot.append(marker);
 
@@ -104,45 +110,77 @@ function chartOf(chart, lines, span, onMove) {
     const x = ((event.clientX - box.left) / box.width) * width;
     onMove(span[0] + ((x - left) / (width - left - right)) * (span[1] - span[0]));
   };
-  plot.addEventListener('pointerdown', (event) => {
+  plot.onpointerdown = (event) => {
     plot.setPointerCapture(event.pointerId);
     point(event);
-  });
-  plot.addEventListener('pointermove', (event) => event.buttons && point(event));
+  };
+  plot.onpointermove = (event) => event.buttons && point(event);
+  const moveMarker = (/** @type {number} */ x) => {
+    for (const end of ['x1', 'x2']) marker.setAttribute(end, String(across(x)));
+  };
+  return { plot, moveMarker };
+}
 
+/**
+ * The least and the greatest of the values that are known and of two ends; never the same.
+ * @param {(number | null)[]} values
+ * @param {[number, number]} ends
+ */
+function extent(values, ends) {
+  const known = /** @type {number[]} */ (values.filter((value) => value !== null));
+  const [low, high] = known.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], ends);
+  if (low > high) return [0, 1];
+  return low < high ? [low, high] : [low - 0.5, high + 0.5];
+}
+
+/**
+ * A chart with a legend and a marker. Its `moveTo` shows where each run stands.
+ * @param {{title: string, note: string, range: [number, number] | null}} chart
+ * @param {Drawn[]} lines
+ * @param {[number, number]} span  ends of the axis along which the lines run
+ * @param {(x: number) => void} onMove  told where the reader points
+ */
+function chartOf(chart, lines, span, onMove) {
+  const draw = () =>
+    plotOf(
+      lines.filter((line) => !hidden.has(line.key)),
+      span,
+      chart.range,
+      onMove,
+    );
+  const title = element('h3', {}, chart.title);
+  const caption = element('figcaption', {}, title, element('span', { className: 'note' }, chart.note));
   const amounts = lines.map(() => element('b'));
-  const legend = element('div', { className: 'legend' });
-  lines.forEach((line, index) => {
+  const buttons = lines.map((line, index) => {
     const key = drawn('svg', { viewBox: '0 0 22 8', class: 'key', 'aria-hidden': 'true' });
     key.append(drawn('path', { d: 'M0 4H22', class: classOf(line) }));
     const button = element('button', { 'aria-pressed': !hidden.has(line.key) }, key, ` ${line.name} `, amounts[index]);
     button.onclick = () => {
       if (!hidden.delete(line.key)) hidden.add(line.key);
-      const again = chartOf(chart, lines, span, onMove);
-      made.element.replaceWith(again.element);
-      Object.assign(made, again);
-      made.moveTo(place.x, place.snapshots);
-      /** @type {HTMLElement} */ (made.element.querySelectorAll('.legend button')[index]).focus();
+      button.setAttribute('aria-pressed', String(!hidden.has(line.key)));
+      const { plot } = current;
+      current = draw();
+      plot.replaceWith(current.plot);
+      moveTo(place.x, place.snapshots);
     };
-    legend.append(button);
+    return button;
   });
-  const caption = element('figcaption', {}, element('h3', {}, chart.title), element('span', { className: 'note' }, chart.note));
   const place = { x: span[0], snapshots: /** @type {number[]} */ ([]) };
-  const made = {
-    element: element('figure', { className: 'chart' }, caption, plot, legend),
-    /**
-     * @param {number} x
-     * @param {number[]} snapshots  of each run
-     */
-    moveTo(x, snapshots) {
-      Object.assign(place, { x, snapshots });
-      for (const end of ['x1', 'x2']) marker.setAttribute(end, String(across(x)));
-      lines.forEach((line, i) => (amounts[i].textContent = line.reference ? '' : shown(line.values[snapshots[line.run]])));
-      const said = lines.map((line) => `${line.name} ${shown(line.values[snapshots[line.run]])}`);
-      plot.setAttribute('aria-label', `${chart.title} at ${shown(x)}: ${said.join(', ')}`);
-    },
-  };
-  return made;
+  let current = draw();
+  /**
+   * @param {number} x
+   * @param {number[]} snapshots  of each run
+   */
+  function moveTo(x, snapshots) {
+    Object.assign(place, { x, snapshots });
+    const texts = lines.map((line) => shown(line.values[snapshots[line.run]]));
+    lines.forEach((line, i) => say(amounts[i], line.reference ? '' : texts[i]));
+    const said = lines.map((line, i) => `${line.name} ${texts[i]}`);
+    current.moveMarker(x);
+    current.plot.setAttribute('aria-label', `${chart.title} at ${shown(x)}: ${said.join(', ')}`);
+  }
+  const legend = element('div', { className: 'legend' }, ...buttons);
+  return { element: element('figure', { className: 'chart' }, caption, current.plot, legend), moveTo };
 }
 
 /** @param {Drawn} line */
@@ -168,7 +206,8 @@ function partsOf(line, across, down) {
   }
   // Points that are far apart, as those of what is measured every fifth time, are joined too.
   const known = line.values.map((_, i) => i).filter((i) => line.values[i] !== null);
-  if (known.length) parts.push(drawn('path', { d: `M${known.map((i) => at(i, line.values[i])).join('L')}`, class: classOf(line) }));
+  if (known.length)
+    parts.push(drawn('path', { d: `M${known.map((i) => at(i, line.values[i])).join('L')}`, class: classOf(line) }));
   if (known.length <= 60 && !line.reference) {
     for (const i of known) {
       const [cx, cy] = at(i, line.values[i]).split(' ');
@@ -185,15 +224,14 @@ function partsOf(line, across, down) {
  * @param {(block: number, snapshot: number) => void} onPick
  */
 function heatMap(title, rows, onPick) {
-  const known = /** @type {number[]} */ (rows.flat().filter((value) => value !== null));
-  const [low, high] = known.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
+  const [low, high] = extent(rows.flat(), [Infinity, -Infinity]);
   const [width, height] = [rows[0].length, rows.length];
   const canvas = element('canvas', { width, height, tabIndex: 0, role: 'img', className: 'heat' });
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext('2d'));
   rows.forEach((row, block) =>
     row.forEach((value, snapshot) => {
       if (value === null) return;
-      const colour = Math.min(255, Math.floor(((value - low) / (high - low || 1)) * 256)) * 4;
+      const colour = Math.min(255, Math.floor(((value - low) / (high - low)) * 256)) * 4;
       context.fillStyle = `rgb(${sequential.subarray(colour, colour + 3).join(' ')})`;
       context.fillRect(snapshot, height - 1 - block, 1, 1); // the first block below, as the image enters there
     }),
@@ -227,5 +265,13 @@ function heatMap(title, rows, onPick) {
     now = snapshot;
     show();
   };
-  return { element: element('figure', { className: 'blocks' }, element('div', { className: 'heat-frame' }, canvas, cell), said), moveTo };
+  return {
+    element: element(
+      'figure',
+      { className: 'blocks' },
+      element('div', { className: 'heat-frame' }, canvas, cell),
+      said,
+    ),
+    moveTo,
+  };
 }

@@ -32,14 +32,23 @@ function openLarge(image) {
 function drawStrip(image) {
   strip = runs.flatMap((each, r) => {
     const count = Math.min(MOST_STRIP, each.steps.length);
-    const chosen = Array.from({ length: count }, (_, i) => Math.round((i * (each.steps.length - 1)) / Math.max(1, count - 1)));
+    const chosen = Array.from({ length: count }, (_, i) =>
+      Math.round((i * (each.steps.length - 1)) / Math.max(1, count - 1)),
+    );
     return chosen.map((snapshot) => {
       const canvas = element('canvas', { 'aria-hidden': 'true' });
-      const button = element('button', { onclick: () => moveToPlace(places[r][snapshot]) }, canvas, `step ${each.steps[snapshot]}`);
+      const button = element(
+        'button',
+        { onclick: () => moveToPlace(places[r][snapshot]) },
+        canvas,
+        `step ${each.steps[snapshot]}`,
+      );
       return { canvas, button, r, snapshot };
     });
   });
-  const rows = runs.map((_, r) => element('div', { className: 'row' }, ...strip.filter((each) => each.r === r).map((each) => each.button)));
+  const rows = runs.map((_, r) =>
+    element('div', { className: 'row' }, ...strip.filter((each) => each.r === r).map((each) => each.button)),
+  );
   part('strip', 'div').replaceChildren(...rows);
   for (const { canvas, r, snapshot } of strip) draw(canvas, r, image, snapshot);
 }
@@ -64,7 +73,11 @@ function renderLarge() {
   const facts = runs.map((each, r) => {
     const { prediction, change } = factsOf(r, state.image);
     const target = each.output ? '' : ` Target ${data.classes[each.target[state.image]]}.`;
-    return element('p', {}, `${several ? `${each.name}: ` : ''}${prediction}${change && `, ${change}`}.${target} Step ${each.steps[snapshots[r]]}.`);
+    return element(
+      'p',
+      {},
+      `${several ? `${each.name}: ` : ''}${prediction}${change && `, ${change}`}.${target} Step ${each.steps[snapshots[r]]}.`,
+    );
   });
   part('facts', 'div').replaceChildren(...facts);
   ownChart?.moveTo(positions[state.position], snapshots);

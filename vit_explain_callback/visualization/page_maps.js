@@ -241,7 +241,10 @@ async function paintOutlines(canvas, image) {
         if (inside(x, y) && !within) edge.push([x, y]);
       }
     }
-    for (const [colour, wide] of /** @type {[string, number][]} */ ([['#000', 1.8 * size], [OUTLINES[index % OUTLINES.length], size]])) {
+    for (const [colour, wide] of /** @type {[string, number][]} */ ([
+      ['#000', 1.8 * size],
+      [OUTLINES[index % OUTLINES.length], size],
+    ])) {
       context.fillStyle = colour;
       for (const [x, y] of edge) context.fillRect(x + 0.5 - wide / 2, y + 0.5 - wide / 2, wide, wide);
     }

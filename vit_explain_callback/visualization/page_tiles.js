@@ -38,9 +38,13 @@ const SORTS = new Map([
   ['probe', { name: 'as in the probe batch', key: (image) => image }],
 ]);
 if (data.labels) SORTS.set('label', { name: 'label', key: (image) => data.labels?.[image] ?? 0 });
-if (!runs[0].output) SORTS.set('flipped', { name: 'changed predictions first', key: (image) => -Number(flipped(image)) });
+if (!runs[0].output)
+  SORTS.set('flipped', { name: 'changed predictions first', key: (image) => -Number(flipped(image)) });
 for (const name of Object.keys(data.regions)) {
-  SORTS.set(`lift ${name}`, { name: `lift of ${name}`, key: (image) => -(run(0).lift[name][snapshots[0]][image] ?? -Infinity) });
+  SORTS.set(`lift ${name}`, {
+    name: `lift of ${name}`,
+    key: (image) => -(run(0).lift[name][snapshots[0]][image] ?? -Infinity),
+  });
 }
 
 const state = { position: 0, method: Object.keys(runs[0].methods)[0], mode: 'overlay', image: -1 };
@@ -55,7 +59,8 @@ const modeButtons = /** @type {Record<string, HTMLButtonElement>} */ ({});
 /** @param {number} index of a run */
 const run = (index) => runs[index].methods[state.method];
 /** @param {(number | null)[]} values */
-const least = (values) => values.reduce((/** @type {number} */ low, value) => Math.min(low, value ?? Infinity), Infinity);
+const least = (values) =>
+  values.reduce((/** @type {number} */ low, value) => Math.min(low, value ?? Infinity), Infinity);
 /** @param {number} image */
 const flipped = (image) => runs.some((each, r) => each.prediction[snapshots[r]][image] !== each.prediction[0][image]);
 /** @param {number} share */
@@ -71,7 +76,10 @@ const percent = (share) => `${Math.round(share * 100)} %`;
  */
 function valuesOf(r, image, snapshot) {
   const values = mapOf(run(r), snapshot, image);
-  const subtracted = new Map([['baseline', [r, 0]], ['previous', [r, Math.max(0, snapshot - 1)]]]);
+  const subtracted = new Map([
+    ['baseline', [r, 0]],
+    ['previous', [r, Math.max(0, snapshot - 1)]],
+  ]);
   if (r > 0) subtracted.set('run', [0, snapshots[0]]);
   const from = subtracted.get(state.mode);
   if (!values || !from) return values;
@@ -95,7 +103,12 @@ const pictures = /** @type {Promise<Picture>[]} */ ([]);
 async function draw(canvas, r, image, snapshot) {
   const picture = await (pictures[image] ??= pictureOf(image));
   const strength = Number(part('opacity', 'input').value) / 100;
-  const look = { strength, smooth: part('smooth', 'input').checked, plain: state.mode === 'plain', opaque: state.mode === 'raw' };
+  const look = {
+    strength,
+    smooth: part('smooth', 'input').checked,
+    plain: state.mode === 'plain',
+    opaque: state.mode === 'raw',
+  };
   // One colour scale for all runs: that of the first.
   const method = { ...run(r), limit: run(0).limit };
   paint(canvas, picture, layerOf(valuesOf(r, image, snapshot), method, isSigned(r)), look);
@@ -123,7 +136,10 @@ function frameOf(r, image) {
     tip.textContent = patchText(r, image, row * columns + column);
     tip.hidden = false;
     const left = Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8);
-    Object.assign(tip.style, { left: `${Math.max(8, left)}px`, top: `${Math.min(event.clientY + 16, window.innerHeight - 60)}px` });
+    Object.assign(tip.style, {
+      left: `${Math.max(8, left)}px`,
+      top: `${Math.min(event.clientY + 16, window.innerHeight - 60)}px`,
+    });
     // A modal dialog hides all that is not in it.
     (large.open ? large : document.body).append(tip);
     framePatch(frame, r, row * columns + column);
@@ -177,13 +193,13 @@ const titleOf = (image) => `${image}${data.labels ? ` · ${data.classes[data.lab
 
 const tiles = images.map((image) => {
   const frames = runs.map((_, r) => frameOf(r, image));
-  const texts = runs.map(() => element('span', { className: 'text' }));
+  const texts = runs.map(() => ({ prediction: element('span'), change: element('span', { className: 'change' }) }));
   const drift = element('span', { className: 'drift', title: 'rank correlation with the baseline' });
   const button = element('button', { className: 'tile' });
   button.append(
     element('div', { className: 'runs' }, ...frames.map((frame) => frame.whole)),
     element('span', { className: 'name' }, element('b', {}, titleOf(image)), drift),
-    ...texts,
+    ...texts.map(({ prediction, change }) => element('span', {}, prediction, ' ', change)),
   );
   button.onclick = () => openLarge(image);
   return { image, frames, texts, drift, button, item: element('li', {}, button), visible: false };
@@ -209,11 +225,11 @@ function drawTile(tile) {
 /** @param {typeof tiles[number]} tile */
 function describeTile(tile) {
   const values = runs.map((_, r) => shown(run(r).drift[snapshots[r]][tile.image], 2));
-  tile.drift.textContent = `ρ ${values.join(' | ')}`;
+  say(tile.drift, `ρ ${values.join(' | ')}`);
   tile.texts.forEach((text, r) => {
-    const facts = factsOf(r, tile.image);
-    text.replaceChildren(element('span', { className: facts.wrong ? 'wrong' : '' }, facts.prediction + (facts.wrong ? ' ✗' : '')));
-    if (facts.change) text.append(' ', element('span', { className: 'change' }, facts.change));
+    const { prediction, change, wrong } = factsOf(r, tile.image);
+    say(text.prediction, prediction + (wrong ? ' ✗' : ''));
+    say(text.change, change);
   });
 }
 
