@@ -24,7 +24,8 @@ import torch
 
 from tests.benchmarks.snapshot import smooth_images
 from vit_explain_callback._files import write_text
-from vit_explain_callback.tracking.html import Recorded, document
+from vit_explain_callback.tracking.html import document
+from vit_explain_callback.tracking.page_data import Recorded
 from vit_explain_callback.tracking.report import Report
 from vit_explain_callback.visualization.overlay import range_of, unnormalise
 

@@ -168,23 +168,30 @@ def test_only_methods_in_common_are_shown(tmp_path: Path) -> None:
     assert [run["methods"]["grad_rollout"]["grid"] for run in data["runs"]] == [[3, 5], [6, 2]]
 
 
-def test_a_long_run_is_thinned_by_the_logarithm_and_keeps_its_ends() -> None:
-    steps = list(range(0, 3000, 10))
-    kept = [steps[index] for index in thinned(steps, 30)]
-    assert len(kept) == 30
-    assert {0, 2980, 2990} <= set(kept)
-    gaps = np.diff(np.log1p([step for step in kept[:-1] if step >= 100]))  # before, there is nothing to leave out
-    assert gaps.max() < 4 * gaps.min()
-    assert thinned(steps, 300) == list(range(300))
-    assert thinned([5], 48) == [0]
+@pytest.mark.parametrize("count", [3, 10, 48])
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_long_run_is_thinned_by_the_logarithm_and_keeps_its_ends(count: int, every: int) -> None:
+    steps = list(range(500, 500 + 2000 * every, every))
+    kept = [steps[index] for index in thinned(steps, count)]
+    assert count - 2 <= len(kept) <= count
+    assert {500, *steps[-2:]} <= set(kept)
+    gaps = np.diff(np.log1p(np.array(kept[:-2]) - 500))
+    left_out = np.diff(kept[:-2]) > every  # elsewhere there is nothing to leave out
+    assert len(gaps[left_out]) < 2 or gaps[left_out].max() < 3 * gaps[left_out].min()
+
+
+def test_a_short_run_is_not_thinned() -> None:
+    assert thinned([5], 3) == [0]
+    assert thinned([0, 1, 100], 3) == [0, 1, 2]
+    assert thinned([*range(300)], 300) == [*range(300)]
 
 
 def test_the_page_says_how_many_snapshots_there_are(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", steps=range(9))
     (found,) = data_of(page(run, most_snapshots=5))["runs"]
     assert (found["taken"], len(found["steps"])) == (9, 5)
-    with pytest.raises(ValueError, match="at least one of `runs` and 2 of `most_snapshots`, but got 1 and 1"):
-        page(run, most_snapshots=1)
+    with pytest.raises(ValueError, match="at least one of `runs` and 3 of `most_snapshots`, but got 1 and 2"):
+        page(run, most_snapshots=2)
     with pytest.raises(ValueError, match="but got 0 and 300"):
         page([])
 
