@@ -196,11 +196,10 @@ const tiles = images.map((image) => {
   const texts = runs.map(() => ({ prediction: element('span'), change: element('span', { className: 'change' }) }));
   const drift = element('span', { className: 'drift', title: 'rank correlation with the baseline' });
   const button = element('button', { className: 'tile' });
-  button.append(
-    element('div', { className: 'runs' }, ...frames.map((frame) => frame.whole)),
-    element('span', { className: 'name' }, element('b', {}, titleOf(image)), drift),
-    ...texts.map(({ prediction, change }) => element('span', {}, prediction, ' ', change)),
-  );
+  const lines = texts.map(({ prediction, change }) => element('span', {}, prediction, ' ', change));
+  const name = element('span', { className: 'name' }, element('b', {}, titleOf(image)), drift);
+  button.append(element('div', { className: 'runs' }, ...frames.map((frame) => frame.whole)), name);
+  lines.forEach((line, r) => (several ? frames[r].whole : button).append(line));
   button.onclick = () => openLarge(image);
   return { image, frames, texts, drift, button, item: element('li', {}, button), visible: false };
 });
