@@ -14,7 +14,6 @@ Then `tensorboard --logdir runs`.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,8 @@ from shapes import FINETUNE_CLASSES
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vit_explain_callback import ViTExplainCallback
+from vit_explain_callback import Run, ViTExplainCallback, load_run
 from vit_explain_callback.cli.weights import Weights
-from vit_explain_callback.metrics.drift import spearman
-from vit_explain_callback.metrics.localisation import region_statistics
-from vit_explain_callback.tracking.probe import ProbeBatch
-from vit_explain_callback.tracking.report import Report
-from vit_explain_callback.tracking.snapshot import History, Snapshot
 
 
 class FineTune(pl.LightningModule):
@@ -116,13 +110,11 @@ def main() -> None:
         devices=1,
     )
     trainer.fit(module, loader, validation)
-    run = Path(trainer.log_dir or args.output)
-    history = History(capacity=sys.maxsize)
-    for path in sorted((run / "explanations").glob("step_*.safetensors")):
-        history.add(Snapshot.load(path))
-    _print_table(history, data.probe, module.accuracy)
-    _save_filmstrip(run / "filmstrip.png", history, data, model.pretrained_cfg)
-    print(f"\n{run / 'filmstrip.png'} shows it; for curves and pictures: tensorboard --logdir {args.output}")
+    folder = Path(trainer.log_dir or args.output)
+    run = load_run(folder)
+    _print_table(run, module.accuracy)
+    Image.fromarray(run.pictures["explain_filmstrip/grad_rollout"]).save(folder / "filmstrip.png")
+    print(f"\n{folder / 'filmstrip.png'} shows it; for curves and pictures: tensorboard --logdir {args.output}")
 
 
 def _example(args: argparse.Namespace) -> tuple[Any, example_data.Data]:
@@ -157,27 +149,19 @@ def _own(args: argparse.Namespace) -> tuple[Any, example_data.Data]:
     return model, data
 
 
-def _print_table(history: History, probe: example_data.Probe, accuracy: dict[int, dict[str, float]]) -> None:
+def _print_table(run: Run, accuracy: dict[int, dict[str, float]]) -> None:
     """One line a snapshot: accuracy, drift (1 − Spearman's ρ to the baseline) and share of the map on each region."""
-    method = "grad_rollout"
+    method, regions = "grad_rollout", list(run.probe.regions)
     names = list(next(iter(accuracy.values()), {}))
-    print(f"\n{method}, mean over {len(probe.images)} images")
-    print(" | ".join(["step", *(f"accuracy {name}" for name in names), "drift", *(f"on {r}" for r in probe.regions)]))
-    for snapshot in history.snapshots:
-        maps = snapshot.maps[method]
-        cells = [f"{snapshot.step:4d}"]
-        cells += [f"{accuracy.get(snapshot.step, {}).get(name, float('nan')):{9 + len(name)}.3f}" for name in names]
-        cells += [f"{1 - spearman(maps, history.baseline.maps[method]).nanmean().item():5.3f}"]
-        for region, masks in probe.regions.items():
-            mass = region_statistics(maps, masks)["mass"].nanmean().item()
-            cells.append(f"{mass:{3 + len(region)}.3f}")
+    print(f"\n{method}, mean over {len(run.probe)} images")
+    print(" | ".join(["step", *(f"accuracy {name}" for name in names), "drift", *(f"on {r}" for r in regions)]))
+    for row in run.scalars:
+        step = int(row["step"])
+        cells = [f"{step:4d}"]
+        cells += [f"{accuracy.get(step, {}).get(name, float('nan')):{9 + len(name)}.3f}" for name in names]
+        cells += [f"{1 - row[f'drift_baseline/{method}/spearman']:5.3f}"]
+        cells += [f"{row[f'region/{region}/{method}/mass']:{3 + len(region)}.3f}" for region in regions]
         print(" | ".join(cells))
-
-
-def _save_filmstrip(path: Path, history: History, data: example_data.Data, config: dict[str, Any]) -> None:
-    probe = ProbeBatch(data.probe.images, data.probe.labels)
-    report = Report.of(probe, 6, (config["mean"], config["std"]), data.classes, data.probe.regions)
-    Image.fromarray(dict(report.figures(history))["explain_filmstrip/grad_rollout"]).save(path)
 
 
 def _arguments() -> argparse.Namespace:

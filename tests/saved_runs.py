@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.attention import BlockStatistics
-from vit_explain_callback.tracking.report import Report
+from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.visualization.overlay import Picture
 
@@ -32,7 +33,6 @@ def save_run(
     grids: Mapping[str, tuple[int, int]] | None = None,
     classes: int = 3,
     size: tuple[int, int] = (48, 64),
-    pictures: int | None = None,
     labels: Sequence[int] | None = (0, 1, 2, 0),
     class_names: Sequence[str] | None = ("cat", "dog", "hare"),
     regions: Sequence[str] = (),
@@ -51,16 +51,16 @@ def save_run(
     masks = {name: torch.zeros(images, *size, dtype=torch.bool) for name in regions}
     for index, mask in enumerate(masks.values()):
         mask[:, 8 : 24 + 8 * index, 8:32] = True
-    shown = smooth_pictures(images if pictures is None else pictures, size)
-    report = Report(None if labels is None else torch.tensor(labels), shown, class_names, masks)
-    report.save(explanations / "probe.safetensors")
+    known = None if labels is None else torch.tensor(labels)
+    probe = Probe(None, smooth_pictures(images, size), known, masks, class_names, min(6, images))
+    probe.save(explanations / "probe.safetensors")
     for index, step in enumerate(steps):
         random = {name: torch.rand(images, *shape, generator=generator) ** 3 for name, shape in grids.items()}
         found = random if maps is None else {name: each[index] for name, each in maps.items()}
         logits = torch.randn(images, classes, generator=generator)
         target = torch.tensor([0] * images if labels is None or classes == 1 else list(labels))
         seen = _blocks(images, blocks, next(iter(grids.values())), generator) if blocks else None
-        Snapshot(step, found, logits, target, seen).save(explanations / f"step_{step:08d}.safetensors")
+        Snapshot(step, Explanation(found, logits, target, seen)).save(explanations / f"step_{step:08d}.safetensors")
     return folder
 
 

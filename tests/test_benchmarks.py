@@ -14,7 +14,7 @@ from tests.benchmarks import cost, measure, model, snapshot
 from tests.benchmarks.contenders import BACKWARD, CONTENDERS, FIVE, FORWARD, materialised_maps
 from tests.models import random_images, tiny_vit
 from vit_explain_callback import explain
-from vit_explain_callback.methods.base import resolve_methods
+from vit_explain_callback.methods.names import resolve_methods
 
 
 def test_the_materialising_way_gives_the_maps_of_this_package() -> None:

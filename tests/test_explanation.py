@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from tests.models import FAMILIES, random_images, tiny_vit
 from vit_explain_callback import Explanation, explain, explain_targets
 from vit_explain_callback.explainer import Explainer
-from vit_explain_callback.lightning.strategy import explain_together
-from vit_explain_callback.methods.fold import fold
-from vit_explain_callback.tracking.distributed import Ranks
+from vit_explain_callback.methods import fold
+from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.visualization.overlay import colour_limit, overlay, unnormalise
 
 METHODS = ["grad_rollout", "rollout", "grad_rollout_max_0.9"]
@@ -44,26 +43,34 @@ def test_one_forward_and_a_backward_for_each_target(
 ) -> None:
     model = tiny_vit()
     seen = {"forward": 0, "backward": 0}
-    model.register_forward_hook(lambda *_: seen.update(forward=seen["forward"] + 1))
+    forward = type(model).forward
+
+    def counted_forward(self: Any, images: Any) -> Any:
+        seen["forward"] += 1
+        return forward(self, images)
+
+    monkeypatch.setattr(type(model), "forward", counted_forward)
     grad = torch.autograd.grad
 
     def counted(*args: Any, **how: Any) -> Any:
         seen["backward"] += 1
         return grad(*args, **how)
 
-    folded: list[list[str]] = []
+    by_target: dict[int, list[str]] = {}
+    start = fold._Run.__init__
 
-    def seen_fold(some: Any, *more: Any) -> Any:
-        folded.append([method.name for method in some])
-        return fold(some, *more)
+    def seen_run(self: Any, method: Any, target: int, *more: Any) -> None:
+        by_target.setdefault(target, []).append(method.name)
+        start(self, method, target, *more)
 
     monkeypatch.setattr(torch.autograd, "grad", counted)
-    monkeypatch.setattr("vit_explain_callback._explain_batch.fold", seen_fold)
+    monkeypatch.setattr(fold._Run, "__init__", seen_run)
     explainer = Explainer(model, methods)
     found = explainer.for_targets(random_images(2), [0, 1, 2], block_statistics=True)
     assert (seen["forward"], seen["backward"]) == (1, backward)
     assert [int(one.target[0]) for one in found] == [0, 1, 2]
     of_class = [name for name in methods if name != "rollout"]
+    folded = list(by_target.values())
     assert folded == ([methods, of_class, of_class] if of_class else [methods])
     assert all(one.maps["rollout"].equal(found[0].maps["rollout"]) for one in found)
     assert all(one.blocks is not None for one in found)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import vit_explain_callback
 
@@ -77,3 +81,23 @@ def test_the_check_can_fail() -> None:
 def test_exported_names_exist() -> None:
     assert all(hasattr(vit_explain_callback, name) for name in vit_explain_callback.__all__)
     assert vit_explain_callback.__all__ == sorted(vit_explain_callback.__all__)
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Names of the packages that a fresh Python loads for a statement."""
+    code = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_what_is_imported_loads_no_more_than_it_needs() -> None:
+    heavy = {"torch", "lightning", "pytorch_lightning", "matplotlib"}
+    assert loaded_by("import vit_explain_callback") & heavy == set()
+    assert loaded_by("from vit_explain_callback import explain") & {"lightning", "pytorch_lightning"} == set()
+    assert "pytorch_lightning" in loaded_by("from vit_explain_callback import ViTExplainCallback")
+
+
+def test_every_exported_name_has_its_home() -> None:
+    assert set(vit_explain_callback.__all__) == set(vit_explain_callback._HOME) <= set(dir(vit_explain_callback))
+    with pytest.raises(AttributeError, match="no attribute 'Rolout'"):
+        _ = vit_explain_callback.Rolout  # type: ignore[attr-defined]

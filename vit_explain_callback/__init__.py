@@ -1,28 +1,75 @@
 """Explanation drift of Vision Transformers, tracked while they are fine-tuned.
 
-`ViTExplainCallback` goes into a Lightning `Trainer`; `explain` gives the same maps without one, `explain_targets` for
-several classes at once; `attention_rollout`, `gradient_rollout` and `attention_flow` are the mathematics on explicit
-attention matrices.
+`ViTExplainCallback` goes into a Lightning `Trainer`; `ExplanationTracker` does the same in any other loop, and
+`load_run` reads what either saved. `explain` gives the maps of one batch, `explain_targets` for several classes at
+once; `attention_rollout`, `gradient_rollout` and `attention_flow` are the mathematics on explicit attention matrices.
 """
 
-from vit_explain_callback.explainer import explain, explain_targets
-from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.lightning.callback import ViTExplainCallback
-from vit_explain_callback.methods.base import AttentionFlow, GradRollout, Rollout
-from vit_explain_callback.methods.flow import attention_flow
-from vit_explain_callback.methods.rollout import attention_rollout, gradient_rollout
-from vit_explain_callback.metrics.metric import MapDrift
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vit_explain_callback.explainer import Explainer, explain, explain_targets
+    from vit_explain_callback.explanation import Explanation
+    from vit_explain_callback.lightning.callback import ViTExplainCallback
+    from vit_explain_callback.methods.flow import AttentionFlow, attention_flow
+    from vit_explain_callback.methods.grad_rollout import GradRollout, gradient_rollout
+    from vit_explain_callback.methods.rollout import Rollout, attention_rollout
+    from vit_explain_callback.metrics.drift import MapDrift
+    from vit_explain_callback.tracking.probe import Probe
+    from vit_explain_callback.tracking.run import Run, load_run
+    from vit_explain_callback.tracking.tracker import ExplanationTracker
+    from vit_explain_callback.tracking.writers import Writer
+
+# Loaded at their first use: not everyone needs Lightning, and `vit-explain --help` needs nothing.
+_HOME = {
+    "AttentionFlow": "methods.flow",
+    "Explainer": "explainer",
+    "Explanation": "explanation",
+    "ExplanationTracker": "tracking.tracker",
+    "GradRollout": "methods.grad_rollout",
+    "MapDrift": "metrics.drift",
+    "Probe": "tracking.probe",
+    "Rollout": "methods.rollout",
+    "Run": "tracking.run",
+    "ViTExplainCallback": "lightning.callback",
+    "Writer": "tracking.writers",
+    "attention_flow": "methods.flow",
+    "attention_rollout": "methods.rollout",
+    "explain": "explainer",
+    "explain_targets": "explainer",
+    "gradient_rollout": "methods.grad_rollout",
+    "load_run": "tracking.run",
+}
 
 __all__ = [
     "AttentionFlow",
+    "Explainer",
     "Explanation",
+    "ExplanationTracker",
     "GradRollout",
     "MapDrift",
+    "Probe",
     "Rollout",
+    "Run",
     "ViTExplainCallback",
+    "Writer",
     "attention_flow",
     "attention_rollout",
     "explain",
     "explain_targets",
     "gradient_rollout",
+    "load_run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -44,18 +44,14 @@ def check_classifier(vit: nn.Module) -> None:
         )
 
 
-def check_start_layers(methods: Sequence[Method], blocks: int) -> None:
-    """Refuse methods that start past the last block.
+def check_layers(methods: Sequence[Method], blocks: int) -> None:
+    """Refuse methods with an option that names a block which the model does not have.
 
     Raises:
-        ValueError: If one does.
+        ValueError: If there is one.
     """
     for method in methods:
-        if method.start_layer > blocks:
-            raise ValueError(
-                f"Expected `start_layer` in 1 … {blocks} (the model's blocks), but {method.name} has "
-                f"{method.start_layer}."
-            )
+        method.layers(blocks)
 
 
 def check_target(target: Tensor, classes: int) -> None:

@@ -6,20 +6,37 @@ Shapes: B images, C channels of the image or classes of the logits, N tokens, H 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vit_explain_callback._checks import check_start_layers, check_target
+from vit_explain_callback._checks import check_layers, check_target
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method
-from vit_explain_callback.methods.fold import fold
+from vit_explain_callback.methods.fold import Blocks, fold
 from vit_explain_callback.metrics.attention import BlockMeter
 from vit_explain_callback.vit.adapter import Subject
 from vit_explain_callback.vit.capture import AttentionCall, AttentionRecorder
 from vit_explain_callback.vit.stack import Stack, find_stack
 from vit_explain_callback.vit.tokens import TokenLayout
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What a forward pass gave.
+
+    Attributes:
+        images: (B, C, H, W), as the ViT was fed them.
+        logits: (B, C), in the autograd graph if there is one.
+        targets: Classes to explain, (B,) each.
+        stack: The attention of the blocks.
+    """
+
+    images: Tensor
+    logits: Tensor
+    targets: list[Tensor]
+    stack: Stack
 
 
 def explain_batch(
@@ -37,49 +54,82 @@ def explain_batch(
         TypeError: If the model's output is of the wrong type.
         ValueError: If a target or `start_layer` is out of range, or if the model's attention cannot be rolled out.
     """
-    known = subject.known_layout(images.shape[1:])
-    of_class = [method for method in methods if method.weighted]
-    with_gradients = bool(of_class)
-    with torch.set_grad_enabled(with_gradients):
-        # The input carries the graph through a frozen backbone; the parameters' flags are left alone.
-        images = images.detach().requires_grad_(with_gradients)
-        with AttentionRecorder(subject.vit, through_no_grad=with_gradients) as recorder:
-            logits = subject.logits(images)
-        stack = find_stack(subject.vit, recorder, len(images))
-        recorder.calls.clear()
-        check_start_layers(methods, len(stack.calls))
-        predicted = logits.detach().argmax(dim=1)
-        targets = [predicted if target is None else target.to(logits.device) for target in wanted]
-        for target in targets:
-            check_target(target, logits.shape[1])
-        backward = targets if with_gradients else targets[:1]
-        gradients = [
-            _output_gradients(logits, target, stack, target is not backward[-1]) if with_gradients else _nones(stack)
-            for target in backward
-        ]
+    with_gradients = any(method.needs_target for method in methods)
+    forward = _forward(subject, images, methods, wanted, with_gradients)
+    gradients = _gradients(forward)
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
-    logits, images = logits.detach(), images.detach()
+    images, logits, targets, stack = images.detach(), forward.logits.detach(), forward.targets, forward.stack
     layout = subject.layout(stack, images)
-    if layout is not known and layout.readout is not None and stack.pool is not None:
+    if layout.observed and layout.readout is not None and stack.pool is not None:
         stack = replace(stack, pool=None)  # no logit depends on it
-        for of_target in gradients:
-            of_target.pop()
+        gradients = [of_target[:-1] for of_target in gradients]
     _check_tokens(stack, layout)
     if with_gradients:
         _check_reached(stack, gradients[0])
     meter = _meter(stack, layout, images) if block_statistics else None
-    found: list[dict[str, Tensor]] = []
-    for index, of_target in enumerate(gradients):
-        # Folding empties the lists it is given, to let go of each block in turn: the last one gets the stack's own.
-        calls = stack.calls if index == len(gradients) - 1 else list(stack.calls)
-        folded, shown = (methods, meter) if index == 0 else (of_class, None)
-        with torch.no_grad():
-            rows = fold(folded, replace(stack, calls=calls), of_target, layout, shown)
-        maps = {method.name: layout.to_grid(row) for method, row in rows.items()}
-        found.append({**found[0], **maps} if found else maps)
+    blocks = Blocks(stack, gradients)
+    del forward, stack, gradients  # the iterator lets go of each block once nobody else holds it
+    found = _maps(methods, blocks, layout, meter)
     found += found[:1] * (len(targets) - len(found))
-    blocks = None if meter is None else meter.result()
-    return [Explanation(maps, logits, target, blocks) for maps, target in zip(found, targets, strict=True)]
+    statistics = None if meter is None else meter.result()
+    return [Explanation(maps, logits, target, statistics) for maps, target in zip(found, targets, strict=True)]
+
+
+def _forward(
+    subject: Subject,
+    images: Tensor,
+    methods: Sequence[Method],
+    wanted: Sequence[Tensor | None],
+    with_gradients: bool,
+) -> _Forward:
+    with (
+        torch.set_grad_enabled(with_gradients),
+        AttentionRecorder(subject.vit, with_gradients, subject.twin.state) as recorder,
+        subject.fed(with_gradients) as fed,
+    ):
+        logits = subject.logits(images)
+    stack = find_stack(subject.vit, recorder, len(images))
+    images = fed[0] if fed else images
+    check_layers(methods, len(stack.calls))
+    predicted = logits.detach().argmax(dim=1)
+    targets = [predicted if target is None else target.to(logits.device) for target in wanted]
+    for target in targets:
+        check_target(target, logits.shape[1])
+    return _Forward(images, logits, targets, stack)
+
+
+def _gradients(forward: _Forward) -> list[list[Tensor | None]]:
+    """∂y_c/∂O of each block and then of the pool for each target, None where y_c does not depend on it.
+
+    Without a graph, of one target alone: the maps are the same for all.
+    """
+    outputs = [call.output for call in _with_pool(forward.stack)]
+    attached = [index for index, output in enumerate(outputs) if output.requires_grad]
+    gradients: list[list[Tensor | None]] = [[None] * len(outputs) for _ in forward.targets]
+    if not forward.logits.requires_grad or not attached:
+        return gradients[:1]
+    # Images do not mix in evaluation mode, so one pass serves the whole batch.
+    with torch.enable_grad():
+        chosen = [forward.logits.gather(1, target[:, None]).sum() for target in forward.targets]
+    for place, logit in enumerate(chosen):
+        found = torch.autograd.grad(
+            logit,
+            [outputs[index] for index in attached],
+            retain_graph=place < len(chosen) - 1,
+            allow_unused=True,
+        )
+        for index, gradient in zip(attached, found, strict=True):
+            gradients[place][index] = gradient
+    return gradients
+
+
+def _maps(
+    methods: Sequence[Method], blocks: Blocks, layout: TokenLayout, meter: BlockMeter | None
+) -> list[dict[str, Tensor]]:
+    """Maps (B, grid_h, grid_w) by name for each target that there are gradients of."""
+    with torch.no_grad():
+        folded = fold(methods, blocks, layout, meter)
+    return [{method.name: layout.to_grid(row) for method, row in rows.items()} for rows in folded]
 
 
 def _meter(stack: Stack, layout: TokenLayout, images: Tensor) -> BlockMeter:
@@ -104,28 +154,6 @@ def _check_tokens(stack: Stack, layout: TokenLayout) -> None:
             f"Expected {'an' if layout.readout is None else 'no'} attention-pooling head over the tokens after the "
             f"blocks, but saw {seen}."
         )
-
-
-def _nones(stack: Stack) -> list[Tensor | None]:
-    return [None] * len(_with_pool(stack))
-
-
-def _output_gradients(logits: Tensor, target: Tensor, stack: Stack, retain_graph: bool) -> list[Tensor | None]:
-    """∂y_c/∂O of each block and then of the pool, None where y_c does not depend on it.
-
-    Images do not mix in evaluation mode, so one pass serves the whole batch.
-    """
-    gradients = _nones(stack)
-    outputs = [call.output for call in _with_pool(stack)]
-    attached = [index for index, output in enumerate(outputs) if output.requires_grad]
-    if logits.requires_grad and attached:
-        chosen = logits.gather(1, target[:, None])
-        found = torch.autograd.grad(
-            chosen.sum(), [outputs[index] for index in attached], retain_graph=retain_graph, allow_unused=True
-        )
-        for index, gradient in zip(attached, found, strict=True):
-            gradients[index] = gradient
-    return gradients
 
 
 def _with_pool(stack: Stack) -> list[AttentionCall]:

@@ -7,21 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vit_explain_callback._checks import check_classifier, check_counts, check_images
 from vit_explain_callback._explain_batch import explain_batch
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.methods.base import Method, resolve_methods
-from vit_explain_callback.vit.adapter import LogitsOf, Subject
-from vit_explain_callback.vit.isolation import undisturbed
-from vit_explain_callback.vit.timm import find_vit, normalisation, refuse_other_timm_models
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.names import resolve_methods
+from vit_explain_callback.vit.adapter import Adapter, LogitsOf, Memory, PlainAdapter, Subject
+from vit_explain_callback.vit.timm import Normalisation, find_vit, normalisation, refuse_other_timm_models
 from vit_explain_callback.vit.tokens import StatedLayout
 
 T = TypeVar("T")
+
+
+class ModelOptions(TypedDict, total=False):
+    """What a model does not say of itself; all of it can be left out.
+
+    Attributes:
+        vit: Attribute path of the ViT inside the model, needed where it holds several.
+        forward: How to get logits (B, C) from the model and images, if not by `model(images)`.
+        prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
+        grid_size: Patches as (grid_h, grid_w), likewise.
+        class_names: Name of each class, for captions.
+    """
+
+    vit: str | None
+    forward: LogitsOf | None
+    prefix_tokens: int | None
+    grid_size: tuple[int, int] | None
+    class_names: Sequence[str] | None
 
 
 def explain(
@@ -32,11 +51,7 @@ def explain(
     batch_size: int | None = None,
     *,
     block_statistics: bool = False,
-    vit: str | None = None,
-    forward: LogitsOf | None = None,
-    prefix_tokens: int | None = None,
-    grid_size: tuple[int, int] | None = None,
-    class_names: Sequence[str] | None = None,
+    **options: Unpack[ModelOptions],
 ) -> Explanation:
     """Explain the predictions of a Vision Transformer with attention rollout and gradient rollout.
 
@@ -51,11 +66,7 @@ def explain(
         target: Class to explain: None for the predicted one, one index for all images, or (B,) integer indices.
         batch_size: Images per pass; None takes all at once. It changes memory, not results.
         block_statistics: Whether to measure what each block attends to; see `BlockStatistics`.
-        vit: Attribute path of the ViT inside `model`, needed where it holds several.
-        forward: How to get logits (B, C) from `model` and images, if not by `model(images)`.
-        prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
-        grid_size: Patches as (grid_h, grid_w), likewise.
-        class_names: Name of each class, for the explanation's captions.
+        **options: What the model does not say of itself; see `ModelOptions`.
 
     A head with one logit z counts as two classes with the logits -z/2 and z/2, so that their softmax is the sigmoid of
     z. With several labels an image, `target` names the one to explain.
@@ -74,16 +85,7 @@ def explain(
         >>> {name: tuple(maps.shape) for name, maps in explanation.maps.items()}
         {'rollout': (1, 14, 14), 'grad_rollout_max': (1, 14, 14)}
     """
-    explainer = Explainer(
-        model,
-        methods,
-        vit=vit,
-        forward=forward,
-        prefix_tokens=prefix_tokens,
-        grid_size=grid_size,
-        class_names=class_names,
-    )
-    return explainer(images, target, batch_size, block_statistics)
+    return Explainer(model, methods, **options)(images, target, batch_size, block_statistics)
 
 
 def explain_targets(
@@ -92,12 +94,7 @@ def explain_targets(
     targets: Sequence[int | Tensor | None],
     methods: Sequence[str | Method] = ("rollout", "grad_rollout"),
     batch_size: int | None = None,
-    *,
-    vit: str | None = None,
-    forward: LogitsOf | None = None,
-    prefix_tokens: int | None = None,
-    grid_size: tuple[int, int] | None = None,
-    class_names: Sequence[str] | None = None,
+    **options: Unpack[ModelOptions],
 ) -> list[Explanation]:
     """Explain the same images for several targets, from one forward pass and one backward pass for each target.
 
@@ -107,11 +104,7 @@ def explain_targets(
         targets: Each as `explain` takes one: None, one index, or (B,) integer indices.
         methods: Names or objects.
         batch_size: Images per pass.
-        vit: Attribute path of the ViT.
-        forward: How to get logits.
-        prefix_tokens: Number of tokens before the patches.
-        grid_size: Patches as (grid_h, grid_w).
-        class_names: Name of each class.
+        **options: As for `explain`.
 
     Returns:
         One explanation for each target; they share the maps of methods that do not depend on it.
@@ -120,16 +113,7 @@ def explain_targets(
         TypeError: As `explain`.
         ValueError: As `explain`, and if there is no target.
     """
-    explainer = Explainer(
-        model,
-        methods,
-        vit=vit,
-        forward=forward,
-        prefix_tokens=prefix_tokens,
-        grid_size=grid_size,
-        class_names=class_names,
-    )
-    return explainer.for_targets(images, targets, batch_size)
+    return Explainer(model, methods, **options).for_targets(images, targets, batch_size)
 
 
 class Explainer:
@@ -138,11 +122,7 @@ class Explainer:
     Args:
         model: As for `explain`, like the others.
         methods: Names or objects.
-        vit: Attribute path of the ViT.
-        forward: How to get logits.
-        prefix_tokens: Number of tokens before the patches.
-        grid_size: Patches as (grid_h, grid_w).
-        class_names: Name of each class.
+        **options: As for `explain`.
 
     Raises:
         TypeError: If methods are of the wrong type.
@@ -153,19 +133,35 @@ class Explainer:
         self,
         model: nn.Module,
         methods: Sequence[str | Method],
-        *,
-        vit: str | None = None,
-        forward: LogitsOf | None = None,
-        prefix_tokens: int | None = None,
-        grid_size: tuple[int, int] | None = None,
-        class_names: Sequence[str] | None = None,
+        **options: Unpack[ModelOptions],
     ) -> None:
-        self.methods = resolve_methods(methods)
-        self.class_names = class_names
-        self._subject = Subject(model, find_vit(model, vit), forward, StatedLayout(prefix_tokens, grid_size))
-        refuse_other_timm_models(self._subject.vit)
-        if model is self._subject.vit and any(method.weighted for method in self.methods):
+        forward = options.get("forward")
+        self._set_up(PlainAdapter(model, options.get("vit"), forward), methods, **options)
+        vit = find_vit(model, options.get("vit"))
+        refuse_other_timm_models(vit)
+        if forward is None and model is vit and any(method.needs_target for method in self.methods):
             check_classifier(model)
+
+    @classmethod
+    def of(cls, adapter: Adapter, methods: Sequence[str | Method], **options: Unpack[ModelOptions]) -> Explainer:
+        """An explainer of a model that is not run by calling it.
+
+        Args:
+            adapter: How it is run.
+            methods: Names or objects.
+            **options: As for `explain`; `vit` and `forward` are the adapter's.
+        """
+        explainer = cls.__new__(cls)
+        explainer._set_up(adapter, methods, **options)
+        return explainer
+
+    def _set_up(self, adapter: Adapter, methods: Sequence[str | Method], **options: Unpack[ModelOptions]) -> None:
+        self.methods = resolve_methods(methods)
+        self.class_names = options.get("class_names")
+        self._adapter = adapter
+        self._stated = StatedLayout(options.get("prefix_tokens"), options.get("grid_size"))
+        self._memory = Memory()
+        self._guarded = True
 
     def __call__(
         self,
@@ -173,14 +169,17 @@ class Explainer:
         target: int | Tensor | None = None,
         batch_size: int | None = None,
         block_statistics: bool = False,
+        first: int = 0,
     ) -> Explanation:
         """Explain a batch, in parts of `batch_size` images; in smaller ones where memory does not suffice.
+
+        `first` is the place of the first image in the probe, for models that are given more than images.
 
         Raises:
             TypeError: If images, target or the model's output are of the wrong type.
             ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
         """
-        return self.for_targets(images, [target], batch_size, block_statistics)[0]
+        return self.for_targets(images, [target], batch_size, block_statistics, first)[0]
 
     def for_targets(
         self,
@@ -188,6 +187,7 @@ class Explainer:
         targets: Sequence[int | Tensor | None],
         batch_size: int | None = None,
         block_statistics: bool = False,
+        first: int = 0,
     ) -> list[Explanation]:
         """Explain a batch for several targets: one forward pass, and one backward pass for each target.
 
@@ -202,23 +202,27 @@ class Explainer:
             raise ValueError("Expected `targets` to hold at least one target, but got none.")
         wanted = [_as_targets(target, len(images)) for target in targets]
 
-        def work(part: slice, copied: Tensor) -> list[Explanation]:
-            own = [None if target is None else target[part] for target in wanted]
-            return explain_batch(self._subject, copied, self.methods, own, block_statistics)
+        mean_std: list[Normalisation] = []
 
-        parts = self._in_parts(images, batch_size, work)
-        mean_std, names = normalisation(self._subject.vit), self.class_names
+        def work(subject: Subject, part: slice, copied: Tensor) -> list[Explanation]:
+            own = [None if target is None else target[part] for target in wanted]
+            mean_std.append(normalisation(subject.vit))
+            return explain_batch(subject, copied, self.methods, own, block_statistics)
+
+        parts = self._in_parts(images, batch_size, first, work)
         return [
-            replace(Explanation.joined(of_one), images=images, normalisation=mean_std, class_names=names)
+            replace(Explanation.joined(of_one), images=images, normalisation=mean_std[0], class_names=self.class_names)
             for of_one in zip(*parts, strict=True)
         ]
 
-    def logits(self, images: Tensor, batch_size: int | None = None) -> Tensor:
+    def logits(self, images: Tensor, batch_size: int | None = None, first: int = 0) -> Tensor:
         """What the model makes of images (B, C, H, W), explained or not: (B, C) logits."""
         with torch.no_grad():
-            return torch.cat(self._in_parts(images, batch_size, lambda _, copied: self._subject.logits(copied)))
+            return torch.cat(
+                self._in_parts(images, batch_size, first, lambda subject, _, copied: subject.logits(copied))
+            )
 
-    def logits_without(self, images: Tensor, taken: Tensor, batch_size: int | None = None) -> Tensor:
+    def logits_without(self, images: Tensor, taken: Tensor, batch_size: int | None = None, first: int = 0) -> Tensor:
         """Logits (B, C) when the tokens of some patches never enter the first block.
 
         For models that give tokens their position before the blocks, and whose images were explained before.
@@ -227,44 +231,51 @@ class Explainer:
             images: (B, C, H, W).
             taken: Patches to leave out, (B, grid_h, grid_w) boolean, as many of each image.
             batch_size: Images per pass.
+            first: Place of the first image in the probe.
 
         Raises:
             ValueError: If the blocks themselves need to know where their tokens are, as with rotary embeddings.
         """
 
-        def work(part: slice, copied: Tensor) -> Tensor:
-            with self._subject.without_tokens(copied, taken[part].to(copied.device)):
+        def work(subject: Subject, part: slice, copied: Tensor) -> Tensor:
+            with subject.without_tokens(copied, taken[part].to(copied.device)):
                 try:
-                    return self._subject.logits(copied)
+                    return subject.logits(copied)
                 except RuntimeError as error:
                     if _is_out_of_memory(error):
                         raise
                     raise ValueError(
-                        f"Expected the blocks of {type(self._subject.vit).__name__} to take any number of tokens, but "
+                        f"Expected the blocks of {type(subject.vit).__name__} to take any number of tokens, but "
                         f"they do not ({error}): paint patches over instead, with `removal='mean_colour'`."
                     ) from error
 
         with torch.no_grad():
-            return torch.cat(self._in_parts(images, batch_size, work))
+            return torch.cat(self._in_parts(images, batch_size, first, work))
 
-    def _in_parts(self, images: Tensor, batch_size: int | None, work: Callable[[slice, Tensor], T]) -> list[T]:
+    def _in_parts(
+        self, images: Tensor, batch_size: int | None, first: int, work: Callable[[Subject, slice, Tensor], T]
+    ) -> list[T]:
         """Do `work` on copies of a few images at a time, undisturbed; on fewer where memory does not suffice."""
         check_counts(batch_size=batch_size)
-        parameter = next(self._subject.vit.parameters())
         size = min(batch_size or len(images), len(images))
         parts: list[T] = []
         start = 0
-        with undisturbed(self._subject.model):
+        with self._adapter.evaluating(self._guarded) as twin:
+            subject = Subject(self._adapter, twin, self._stated, self._memory)
+            parameter = next(subject.vit.parameters())
             while start < len(images):
                 part = slice(start, start + size)
+                own = images[part]
+                own = own.to(parameter, copy=True) if own.is_floating_point() else own.to(parameter.device, copy=True)
                 try:
-                    parts.append(work(part, images[part].to(parameter, copy=True)))
+                    parts.append(work(replace(subject, first=first + start), part, own))
                 except RuntimeError as error:
                     if size == 1 or not _is_out_of_memory(error):
                         raise
                     size = (size + 1) // 2
                 else:
                     start += size
+            self._guarded = bool(twin.moved)
         return parts
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,6 +68,11 @@ class Explanation:
         """(B, C) softmax of the logits, in float64."""
         return self.logits.double().softmax(dim=1)
 
+    @property
+    def target_probability(self) -> Tensor:
+        """(B,) probability of the target class, in [0, 1]."""
+        return self.probabilities.gather(1, self.target[:, None])[:, 0]
+
     def cpu(self) -> Explanation:
         """A copy on the CPU, with logits in float32 at least."""
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
@@ -120,20 +125,11 @@ class Explanation:
         return figure(rows, ["image", *headings], scale="the limit over each column")
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all.
-
-        Its tensors are `map/{method}`, `logits`, `target`, `block/{statistic}` and `images`.
-        """
-        tensors = {f"map/{name}": maps for name, maps in self.maps.items()}
-        tensors |= {"logits": self.logits, "target": self.target}
-        if self.blocks is not None:
-            tensors |= {f"block/{name}": statistic for name, statistic in vars(self.blocks).items()}
-        if self.images is not None:
-            tensors["images"] = self.images
+        """Write one safetensors file of `tensors`, whole or not at all."""
         names = None if self.class_names is None else [str(name) for name in self.class_names]
         # Safetensors keeps the order of neither; the methods' is that of the columns.
-        told = {"methods": list(self.maps), "normalisation": self.normalisation, "class_names": names}
-        write_tensors(Path(path), tensors, {name: json.dumps(value) for name, value in told.items()})
+        about = {"methods": list(self.maps), "normalisation": self.normalisation, "class_names": names}
+        write_tensors(Path(path), self.tensors(), {name: json.dumps(value) for name, value in about.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> Explanation:
@@ -146,17 +142,40 @@ class Explanation:
         tensors, metadata = read_tensors(Path(path))
         if "methods" not in metadata:
             raise ValueError(f"Expected {path} to be written by `Explanation.save`, but it was not.")
-        told = {name: json.loads(value) for name, value in metadata.items()}
-        blocks = {name.removeprefix("block/"): value for name, value in tensors.items() if name.startswith("block/")}
-        mean_std = told["normalisation"]
+        about = {name: json.loads(value) for name, value in metadata.items()}
+        found = cls.from_tensors(tensors)
+        mean_std = about["normalisation"]
+        return replace(
+            found,
+            maps={name: found.maps[name] for name in about["methods"]},
+            normalisation=None if mean_std is None else (tuple(mean_std[0]), tuple(mean_std[1])),
+            class_names=about["class_names"],
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name: `map/{method}`, `logits`, `target`, `block/{statistic}` and `images`."""
+        tensors = {f"map/{name}": maps for name, maps in self.maps.items()}
+        tensors |= {"logits": self.logits, "target": self.target}
+        if self.blocks is not None:
+            tensors |= {f"block/{name}": statistic for name, statistic in vars(self.blocks).items()}
+        if self.images is not None:
+            tensors["images"] = self.images
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Explanation:
+        """The explanation that gave these `tensors`; others are passed over.
+
+        Raises:
+            KeyError: If `logits` or `target` is missing.
+        """
+        blocks = tensors_under("block", tensors)
         return cls(
-            {name: tensors[f"map/{name}"] for name in told["methods"]},
+            tensors_under("map", tensors),
             tensors["logits"],
             tensors["target"],
             BlockStatistics(**blocks) if blocks else None,
             tensors.get("images"),
-            None if mean_std is None else (tuple(mean_std[0]), tuple(mean_std[1])),
-            told["class_names"],
         )
 
     def _picture(self, index: int) -> Picture:
@@ -182,3 +201,9 @@ class Explanation:
         left = len(self.logits) - _NUM_SHOWN
         more = f"<p>{left} more images: <code>plot(num_shown={len(self.logits)})</code></p>" if left > 0 else ""
         return f'<img alt="explanation" src="data:image/png;base64,{data}">{more}'
+
+
+def tensors_under(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with `group/`, without it."""
+    prefix = f"{group}/"
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vit_explain_callback.explainer import Explainer
-from vit_explain_callback.methods.base import Method, resolve_methods
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.fused_method import FusedMethod
+from vit_explain_callback.methods.names import resolve_methods
 
 Run: TypeAlias = Callable[[Tensor], object]
 
@@ -86,7 +88,7 @@ def materialised(methods: Sequence[str], model: nn.Module) -> Run:
 
 def materialised_maps(model: Any, methods: Sequence[Method], images: Tensor) -> dict[str, Tensor]:
     """Relevance of the patches by method name, (B, P), in float32."""
-    with_gradients = any(method.weighted for method in methods)
+    with_gradients = any(method.needs_target for method in methods)
     attentions: list[Tensor] = []
     layers = [block.attn for block in model.blocks]
     hooks = [layer.attn_drop.register_forward_pre_hook(lambda _, args: attentions.append(args[0])) for layer in layers]
@@ -103,11 +105,13 @@ def materialised_maps(model: Any, methods: Sequence[Method], images: Tensor) -> 
             hook.remove()
     with torch.no_grad():
         return {
-            method.name: _product(method, attentions, gradients)[:, 0, model.num_prefix_tokens :] for method in methods
+            method.name: _product(method, attentions, gradients)[:, 0, model.num_prefix_tokens :]
+            for method in methods
+            if isinstance(method, FusedMethod)
         }
 
 
-def _product(method: Method, attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+def _product(method: FusedMethod, attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """R = Ā^L … Ā^s, (B, N, N)."""
     fuse: dict[str, Any] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
     tokens = attentions[0].shape[-1]
@@ -115,7 +119,7 @@ def _product(method: Method, attentions: Sequence[Tensor], gradients: Sequence[T
     product = identity
     for layer in range(method.start_layer - 1, len(attentions)):
         attention = attentions[layer].float()
-        if method.weighted:
+        if method.needs_target:
             matrix = fuse[method.head_fusion](attention * gradients[layer].float(), dim=1).relu()
         else:
             matrix = fuse[method.head_fusion](attention, dim=1)

@@ -41,10 +41,11 @@ from scipy.optimize import nnls
 from tests.benchmarks.contenders import FIVE
 from tests.benchmarks.measure import in_new_process, peak_bytes, seconds
 from vit_explain_callback.explainer import Explainer
-from vit_explain_callback.lightning.strategy import explain_together
-from vit_explain_callback.tracking.distributed import Ranks
+from vit_explain_callback.explanation import Explanation
+from vit_explain_callback.tracking.distributed import Ranks, explain_together
+from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.scalars import scalars
-from vit_explain_callback.tracking.snapshot import History, Snapshot
+from vit_explain_callback.tracking.snapshot import Snapshot
 
 METHODS = ("grad_rollout", "rollout", *(name for name in FIVE if name not in ("rollout", "grad_rollout")))
 
@@ -140,7 +141,9 @@ def _rank(
 def scalar_seconds(images: int = 2000, variants: int = 2) -> float:
     """Of one map of 14 × 14 patches."""
     maps = {name: torch.rand(images, 14, 14) for name in METHODS[:variants]}
-    snapshots = [Snapshot(step, maps, torch.randn(images, 10), torch.zeros(images).long()) for step in range(3)]
+    snapshots = [
+        Snapshot(step, Explanation(maps, torch.randn(images, 10), torch.zeros(images).long())) for step in range(3)
+    ]
     return seconds(lambda: scalars(History(snapshots=snapshots, count=3), None, {})) / (images * variants)
 
 

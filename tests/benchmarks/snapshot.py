@@ -31,21 +31,20 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.runs import Classifier, fit
 from vit_explain_callback import ViTExplainCallback
-from vit_explain_callback.lightning import fit as fit_of_callback
-from vit_explain_callback.lightning.loggers import Writer
-from vit_explain_callback.tracking.report import Report
+from vit_explain_callback.tracking import tracker
+from vit_explain_callback.tracking.writers import TensorBoardWriter
 
 EPOCH_STEPS = 500
 PARTS: dict[str, tuple[Any, str]] = {
-    "explain": (fit_of_callback, "explain_together"),
-    "drift and scalars": (Report, "scalars"),
-    "draw": (Report, "figures"),
-    "encode and write": (Writer, "write"),
+    "explain": (tracker, "explain_together"),
+    "drift and scalars": (tracker, "scalars"),
+    "draw": (tracker, "figures"),
+    "encode and write": (TensorBoardWriter, "pictures"),
 }
 RARE: dict[str, tuple[Any, str]] = {
-    "checks": (fit_of_callback, "check_together"),
-    "draw animations": (Report, "animations"),
-    "write the end": (Writer, "conclude"),
+    "checks": (tracker, "check_together"),
+    "draw animations": (tracker, "animations"),
+    "write the end": (TensorBoardWriter, "finish"),
 }
 
 

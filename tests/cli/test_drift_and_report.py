@@ -23,7 +23,8 @@ from vit_explain_callback import ViTExplainCallback, explain
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.drift import read_images
 from vit_explain_callback.cli.weights import Weights, with_weights
-from vit_explain_callback.tracking.html import load_run, page
+from vit_explain_callback.tracking.html import page
+from vit_explain_callback.tracking.run import load_run
 from vit_explain_callback.tracking.snapshot import Snapshot
 
 NAME = "vit_tiny_patch16_224"
@@ -90,7 +91,7 @@ def test_the_drift_of_a_series_of_checkpoints(
         for name, maps in expected.maps.items():
             torch.testing.assert_close(found.maps[name], maps)
         assert found.target.equal(first.target)
-        assert (found.checks is None) == (seed == 1)
+        assert (found.reliability is None) == (seed == 1)
     html = (output / "report.html").read_text(encoding="utf-8")
     assert "3 probe images over 3 snapshots, steps 0 to 2" in html
 
@@ -199,8 +200,8 @@ def test_the_page_of_a_run_says_what_its_summary_says(tmp_path: Path) -> None:
 def test_the_scalars_of_a_saved_run_are_those_that_were_logged(tmp_path: Path) -> None:
     trainer = fit(ViTExplainCallback(check_every_n_snapshots=1), tmp_path)
     board = events(trainer)
-    _, snapshots = load_run(Path(trainer.log_dir or ""))
-    rebuilt = [(history.now.step, scalars) for history, scalars in snapshots]
+    rows = load_run(Path(trainer.log_dir or "")).scalars
+    rebuilt = [(row["step"], {tag: value for tag, value in row.items() if tag != "step"}) for row in rows]
     assert [step for step, _ in rebuilt] == [one.step for one in saved(trainer)]
     logged = {tag for tag in board.Tags()["scalars"] if not tag.startswith(("final", "epoch"))}
     assert {tag for _, scalars in rebuilt for tag in scalars} == logged

@@ -141,11 +141,11 @@ def test_the_last_filmstrip_still_shows_the_baseline_after_many_snapshots(
     """TensorBoard keeps 10 pictures of a tag by default and drops step 0, but always keeps the last."""
     shown: list[list[int]] = []
 
-    def spy(pictures: Any, titles: Any, snapshots: Any, *rest: Any) -> Any:
-        shown.append([snapshot.step for snapshot in snapshots])
-        return filmstrip(pictures, titles, snapshots, *rest)
+    def spy(pictures: Any, titles: Any, steps: Any, *rest: Any) -> Any:
+        shown.append(steps)
+        return filmstrip(pictures, titles, steps, *rest)
 
-    monkeypatch.setattr("vit_explain_callback.tracking.report.filmstrip", spy)
+    monkeypatch.setattr("vit_explain_callback.tracking.pictures.filmstrip", spy)
     callback = ViTExplainCallback(["rollout"], every_n_steps=1, num_shown=2, num_images=4)
     trainer = fit(callback, tmp_path, max_epochs=5)
     assert len(saved(trainer)) == 21
@@ -167,7 +167,7 @@ def test_colour_limits_are_frozen_at_the_baseline(tmp_path: Path, monkeypatch: p
         limits.append(arguments[-1])
         return filmstrip(*arguments)
 
-    monkeypatch.setattr("vit_explain_callback.tracking.report.filmstrip", spy)
+    monkeypatch.setattr("vit_explain_callback.tracking.pictures.filmstrip", spy)
     fit(ViTExplainCallback(["rollout_max"], every_n_steps=1), tmp_path, Classifier(lr=0.5))
     assert len(limits) == 9
     assert len(set(limits)) == 1
@@ -386,7 +386,7 @@ def test_class_names_come_from_the_data_set(tmp_path: Path, monkeypatch: pytest.
         texts.append(text)
         return picture
 
-    monkeypatch.setattr("vit_explain_callback.tracking.report.with_strip", spy)
+    monkeypatch.setattr("vit_explain_callback.tracking.pictures.with_strip", spy)
     data = Pictures()
     data.classes = ["ant", "bee", "cat", "dog", "eel"]  # type: ignore[attr-defined]
     fit(ViTExplainCallback(["rollout"], every_n_epochs=2), tmp_path, validation=loader(data))

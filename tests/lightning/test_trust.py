@@ -32,7 +32,7 @@ def test_checks_are_made_on_their_own_schedule_and_at_both_ends(
 ) -> None:
     callback = ViTExplainCallback(["rollout"], every_n_steps=2, check_every_n_snapshots=every, on_error="raise")
     trainer = fit(callback, tmp_path)
-    assert [one.step for one in saved(trainer) if one.checks is not None] == steps
+    assert [one.step for one in saved(trainer) if one.reliability is not None] == steps
     assert [one.step for one in saved(trainer)] == [0, 2, 4, 6, 8]
     if every is not None:
         for tag in ("faithfulness/rollout/srg", "drift_scale/rollout/spearman/noise"):
@@ -49,11 +49,11 @@ def test_checks_and_blocks_of_the_baseline_are_those_of_explain(tmp_path: Path, 
     images, labels = data.images[:5], data.labels[:5]
     expected = explain(tiny_vit(), images, target=labels, block_statistics=True)
     mirrored = explain(tiny_vit(), images.flip(3), target=labels)
-    assert baseline.checks is not None
+    assert baseline.reliability is not None
     assert baseline.blocks is not None
     assert expected.blocks is not None
     for name in expected.maps:
-        torch.testing.assert_close(baseline.checks.mirrored[name], mirrored.maps[name].flip(2))
+        torch.testing.assert_close(baseline.reliability.mirrored[name], mirrored.maps[name].flip(2))
     for statistic, value in vars(expected.blocks).items():
         torch.testing.assert_close(getattr(baseline.blocks, statistic), value)
     maps = {**expected.maps, "random": random_maps(5, (4, 4))}
@@ -62,7 +62,7 @@ def test_checks_and_blocks_of_the_baseline_are_those_of_explain(tmp_path: Path, 
     remove = mean_colour(explainer.logits) if removal == "mean_colour" else explainer.logits_without
     gains = symmetric_relevance_gain(remove, images, maps, labels)
     for name, gain in gains.items():
-        torch.testing.assert_close(baseline.checks.gains[name], gain)
+        torch.testing.assert_close(baseline.reliability.gains[name], gain)
 
 
 def test_the_scale_is_fixed_at_the_baseline(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests import oracle
 from vit_explain_callback import attention_rollout, gradient_rollout
-from vit_explain_callback.methods.rollout import HeadFuser, discard_lowest, fuse_heads, rollout_step
+from vit_explain_callback.methods.fusion import HeadFuser, discard_lowest, fuse_heads
+from vit_explain_callback.methods.rollout import rollout_step
 
 
 def random_attention(blocks: int, batch: int, heads: int, tokens: int, seed: int) -> list[Tensor]:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vit_explain_callback.metrics.drift import METRICS, UNCHANGED
-from vit_explain_callback.metrics.metric import MapDrift
+from vit_explain_callback.metrics.drift import METRICS, UNCHANGED, MapDrift
 from vit_explain_callback.metrics.reference import noise_floor, on_scale, unrelated_level
 
 

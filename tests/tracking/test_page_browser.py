@@ -467,13 +467,12 @@ def test_hostile_names_show_as_text(tmp_path: Path, opened: Any) -> None:
     assert tab.locator(".eyebrow").inner_text() == "<i>"
 
 
-@pytest.mark.parametrize("unusual", ["one snapshot", "no labels", "regression", "few pictures", "NaN maps", "thinned"])
+@pytest.mark.parametrize("unusual", ["one snapshot", "no labels", "regression", "NaN maps", "thinned"])
 def test_unusual_runs_open(unusual: str, tmp_path: Path, opened: Any) -> None:
     options: dict[str, dict[str, Any]] = {
         "one snapshot": {"steps": (7,)},
         "no labels": {"labels": None, "class_names": None},
         "regression": {"classes": 1, "labels": None, "class_names": None},
-        "few pictures": {"pictures": 2, "regions": ["left"]},
         "NaN maps": {"maps": {"rollout": torch.full((4, 4, 2, 2), math.nan)}},
         "thinned": {"steps": range(12)},
     }
@@ -482,12 +481,8 @@ def test_unusual_runs_open(unusual: str, tmp_path: Path, opened: Any) -> None:
     tab.locator(".tile").first.click()
     tab.evaluate(SETTLED)
     about, facts = tab.locator("#about").inner_text(), tab.locator("#facts").inner_text()
-    assert ("no picture of 2 of its 4 images" in about) == (unusual == "few pictures")
     assert ("shows 6 of its 12 snapshots" in about) == (unusual == "thinned")
     assert facts.startswith("output ") == (unusual == "regression")
-    if unusual == "few pictures":
-        press(tab, "5")
-        assert (pixels(tab, 3) == 128).all()
     if unusual == "NaN maps":
         press(tab, "1")
         grey = np.asarray(Image.fromarray(stored_picture(tab, 0)).convert("L"))

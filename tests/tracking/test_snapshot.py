@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.attention import BlockStatistics
-from vit_explain_callback.tracking.snapshot import Checks, History, Snapshot
+from vit_explain_callback.tracking.history import History
+from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 
 
 def snapshot(step: int, whole: bool = False, checked: bool = False) -> Snapshot:
@@ -19,10 +21,9 @@ def snapshot(step: int, whole: bool = False, checked: bool = False) -> Snapshot:
     maps = {"rollout": torch.rand(2, 3, 5, generator=generator), "grad_rollout_max_0.9": torch.zeros(2, 3, 5)}
     maps_by_block = [torch.rand(2, 4, 3, 5, generator=generator) for _ in range(2)]
     blocks = BlockStatistics(*maps_by_block, *(torch.rand(2, 4, generator=generator) for _ in range(5)))
-    checks = Checks({"rollout": torch.rand(2, 3, 5)}, {"rollout": torch.rand(2), "random": torch.rand(2)})
-    return Snapshot(
-        step, maps, logits, torch.tensor([1, 3]), blocks if whole else None, checks if whole or checked else None
-    )
+    checks = Reliability({"rollout": torch.rand(2, 3, 5)}, {"rollout": torch.rand(2), "random": torch.rand(2)})
+    explanation = Explanation(maps, logits, torch.tensor([1, 3]), blocks if whole else None)
+    return Snapshot(step, explanation, checks if whole or checked else None)
 
 
 def assert_equal(one: Snapshot, other: Snapshot) -> None:
@@ -38,11 +39,11 @@ def test_a_snapshot_survives_its_file(tmp_path: Path, whole: bool) -> None:
     one.save(tmp_path / "a.safetensors")
     loaded = Snapshot.load(tmp_path / "a.safetensors")
     assert_equal(loaded, one)
-    assert (loaded.blocks is not None, loaded.checks is not None) == (whole, whole)
+    assert (loaded.blocks is not None, loaded.reliability is not None) == (whole, whole)
 
 
 def test_prediction_and_probability() -> None:
-    one = Snapshot(0, {}, torch.tensor([[0.0, 2.0, 0.0]]), torch.tensor([2]))
+    one = Snapshot(0, Explanation({}, torch.tensor([[0.0, 2.0, 0.0]]), torch.tensor([2])))
     assert one.prediction.tolist() == [1]
     torch.testing.assert_close(one.target_probability, (1 / (torch.tensor([2.0]).exp() + 2)).double())
 
@@ -97,17 +98,10 @@ def test_only_the_first_and_the_latest_keep_what_is_large() -> None:
     for step in range(6):
         history.add(snapshot(step, whole=step in (0, 2, 4), checked=step == 3))
     assert [one.step for one in history.snapshots if one.blocks is not None] == [0]
-    assert [one.step for one in history.snapshots if one.checks is not None] == [0, 4]
+    assert [one.step for one in history.snapshots if one.reliability is not None] == [0, 4]
     assert len(history.checked) == 2
-    checks = snapshot(0, checked=True).checks
+    checks = snapshot(0, checked=True).reliability
     assert checks is not None
     history.update_latest(checks)
-    assert history.checked[-1] is history.now.checks is checks
+    assert history.checked[-1] is history.now.reliability is checks
     assert (history.now.step, history.previous.step) == (5, 4)
-
-
-def test_a_cleared_history_is_empty() -> None:
-    history = history_of([0, 1])
-    history.fingerprint = "a"
-    history.clear()
-    assert history.state_dict() == History().state_dict()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_explain_callback.tracking.snapshot import Snapshot
+from vit_explain_callback.visualization.encode import png
 from vit_explain_callback.visualization.filmstrip import filmstrip
 from vit_explain_callback.visualization.overlay import (
     STRIP_HEIGHT,
@@ -19,7 +19,6 @@ from vit_explain_callback.visualization.overlay import (
     colour_limit,
     difference,
     overlay,
-    png,
     resized,
     unnormalise,
     with_strip,
@@ -103,12 +102,9 @@ def test_resizing_keeps_pixels_sharp() -> None:
 
 def test_a_filmstrip_has_a_row_for_each_image_and_a_column_for_each_snapshot() -> None:
     maps = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0)) / 12
-    logits = torch.zeros(3, 2)
-    both = {0: maps, 9: maps.flip(1)}
-    snapshots = [Snapshot(step, {"rollout": m}, logits, logits.argmax(1)) for step, m in both.items()]
     captions = [["cat · p=0.50"] * 3] * 2
     drift = [[1.0, 1.0, 1.0], [0.5, -0.5, math.nan]]
-    strip = filmstrip([BLACK] * 3, ["target cat"] * 3, snapshots, captions, drift, "rollout", 2.0)
+    strip = filmstrip([BLACK] * 3, ["target cat"] * 3, [0, 9], [maps, maps.flip(1)], captions, drift, 2.0)
     cell_height, cell_width, gap, curve = 85, 128, 4, 24
     row_height = cell_height + STRIP_HEIGHT + curve + gap
     assert strip.shape == (2 * STRIP_HEIGHT + 3 * row_height, 3 * cell_width + 2 * gap, 3)

@@ -17,8 +17,11 @@ from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.compare import compare
 from vit_explain_callback.cli.drift import explain_series, read_images
 from vit_explain_callback.cli.images import INDEX, explain_gallery
-from vit_explain_callback.methods.base import GradRollout, Method, Rollout, method_from_name, resolve_methods
-from vit_explain_callback.methods.rollout import HEAD_FUSIONS, HeadFusion
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.fusion import HEAD_FUSIONS, HeadFusion
+from vit_explain_callback.methods.grad_rollout import GradRollout
+from vit_explain_callback.methods.names import method_from_name, resolve_methods
+from vit_explain_callback.methods.rollout import Rollout
 from vit_explain_callback.tracking.html import page
 
 _DISCARD_RATIO = 0.9  # vit-explain's own

@@ -14,6 +14,7 @@ from vit_explain_callback.cli.photograph import Photograph
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.fused_method import FusedMethod
 from vit_explain_callback.visualization.encode import animation
 from vit_explain_callback.visualization.grid import Cell, figure, png
 from vit_explain_callback.visualization.overlay import colour_bar, colour_limit, with_strip
@@ -42,10 +43,11 @@ def compare(
 
     Raises:
         OSError: If the photograph cannot be read.
-        ValueError: If the model cannot be explained, or has no classifier.
+        ValueError: If the model cannot be explained or has no classifier, or a method has no such options.
     """
     photograph, image = Photograph.read(path, classifier.view)
-    sweep = [replace(methods[0], discard_ratio=ratio) for ratio in _SWEEP]
+    fused = _with_both_options(methods)
+    sweep = [replace(fused[0], discard_ratio=ratio) for ratio in _SWEEP]
     explainer = Explainer(classifier.model, list({method.name: method for method in [*methods, *sweep]}.values()))
     images = image[None]
     if not classes:
@@ -54,13 +56,13 @@ def compare(
     found = [explanation.cpu() for explanation in explainer.for_targets(images, list(classes))]
     output.mkdir(parents=True, exist_ok=True)
     files = [output / f"{path.stem}.compare.png", output / f"{path.stem}.sweep.gif"]
-    files[0].write_bytes(_figure(classifier, methods, photograph, found))
+    files[0].write_bytes(_figure(classifier, fused, photograph, found))
     files[1].write_bytes(_sweep(classifier, sweep, photograph, found))
     return files
 
 
 def _figure(
-    classifier: Classifier, methods: Sequence[Method], photograph: Photograph, found: Sequence[Explanation]
+    classifier: Classifier, methods: Sequence[FusedMethod], photograph: Photograph, found: Sequence[Explanation]
 ) -> bytes:
     one_of_kind = {method.kind: method for method in methods}.values()
     columns = [(method, explanation) for method in one_of_kind for explanation in _of_kind(method, found)]
@@ -80,7 +82,7 @@ def _figure(
             row.append(Cell(photograph.overlay(relevance, limit), f"0 to {limit:.1f} × uniform"))
         rows.append(row)
     headings = [
-        f"{of_kind.kind}\n{_target(classifier, explanation) if of_kind.weighted else 'any class'}"
+        f"{of_kind.kind}\n{_target(classifier, explanation) if of_kind.needs_target else 'any class'}"
         for of_kind, explanation in columns
     ]
     labels = [variant.replace(", ", "\n") for variant in variants]
@@ -88,7 +90,7 @@ def _figure(
 
 
 def _sweep(
-    classifier: Classifier, sweep: Sequence[Method], photograph: Photograph, found: Sequence[Explanation]
+    classifier: Classifier, sweep: Sequence[FusedMethod], photograph: Photograph, found: Sequence[Explanation]
 ) -> bytes:
     shown = _of_kind(sweep[0], found)
     # Over all ratios, so that colours mean the same in each frame.
@@ -97,7 +99,7 @@ def _sweep(
     for method in sweep:
         panels = []
         for each in shown:
-            what = _target(classifier, each) if method.weighted else method.kind
+            what = _target(classifier, each) if method.needs_target else method.kind
             panel = photograph.overlay(each.maps[method.name][0], limit)
             panel = with_strip(with_strip(panel, what), f"{method.kind} · discard {method.discard_ratio:g}")
             panels.append(panel)
@@ -106,9 +108,19 @@ def _sweep(
     return animation(frames)
 
 
+def _with_both_options(methods: Sequence[Method]) -> list[FusedMethod]:
+    fused = [method for method in methods if isinstance(method, FusedMethod)]
+    if len(fused) < len(methods):
+        raise ValueError(
+            "Expected methods with a `head_fusion` and a `discard_ratio` to compare, but got "
+            f"{', '.join(method.name for method in methods)}."
+        )
+    return fused
+
+
 def _of_kind(method: Method, found: Sequence[Explanation]) -> Sequence[Explanation]:
     """The explanations that differ for a method."""
-    return found if method.weighted else found[:1]
+    return found if method.needs_target else found[:1]
 
 
 def _target(classifier: Classifier, explanation: Explanation) -> str:
@@ -116,6 +128,6 @@ def _target(classifier: Classifier, explanation: Explanation) -> str:
     return f"{classifier.class_name(target)} · p={explanation.probabilities[0, target].item():.2f}"
 
 
-def _options(method: Method) -> str:
+def _options(method: FusedMethod) -> str:
     text = f"{method.head_fusion}, discard {method.discard_ratio:g}"
     return text if method.start_layer == 1 else f"{text}, from {method.start_layer}"

@@ -1,4 +1,4 @@
-"""The drift of a series of saved checkpoints: the same snapshots as in training, taken after the fact."""
+"""Measure the drift of a series of saved checkpoints, with the same snapshots as in training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from vit_explain_callback.cli.classifier import timm_transform
 from vit_explain_callback.cli.photograph import SUFFIXES, image_files, read_image
 from vit_explain_callback.cli.weights import Weights, with_weights
 from vit_explain_callback.explainer import Explainer
-from vit_explain_callback.lightning.strategy import check_together, explain_together
 from vit_explain_callback.methods.base import Method
-from vit_explain_callback.tracking.distributed import Ranks
-from vit_explain_callback.tracking.probe import ProbeBatch
-from vit_explain_callback.tracking.report import Report
+from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.snapshot import Snapshot
+from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.vit.timm import normalisation
 
 
@@ -87,24 +85,28 @@ def explain_series(
         ValueError: If one does not fit the model, or if the folder holds results of other images or methods.
     """
     folder = folder / "explanations"
-    folder.mkdir(parents=True, exist_ok=True)
     steps = _steps([Weights.read(path) for path in checkpoints])
-    probe = ProbeBatch(images)
-    report = Report.of(probe, num_shown, normalisation(timm.create_model(name)), None, {})
-    _keep_or_refuse(folder / "probe.safetensors", report, methods, folder)
-    first: Tensor | None = None
-    for index, (step, path) in enumerate(tqdm(list(zip(steps, checkpoints, strict=True)), unit="checkpoint")):
-        file = folder / f"step_{step:08d}.safetensors"
-        if not file.is_file():
-            explainer = Explainer(with_weights(name, Weights.read(path)).to(device), methods)
-            chosen = target if target is not None else first
-            found = explain_together(Ranks(), explainer, images, chosen, batch_size, block_statistics=True)
-            checks = None
-            if check_every and (index % check_every == 0 or index == len(checkpoints) - 1):
-                checks = check_together(Ranks(), explainer, images, found.maps, found.target, batch_size)
-            Snapshot(step, found.maps, found.logits, found.target, found.blocks, checks).save(file)
-        if first is None:
-            first = Snapshot.load(file).target
+    probe = Probe.of(images, normalisation=normalisation(timm.create_model(name)), num_shown=num_shown)
+    kept = _kept(folder, probe, methods)
+    series = list(zip(steps, checkpoints, strict=True))
+
+    def explainer(path: Path) -> Explainer:
+        return Explainer(with_weights(name, Weights.read(path)).to(device), methods)
+
+    missing = [path for step, path in series if step not in kept]
+    if not missing:
+        return
+    options: dict[str, Any] = {"target": target, "check_every": check_every, "batch_size": batch_size}
+    tracker = ExplanationTracker(explainer(missing[0]), probe, folder=folder, on_error="raise", **options)
+    for step, path in tqdm(series, unit="checkpoint"):
+        if step in kept:
+            tracker.history.add(kept[step])
+            continue
+        if path is not missing[0]:
+            tracker.explainer = explainer(path)
+        tracker.observe(step)
+    if series[-1][0] not in kept:
+        tracker.finish()
 
 
 def _steps(series: Sequence[Weights]) -> list[int]:
@@ -113,14 +115,15 @@ def _steps(series: Sequence[Weights]) -> list[int]:
     return told if increasing else list(range(len(series)))
 
 
-def _keep_or_refuse(file: Path, report: Report, methods: Sequence[Method], folder: Path) -> None:
-    """Write the report, unless there is one; then it must be of the same images, and the snapshots of the methods."""
-    if not file.is_file():
-        report.save(file)
-        return
-    same = torch.equal(torch.tensor(report.pictures[0]), torch.tensor(Report.load(file).pictures[0]))
+def _kept(folder: Path, probe: Probe, methods: Sequence[Method]) -> dict[int, Snapshot]:
+    """The snapshots that the folder holds already, by step; they must be of the same images and methods."""
+    if not (folder / "probe.safetensors").is_file():
+        return {}
+    same = Probe.load(folder / "probe.safetensors").fingerprint == probe.fingerprint
+    found = [Snapshot.load(path) for path in sorted(folder.glob("step_*.safetensors"))]
     names = {method.name for method in methods}
-    if not same or any(set(Snapshot.load(path).maps) != names for path in folder.glob("step_*.safetensors")):
+    if not same or any(set(snapshot.maps) != names for snapshot in found):
         raise ValueError(
             f"{folder} holds results of other images or methods; give another --output, or delete it to start again."
         )
+    return {snapshot.step: snapshot for snapshot in found}

@@ -147,7 +147,7 @@ def _write(
     targets = [int(explanation.target[place]) for explanation in found]
     files: list[dict[str, Any]] = []
     for method in methods:
-        of_class = method.weighted
+        of_class = method.needs_target
         for target, explanation in list(zip(targets, found, strict=True))[: None if of_class else 1]:
             relevance = explanation.maps[method.name][place]
             degenerate = not (relevance.isfinite().all() and relevance.sum() > 0)

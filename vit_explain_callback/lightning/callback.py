@@ -7,16 +7,18 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vit_explain_callback._checks import check_classifier, check_start_layers
+from vit_explain_callback._checks import check_classifier, check_layers
 from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer, is_overridden
-from vit_explain_callback.lightning.fit import Observation
-from vit_explain_callback.lightning.settings import Settings
+from vit_explain_callback.lightning.data import ProbeBatch
+from vit_explain_callback.lightning.fit import Fit
+from vit_explain_callback.lightning.loggers import declare_final_metrics
+from vit_explain_callback.lightning.settings import Display, Schedule, Settings
 from vit_explain_callback.lightning.strategy import explained_module
-from vit_explain_callback.methods.base import Method, resolve_methods
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.faithfulness import Removal
-from vit_explain_callback.tracking.probe import ProbeBatch
-from vit_explain_callback.tracking.snapshot import History
-from vit_explain_callback.tracking.tensorboard import declare_final_metrics
+from vit_explain_callback.tracking.scalars import final_tags
+from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.vit.adapter import LogitsOf
 from vit_explain_callback.vit.timm import find_vit, is_timm_vit, num_blocks, refuse_other_timm_models, timm_layout
 
@@ -118,69 +120,69 @@ class ViTExplainCallback(Callback):
             every_n_epochs = 1 if every_n_steps is None else None
         self.settings = Settings(
             methods=resolve_methods(methods),
-            every_n_epochs=every_n_epochs,
-            every_n_steps=every_n_steps,
+            schedule=Schedule(every_n_epochs, every_n_steps),
+            display=Display(num_shown, class_names, mean, std, margin_charts),
+            model={"vit": vit, "forward": forward, "prefix_tokens": prefix_tokens, "grid_size": grid_size},
             check_every_n_snapshots=check_every_n_snapshots,
             removal=removal,
             num_images=num_images,
             given=None if images is None else ProbeBatch.from_batch(images),
             regions=regions or {},
-            num_shown=num_shown,
             target=target,
             block_statistics=block_statistics,
-            vit=vit,
-            class_names=class_names,
-            mean=mean,
-            std=std,
-            forward=forward,
-            prefix_tokens=prefix_tokens,
-            grid_size=grid_size,
             batch_size=batch_size,
             save_maps=save_maps,
-            margin_charts=margin_charts,
             on_error=on_error,
         )
-        self._history = History()
-        self._observation: Observation | None = None
+        self._fit: Fit | None = None
+        self._state: dict[str, Any] | None = None
+
+    @property
+    def tracker(self) -> ExplanationTracker | None:
+        """What holds the snapshots of the latest fit, once there are probe images."""
+        return None if self._fit is None else self._fit.tracker
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that everything asked for can work."""
         if stage == "fit":
-            self._history.clear()
+            self._fit, self._state = None, None
             self._check(trainer, pl_module)
-            declare_final_metrics(trainer, pl_module, self.settings)
+            names = [method.name for method in self.settings.methods]
+            tags = final_tags(names, self.settings.regions, bool(self.settings.check_every_n_snapshots))
+            declare_final_metrics(trainer, pl_module, tags)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collect the probe batch and take the baseline, unless a checkpoint brought one."""
-        self._observation = Observation(self.settings, self._history, trainer, pl_module)
-        self._observation.begin()
+        """Collect the probe images and take the baseline, unless a checkpoint brought one."""
+        self._fit = Fit(self.settings, trainer, pl_module, self._state)
+        self._fit.begin()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Take a snapshot every `every_n_steps` optimiser steps."""
-        if self._observation is not None:
-            self._observation.after_step()
+        if self._fit is not None:
+            self._fit.after_step()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a snapshot every `every_n_epochs` epochs."""
-        if self._observation is not None:
-            self._observation.after_epoch()
+        if self._fit is not None:
+            self._fit.after_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the last snapshot, unless the schedule has just done so, and say what the run shows."""
-        if self._observation is not None:
-            self._observation.end()
+        if self._fit is not None:
+            self._fit.end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the trainer and its module."""
-        self._observation = None
+        if self._fit is not None:
+            self._fit.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """The history of snapshots, baseline included, and the fingerprint of the probe batch."""
-        return self._history.state_dict()
+        """The snapshots, baseline included, and the fingerprint of the probe images."""
+        return self.tracker.state_dict() if self.tracker is not None else (self._state or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the history of the run that is resumed."""
-        self._history.load_state_dict(state_dict)
+        """Take over the snapshots of the run that is resumed."""
+        self._state = state_dict
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         settings = self.settings
@@ -191,11 +193,11 @@ class ViTExplainCallback(Callback):
             )
         if is_overridden("configure_model", pl_module):
             return  # which may be what makes the model; it runs after this
-        vit = find_vit(pl_module, settings.vit)
+        vit = find_vit(pl_module, settings.model.get("vit"))
         if is_timm_vit(vit):
-            check_start_layers(settings.methods, num_blocks(vit))
+            check_layers(settings.methods, num_blocks(vit))
         refuse_other_timm_models(vit)
-        if explained_module(pl_module, settings.vit, settings.forward) is vit:
+        if explained_module(pl_module, settings.model.get("vit"), settings.model.get("forward")) is vit:
             check_classifier(vit)
         if settings.given is not None:
             timm_layout(vit, settings.given.images.shape[1:], own_head=False)

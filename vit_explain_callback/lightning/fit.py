@@ -1,191 +1,193 @@
-"""One fit as the callback sees it: the probe batch, the snapshots of it, and what becomes of one that fails."""
+"""Follow one fit: when a snapshot is taken, of which images, and on which processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from vit_explain_callback._checks import check_images
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.lightning._compat import LightningModule, Trainer
 from vit_explain_callback.lightning.data import class_names, collect_probe
-from vit_explain_callback.lightning.loggers import Writer
+from vit_explain_callback.lightning.loggers import LoggerWriter, shows_pictures
 from vit_explain_callback.lightning.settings import Settings
-from vit_explain_callback.lightning.strategy import check_together, explain_together, explained_module, forward_of
-from vit_explain_callback.tracking.distributed import Ranks
-from vit_explain_callback.tracking.notices import Notices
-from vit_explain_callback.tracking.probe import ProbeBatch
-from vit_explain_callback.tracking.report import Report
-from vit_explain_callback.tracking.snapshot import Checks, History, Snapshot
-from vit_explain_callback.tracking.summary import verdict
+from vit_explain_callback.lightning.strategy import explained_module, forward_of, ranks_of
+from vit_explain_callback.tracking.guard import Guard
+from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.tracking.tracker import ExplanationTracker
+from vit_explain_callback.tracking.writers import FolderWriter, Writer
 from vit_explain_callback.vit.timm import find_vit, normalisation
 
 
-class Observation:
+class Fit:
     """Takes the snapshots of one fit.
 
     Args:
         settings: What the user asks for.
-        history: Of the run so far; snapshots are added to it.
         trainer: At the start of training.
         pl_module: What it trains.
+        state: Of the run that is resumed, or None.
+
+    Attributes:
+        tracker: Holds the snapshots; None until the probe images are there.
     """
 
-    def __init__(self, settings: Settings, history: History, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "explanations"  # log_dir needs every rank
-        self._settings = settings
-        self._history = history
-        self._trainer = trainer
-        self._module = pl_module
-        self._ranks = Ranks.of(trainer)
-        model = explained_module(pl_module, settings.vit, settings.forward)
-        self._explainer = Explainer(
-            model,
-            settings.methods,
-            vit=settings.vit if model is pl_module else None,
-            forward=settings.forward or (forward_of(trainer) if model is pl_module else None),
-            prefix_tokens=settings.prefix_tokens,
-            grid_size=settings.grid_size,
-        )
+    def __init__(
+        self, settings: Settings, trainer: Trainer, pl_module: LightningModule, state: Mapping[str, Any] | None
+    ) -> None:
+        self.tracker: ExplanationTracker | None = None
+        self._settings, self._trainer, self._module, self._state = settings, trainer, pl_module, state
+        self._guard = Guard(settings.on_error)
         self._last_step = trainer.global_step
-        self._probe: ProbeBatch | None = None
-        self._report: Report | None = None
-        self._writer: Writer | None = None
-        if trainer.is_global_zero:
-            no_files = getattr(trainer, "fast_dev_run", False)
-            self._writer = Writer(trainer.loggers, None if no_files else folder, settings)
-        self._notices = Notices([method.name for method in settings.methods])
+        # `log_dir` needs every rank.
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "explanations"
+        self._ranks = ranks_of(trainer)
+        self._explainer = self._made_explainer()
 
     def begin(self) -> None:
         """Take the baseline, unless a checkpoint brought one; then, the snapshot that was due after it was written."""
-        self._attempt(self._begin, always_raised=(TypeError, ValueError))
+        try:
+            self._begin()
+        except (TypeError, ValueError):
+            raise
+        except Exception as error:
+            self._failed(error)
 
     def after_step(self) -> None:
         """Take a snapshot if one is due after this optimiser step."""
-        every, step = self._settings.every_n_steps, self._trainer.global_step
-        if every and step // every > self._last_step // every:
+        if self._settings.schedule.steps_passed(self._last_step, self._trainer.global_step):
             self._take_unless_done()
 
     def after_epoch(self) -> None:
         """Take a snapshot if one is due after this epoch."""
-        every = self._settings.every_n_epochs
-        if every and (self._trainer.current_epoch + 1) % every == 0:
+        if self._settings.schedule.epochs_passed(self._trainer.current_epoch + 1):
             self._take_unless_done()
 
     def end(self) -> None:
         """Take the last snapshot, unless the schedule has just done so, and say what the run shows."""
         self._take_unless_done()
-        self._attempt(self._conclude)
+        self._guard.attempt("cannot conclude", self._conclude)
 
-    def _attempt(self, work: Callable[[], None], always_raised: tuple[type[Exception], ...] = ()) -> None:
-        """Do what a snapshot needs; a failure stops training only if it is to, or if it is one of `always_raised`."""
-        try:
-            work()
-        except Exception as error:
-            if self._settings.on_error == "raise" or isinstance(error, always_raised):
-                raise
-            rank_zero_warn(
-                f"ViTExplainCallback: the snapshot at step {self._trainer.global_step} failed, and training goes on: "
-                f"{error!r}. Pass `on_error='raise'` to stop here and see where."
-            )
+    def release(self) -> None:
+        """Let go of trainer and module; the tracker keeps its snapshots."""
+        if self.tracker is not None:
+            self.tracker.release()
+        del self._trainer, self._module, self._explainer
+
+    def _made_explainer(self) -> Explainer:
+        options = self._settings.model
+        model = explained_module(self._module, options.get("vit"), options.get("forward"))
+        if model is not self._module:
+            options = {**options, "vit": None}
+        elif options.get("forward") is None:
+            options = {**options, "forward": forward_of(self._trainer)}
+        return Explainer(model, self._settings.methods, **options)
 
     def _begin(self) -> None:
-        _, report = self._prepared()
-        if not self._history.count or self._is_overdue():
+        tracker = self._ready()
+        if not tracker.history.count or self._is_overdue(tracker.history.now.step):
             self._take()
         else:
-            self._trainer.callback_metrics.update(_tensors(report.scalars(self._history)))
+            self._publish(tracker.scalars())
 
     def _take_unless_done(self) -> None:
         if self._trainer.global_step != self._last_step:
             self._last_step = self._trainer.global_step
-            self._attempt(self._take)
+            try:
+                self._take()
+            except Exception as error:
+                self._failed(error)
 
-    def _prepared(self) -> tuple[ProbeBatch, Report]:
-        """The probe batch, which is collected the first time this is called, and the report on it."""
-        settings, history = self._settings, self._history
-        if self._probe is None or self._report is None:
-            probe = settings.given or collect_probe(self._trainer, self._module, settings.num_images, self._ranks)
-            check_images(probe.images)
-            settings.check_regions(len(probe))
-            if history.count and not self._continues(probe):
-                rank_zero_warn(
-                    "ViTExplainCallback: the checkpoint's explanations are of other images or methods than this run's, "
-                    "so a new baseline is taken."
-                )
-                history.clear()
-            history.fingerprint = probe.fingerprint
-            given = (settings.mean, settings.std) if settings.mean and settings.std else None
-            normalised = given or normalisation(find_vit(self._module, settings.vit))
-            names = settings.class_names or class_names(self._trainer)
-            self._probe = probe
-            self._report = Report.of(probe, settings.num_shown, normalised, names, settings.regions)
-            if self._writer is not None:
-                self._writer.begin(self._report)
-        return self._probe, self._report
-
-    def _continues(self, probe: ProbeBatch) -> bool:
-        same_methods = set(self._history.baseline.maps) == {method.name for method in self._settings.methods}
-        return same_methods and self._history.fingerprint == probe.fingerprint
-
-    def _is_overdue(self) -> bool:
-        """Whether a checkpoint was written at a step of the schedule, but before the snapshot."""
-        last, step = self._history.now.step, self._trainer.global_step
-        if every := self._settings.every_n_steps:
-            return step // every > last // every
-        # Lightning does not end an epoch again whose last batch is done; the next one is then the current one.
-        ended = self._trainer.is_last_batch and self._trainer.current_epoch % (self._settings.every_n_epochs or 1) == 0
-        return ended and step > last
+    def _failed(self, error: Exception) -> None:
+        if self._settings.on_error == "raise":
+            raise error
+        rank_zero_warn(
+            f"ViTExplainCallback: the snapshot at step {self._trainer.global_step} failed, and training goes on: "
+            f"{error!r}. Pass `on_error='raise'` to stop here and see where."
+        )
 
     def _take(self) -> None:
-        probe, report = self._prepared()
-        settings, history = self._settings, self._history
-        target = history.baseline.target if history.count else self._first_target(probe)
-        found = explain_together(
-            self._ranks, self._explainer, probe.images, target, settings.batch_size, settings.block_statistics
-        )
-        every = settings.check_every_n_snapshots
-        checks = self._checks(probe, found.maps, found.target) if every and history.count % every == 0 else None
-        history.add(Snapshot(self._trainer.global_step, found.maps, found.logits, found.target, found.blocks, checks))
-        scalars = self._scalars(report)
-        if self._writer is not None:
-            for notice in self._notices.of(scalars):
-                rank_zero_warn(f"ViTExplainCallback: {notice}")
-            self._writer.write(history.now, scalars, list(report.figures(history)))
+        self._publish(self._ready().observe(self._trainer.global_step))
 
-    def _checks(self, probe: ProbeBatch, maps: Mapping[str, Tensor], target: Tensor) -> Checks:
-        settings = self._settings
-        return check_together(
-            self._ranks, self._explainer, probe.images, maps, target, settings.batch_size, settings.removal
+    def _ready(self) -> ExplanationTracker:
+        """The tracker, for which the probe images are collected the first time that this is called."""
+        if self.tracker is None:
+            settings = self._settings
+            probe = self._probe()
+            self.tracker = ExplanationTracker(
+                self._explainer,
+                probe,
+                folder=self._folder if settings.save_maps and not self._leaves_no_files else None,
+                writers=self._writers(),
+                target=self._first_target(probe),
+                check_every=settings.check_every_n_snapshots,
+                removal=settings.removal,
+                batch_size=settings.batch_size,
+                block_statistics=settings.block_statistics,
+                on_error=settings.on_error,
+                ranks=self._ranks,
+            )
+            if self._state is not None:
+                self.tracker.load_state_dict(self._state)
+        return self.tracker
+
+    def _probe(self) -> Probe:
+        settings, display = self._settings, self._settings.display
+        batch = settings.given or collect_probe(self._trainer, self._module, settings.num_images, self._ranks)
+        return Probe.of(
+            batch.images,
+            batch.labels,
+            regions=settings.regions,
+            class_names=display.class_names or class_names(self._trainer),
+            normalisation=display.normalisation or normalisation(find_vit(self._module, settings.model.get("vit"))),
+            num_shown=display.num_shown,
         )
 
-    def _scalars(self, report: Report) -> dict[str, float]:
+    def _writers(self) -> list[Writer]:
+        """Every logger, and a folder where none of them shows pictures; nothing but on the first process."""
+        if not self._trainer.is_global_zero:
+            return []
+        charts = [method.name for method in self._settings.methods] if self._settings.display.margin_charts else []
+        loggers = self._trainer.loggers
+        writers: list[Writer] = [LoggerWriter(logger, index, charts) for index, logger in enumerate(loggers)]
+        if not self._leaves_no_files and not any(map(shows_pictures, loggers)):
+            writers.append(FolderWriter(self._folder))
+            rank_zero_warn(
+                "ViTExplainCallback: no logger of this run shows pictures, as `TensorBoardLogger` does; the latest of "
+                f"each are PNG files in {self._folder}."
+            )
+        return writers
+
+    @property
+    def _leaves_no_files(self) -> bool:
+        return bool(getattr(self._trainer, "fast_dev_run", False))
+
+    def _is_overdue(self, last: int) -> bool:
+        """Whether a checkpoint was written at a step of the schedule, but before the snapshot."""
+        step, schedule = self._trainer.global_step, self._settings.schedule
+        if schedule.every_n_steps:
+            return schedule.steps_passed(last, step)
+        # Lightning does not end an epoch again whose last batch is done; the next one is then the current one.
+        return step > last and self._trainer.is_last_batch and schedule.epochs_passed(self._trainer.current_epoch)
+
+    def _publish(self, values: Mapping[str, float]) -> None:
         """Of the latest snapshot; on every rank, for `ModelCheckpoint` and `EarlyStopping`."""
-        scalars = report.scalars(self._history)
-        self._trainer.callback_metrics.update(_tensors(scalars))
-        return scalars
+        self._trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
 
     def _conclude(self) -> None:
-        history = self._history
-        if not history.count or history.now.step != self._trainer.global_step:
+        tracker = self.tracker
+        if tracker is None or not tracker.history.count or tracker.history.now.step != self._trainer.global_step:
             return  # nothing was seen of the model that training ended with
-        probe, report = self._prepared()
-        if self._settings.check_every_n_snapshots and history.now.checks is None:
-            history.update_latest(self._checks(probe, history.now.maps, history.now.target))
-        scalars = self._scalars(report)
-        if self._writer is not None:
-            text = verdict(history, report.labels, report.regions, report.class_names)
-            self._writer.conclude(history.now, scalars, text, report.animations(history))
+        text = tracker.finish()
+        self._publish(tracker.scalars())
+        if self._trainer.is_global_zero:
+            print(text)
 
-    def _first_target(self, probe: ProbeBatch) -> int | Tensor | None:
+    def _first_target(self, probe: Probe) -> int | Tensor | None:
         if isinstance(self._settings.target, int):
             return self._settings.target
         return probe.labels if self._settings.target == "label" else None
-
-
-def _tensors(scalars: Mapping[str, float]) -> dict[str, Tensor]:
-    return {tag: torch.tensor(value) for tag, value in scalars.items()}

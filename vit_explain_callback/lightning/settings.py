@@ -1,54 +1,33 @@
-"""What the user asks of the callback, checked."""
+"""What the user asks of the callback, grouped by what uses it, and checked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vit_explain_callback._checks import check_counts, check_images
+from vit_explain_callback.explainer import ModelOptions
+from vit_explain_callback.lightning.data import ProbeBatch
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.metrics.faithfulness import Removal
-from vit_explain_callback.tracking.probe import ProbeBatch
-from vit_explain_callback.vit.adapter import LogitsOf
+from vit_explain_callback.tracking.guard import OnError
+from vit_explain_callback.tracking.probe import check_regions
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The options of `ViTExplainCallback`, which documents them.
-
-    `every_n_epochs` or `every_n_steps` is None, and `given` holds the images of the user, if any.
+class Schedule:
+    """When snapshots are taken, by epochs or by optimiser steps.
 
     Raises:
-        TypeError: If an option is of the wrong type.
-        ValueError: If an option is outside its range, or two contradict each other.
+        ValueError: If not exactly one is given, or if it is below 1.
     """
 
-    methods: tuple[Method, ...]
     every_n_epochs: int | None
     every_n_steps: int | None
-    check_every_n_snapshots: int | None
-    removal: Removal
-    num_images: int
-    given: ProbeBatch | None
-    regions: Mapping[str, Tensor]
-    num_shown: int
-    target: Literal["label", "prediction"] | int
-    block_statistics: bool
-    vit: str | None
-    class_names: Sequence[str] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    forward: LogitsOf | None
-    prefix_tokens: int | None
-    grid_size: tuple[int, int] | None
-    batch_size: int | None
-    save_maps: bool
-    margin_charts: bool
-    on_error: Literal["warn", "raise"]
 
     def __post_init__(self) -> None:
         if (self.every_n_epochs is None) == (self.every_n_steps is None):
@@ -56,25 +35,76 @@ class Settings:
                 "Expected one schedule, `every_n_epochs` or `every_n_steps`, but got "
                 f"{'neither' if self.every_n_steps is None else 'both'}."
             )
-        for name in (
-            "every_n_epochs",
-            "every_n_steps",
-            "check_every_n_snapshots",
-            "num_images",
-            "num_shown",
-            "batch_size",
-        ):
-            check_counts(**{name: getattr(self, name)})
-        if isinstance(self.target, str) and self.target not in ("label", "prediction"):
-            raise ValueError(
-                f"Expected `target` to be 'label', 'prediction' or a class index, but got {self.target!r}."
-            )
-        if self.on_error not in ("warn", "raise"):
-            raise ValueError(f"Expected `on_error` to be 'warn' or 'raise', but got {self.on_error!r}.")
-        if self.removal not in ("mean_colour", "tokens"):
-            raise ValueError(f"Expected `removal` to be 'mean_colour' or 'tokens', but got {self.removal!r}.")
+        check_counts(every_n_epochs=self.every_n_epochs, every_n_steps=self.every_n_steps)
+
+    def steps_passed(self, last: int, step: int) -> bool:
+        """Whether a snapshot by steps was due after step `last` and until `step`."""
+        return self.every_n_steps is not None and step // self.every_n_steps > last // self.every_n_steps
+
+    def epochs_passed(self, epochs: int) -> bool:
+        """Whether a snapshot by epochs is due after so many."""
+        return self.every_n_epochs is not None and epochs % self.every_n_epochs == 0
+
+
+@dataclass(frozen=True)
+class Display:
+    """How images are shown.
+
+    Raises:
+        ValueError: If one of `mean` and `std` is given without the other, or `num_shown` is below 1.
+    """
+
+    num_shown: int
+    class_names: Sequence[str] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    margin_charts: bool
+
+    def __post_init__(self) -> None:
+        check_counts(num_shown=self.num_shown)
         if (self.mean is None) != (self.std is None):
             raise ValueError("Expected both `mean` and `std`, or neither, but got one of them.")
+
+    @property
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Mean and standard deviation to undo, if given."""
+        return (self.mean, self.std) if self.mean and self.std else None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `ViTExplainCallback`, which documents them; `given` holds the images of the user, if any.
+
+    Raises:
+        TypeError: If an option is of the wrong type.
+        ValueError: If an option is outside its range, or two contradict each other.
+    """
+
+    methods: tuple[Method, ...]
+    schedule: Schedule
+    display: Display
+    model: ModelOptions
+    check_every_n_snapshots: int | None
+    removal: Removal
+    num_images: int
+    given: ProbeBatch | None
+    regions: Mapping[str, Tensor]
+    target: Literal["label", "prediction"] | int
+    block_statistics: bool
+    batch_size: int | None
+    save_maps: bool
+    on_error: OnError
+
+    def __post_init__(self) -> None:
+        check_counts(
+            check_every_n_snapshots=self.check_every_n_snapshots,
+            num_images=self.num_images,
+            batch_size=self.batch_size,
+        )
+        if isinstance(self.target, str):
+            _check_word("target", self.target, ("label", "prediction"), " or a class index")
+        _check_word("on_error", self.on_error, ("warn", "raise"))
+        _check_word("removal", self.removal, ("mean_colour", "tokens"))
         for name, masks in self.regions.items():
             if not isinstance(masks, Tensor) or masks.dtype != torch.bool or masks.ndim != 3:
                 raise TypeError(
@@ -82,17 +112,10 @@ class Settings:
                 )
         if self.given is not None:
             check_images(self.given.images)
-            self.check_regions(len(self.given))
+            check_regions(self.regions, len(self.given))
 
-    def check_regions(self, images: int) -> None:
-        """Refuse regions that do not fit a number of probe images.
 
-        Raises:
-            ValueError: If a region has more masks than that, or fewer.
-        """
-        for name, masks in self.regions.items():
-            if len(masks) != images:
-                raise ValueError(
-                    f"Expected `regions[{name!r}]` to hold one mask for each of the {images} probe images, but got "
-                    f"{len(masks)}."
-                )
+def _check_word(name: str, word: Any, words: Sequence[str], more: str = "") -> None:
+    if word not in words:
+        known = ", ".join(map(repr, words)) if more else " or ".join(map(repr, words))
+        raise ValueError(f"Expected `{name}` to be {known}{more}, but got {word!r}.")

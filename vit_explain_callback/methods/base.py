@@ -1,148 +1,107 @@
-"""The explanation methods: small frozen objects whose stable names are keys and TensorBoard tags."""
+"""What an explanation method says of itself: the matrix it wants of each block, and what it does with it.
+
+Shapes: B images, b of them at a time, H heads, N tokens, M keys of an attention pool, Q its queries.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar
 
-from vit_explain_callback.methods.flow import require_solver
-from vit_explain_callback.methods.rollout import HEAD_FUSIONS, HeadFusion
+from torch import Tensor
+
+from vit_explain_callback.methods.fusion import Fusion
+from vit_explain_callback.vit.tokens import TokenLayout
 
 
 @dataclass(frozen=True)
-class Method:
-    """What attention rollout, gradient rollout and attention flow share; use one of these.
+class Block:
+    """One block, as a method sees it on the way from the last block to the first.
 
-    Args:
-        head_fusion: How the heads of a block are fused: `mean`, `max` or `min`.
-        discard_ratio: Share of the smallest entries of each fused matrix set to zero, in [0, 1).
-        start_layer: First block that takes part, counted from 1.
-
-    Raises:
-        ValueError: If an option is outside its range.
+    Attributes:
+        layer: Its number, counted from 1.
+        fused: The matrix that the method's `fusion` asks for, (b, N, N), query rows and key columns. Other methods may
+            share it: do not change it in place.
+        readout: What the classifier reads of the tokens after the last block, (b, N).
+        class_token: Index of the class token, or None.
     """
 
-    head_fusion: HeadFusion = "mean"
-    discard_ratio: float = 0.0
-    start_layer: int = 1
+    layer: int
+    fused: Tensor
+    readout: Tensor
+    class_token: int | None
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """An explanation method: a frozen dataclass whose fields are its options.
+
+    A method of one's own is a subclass with a `kind` and a `step`:
+
+        >>> import torch
+        >>> @dataclass(frozen=True)
+        ... class LastBlock(Method):
+        ...     kind = "last_block"
+        ...     def layers(self, blocks: int) -> range:
+        ...         return range(blocks, blocks + 1)
+        ...     def step(self, relevance: Tensor, block: Block) -> Tensor:
+        ...         return torch.einsum("bi,bij->bj", relevance, block.fused)
+        >>> LastBlock().name
+        'last_block'
+
+    Raises:
+        TypeError: If a subclass has no `step` or no `kind`.
+    """
 
     kind: ClassVar[str]
-    weighted: ClassVar[bool] = False
-    """Whether attention is weighted by its gradient, so that the method depends on the class."""
+    """What the name begins with."""
 
     def __post_init__(self) -> None:
-        if self.head_fusion not in HEAD_FUSIONS:
-            raise ValueError(
-                f"Expected `head_fusion` to be one of {', '.join(HEAD_FUSIONS)}, but got {self.head_fusion!r}."
+        if not hasattr(self, "kind"):
+            raise TypeError(
+                f"Expected the method {type(self).__name__} to have a `kind`, which its name begins with, but it has "
+                'none: write `kind = "…"` in the class.'
             )
-        if not 0 <= self.discard_ratio < 1:
-            raise ValueError(f"Expected `discard_ratio` in [0, 1), but got {self.discard_ratio}.")
-        if self.start_layer < 1:
-            raise ValueError(f"Expected `start_layer` of at least 1 (the first block), but got {self.start_layer}.")
 
     @property
     def name(self) -> str:
-        """The kind, followed by every option that is not at its default."""
-        parts = [self.kind]
-        if self.head_fusion != "mean":
-            parts.append(self.head_fusion)
-        if self.discard_ratio:
-            parts.append(f"{self.discard_ratio:g}")
-        if self.start_layer != 1:
-            parts.append(f"from{self.start_layer}")
-        return "_".join(parts)
+        """Key of the maps and TensorBoard tag, different for different options."""
+        return self.kind
 
+    @property
+    def fusion(self) -> Fusion:
+        """The matrix that the method wants of each block; by default the mean of its heads."""
+        return Fusion()
 
-class Rollout(Method):
-    """Attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928): where information flows from, whatever the class.
+    @property
+    def needs_target(self) -> bool:
+        """Whether the method depends on the class, through the gradient of its logit."""
+        return self.fusion.weighted
 
-    Example:
-        >>> Rollout(head_fusion="max", discard_ratio=0.9).name
-        'rollout_max_0.9'
-    """
+    def layers(self, blocks: int) -> Container[int]:
+        """The blocks that take part, counted from 1, of a model that has `blocks` of them; by default all.
 
-    kind = "rollout"
+        Raises:
+            ValueError: If the model does not have one that an option names.
+        """
+        return range(1, blocks + 1)
 
+    def read_pool(self, fused: Tensor) -> Tensor:
+        """What an attention-pooling head reads, (B, M) summing to 1, of its own matrix (B, Q, M)."""
+        row = fused.mean(dim=1)
+        return row / row.sum(dim=1, keepdim=True)
 
-class GradRollout(Method):
-    """Gradient rollout: attention weighted by the gradient of the target's logit, so it depends on the class.
+    def start(self, readout: Tensor) -> Any:
+        """What the first `step` is given: the readout, (b, N)."""
+        return readout
 
-    Example:
-        >>> GradRollout(start_layer=4).name
-        'grad_rollout_from4'
-    """
+    @abstractmethod
+    def step(self, relevance: Any, block: Block) -> Any:
+        """Take in a block: from the last that takes part to the first, what the step before returned is given on."""
 
-    kind = "grad_rollout"
-    weighted = True
-
-
-class AttentionFlow(Method):
-    """Attention flow (Abnar & Zuidema 2020, arXiv:2005.00928): how much can flow to a patch, whatever the class.
-
-    Exact, and slow: see `vit_explain_callback.methods.flow`, which also says why it hardly differs from the attention
-    that a patch receives in the first block. `start_layer` makes that another block.
-
-    Raises:
-        ImportError: If OR-Tools is not installed.
-        ValueError: If an option is outside its range.
-
-    Example:
-        >>> AttentionFlow(start_layer=9).name
-        'flow_from9'
-    """
-
-    kind = "flow"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_solver()
-
-
-_KINDS: dict[str, type[Method]] = {method.kind: method for method in (Rollout, GradRollout, AttentionFlow)}
-_NAME = re.compile(
-    r"(?P<kind>rollout|grad_rollout|flow)(_(?P<fusion>[a-z]+))??(_(?P<ratio>\d*\.?\d+))?(_from(?P<start>\d+))?"
-)
-
-
-def method_from_name(name: str) -> Method:
-    """The method a name stands for; the inverse of its `name`.
-
-    Raises:
-        ValueError: If the name stands for no method.
-
-    Example:
-        >>> method_from_name("grad_rollout_max_0.9")
-        GradRollout(head_fusion='max', discard_ratio=0.9, start_layer=1)
-    """
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(
-            f"Expected `methods` to name `rollout`, `grad_rollout` or `flow`, with options as in "
-            f"`rollout_max_0.9_from2`, but got {name!r}."
-        )
-    fusion = cast(HeadFusion, match["fusion"] or "mean")
-    return _KINDS[match["kind"]](fusion, float(match["ratio"] or 0), int(match["start"] or 1))
-
-
-def resolve_methods(methods: Sequence[str | Method]) -> tuple[Method, ...]:
-    """Turn names and method objects into method objects.
-
-    Raises:
-        TypeError: If an entry is neither.
-        ValueError: If there is none, one is misspelt, or two have the same name.
-    """
-    if isinstance(methods, str):
-        methods = [methods]
-    resolved: list[Method] = []
-    for method in methods:
-        if isinstance(method, str):
-            method = method_from_name(method)
-        if not isinstance(method, Method):
-            raise TypeError(f"Expected `methods` to hold names or `Method` objects, but got {method!r}.")
-        resolved.append(method)
-    names = [method.name for method in resolved]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"Expected `methods` to hold at least one method and each only once, but got {names}.")
-    return tuple(resolved)
+    def finish(self, relevance: Any, readout: Tensor, layout: TokenLayout) -> Tensor:
+        """Relevance of every token, (b, N), from what the last `step` returned."""
+        assert isinstance(relevance, Tensor)
+        return relevance

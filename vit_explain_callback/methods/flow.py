@@ -22,17 +22,54 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vit_explain_callback.methods.rollout import (
-    HeadFusion,
-    checked_attentions,
-    discard_lowest,
-    fuse_heads,
-    starting_row,
-)
+from vit_explain_callback.methods.base import Block
+from vit_explain_callback.methods.explicit import checked_attentions, starting_row
+from vit_explain_callback.methods.fused_method import FusedMethod
+from vit_explain_callback.methods.fusion import HeadFusion, discard_lowest, fuse_heads
+from vit_explain_callback.vit.tokens import TokenLayout
 
 _UNIT = 2**50  # of the solver, which counts in integers; N times as much fits its 64 bits
 _STRONGEST = (16, 64, None)  # edges kept of each row, tried in turn; None: all
 _TOLERANCE = 1e-9
+
+
+class AttentionFlow(FusedMethod):
+    """Attention flow (Abnar & Zuidema 2020, arXiv:2005.00928): how much can flow to a patch, whatever the class.
+
+    Exact, and slow; it hardly differs from the attention that a patch receives in the first block that takes part (see
+    `attention_flow`), and `start_layer` makes that another block.
+
+    Raises:
+        ImportError: If OR-Tools is not installed.
+        ValueError: If an option is outside its range.
+
+    Example:
+        >>> AttentionFlow(start_layer=9).name
+        'flow_from9'
+    """
+
+    kind = "flow"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_solver()
+
+    def start(self, readout: Tensor) -> list[Tensor]:
+        """No matrices yet."""
+        return []
+
+    def step(self, relevance: list[Tensor], block: Block) -> list[Tensor]:
+        """The matrices (b, N, N) so far and that of this block: all of them are needed at once."""
+        return [*relevance, self.kept(block)]
+
+    def finish(self, relevance: list[Tensor], readout: Tensor, layout: TokenLayout) -> Tensor:
+        """(b, N) maximum flow from the readout to each patch; NaN for other tokens."""
+        flows = torch.full_like(readout, torch.nan)
+        sinks = range(*layout.patches.indices(layout.tokens))
+        for image, row in enumerate(readout):
+            matrices = [row_normalised(fused[image]) for fused in reversed(relevance)]
+            flows[image, layout.patches] = maximum_flow(matrices, row, sinks).values.to(row)
+        return flows
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,20 @@
-"""Turn the attention of a stack into one row of relevance for each method.
-
-Rollouts are folded from the last block to the first; attention flow needs all blocks of an image at once.
+"""Carry relevance through the attention of a stack, from the last block to the first, for any number of methods.
 
 Shapes: B images, b of them at a time, H heads, N query tokens, M key tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vit_explain_callback.methods.base import Method
-from vit_explain_callback.methods.flow import maximum_flow, row_normalised
-from vit_explain_callback.methods.rollout import HeadFuser, discard_lowest, rollout_step
+from vit_explain_callback.methods.base import Block, Method
+from vit_explain_callback.methods.fusion import HeadFuser
 from vit_explain_callback.metrics.attention import BlockMeter
 from vit_explain_callback.vit.capture import AttentionCall
 from vit_explain_callback.vit.stack import Stack
@@ -27,116 +26,154 @@ CHUNK_ENTRIES = 2**18
 ACCELERATOR_CHUNK_ENTRIES = 2**25
 
 
-def fold(
-    methods: Sequence[Method],
-    stack: Stack,
-    gradients: list[Tensor | None],
-    layout: TokenLayout,
-    meter: BlockMeter | None = None,
-) -> dict[Method, Tensor]:
-    """Relevance of every token by method, (B, N); of the patches only for attention flow, NaN elsewhere.
+@dataclass(frozen=True)
+class Recorded:
+    """The attention of a block or of a pooling head, and for each target ∂y/∂O of its output, None where not asked."""
+
+    call: AttentionCall
+    gradients: Sequence[Tensor | None]
+
+
+class Blocks(Iterator[tuple[int, Recorded]]):
+    """Yields the blocks of a stack with their numbers, the last block first, and lets go of each once it is yielded.
+
+    It lets go of memory only if nobody else holds the stack and the gradients.
 
     Args:
-        methods: Any number of variants; those that fuse heads alike share the work.
         stack: The blocks' attention, and that of an attention pool.
-        gradients: ∂y/∂O of each block's attention output, and of the pool's if there is one; None where no method
-            needs them. Like the calls of `stack`, it is emptied on the way, so that a block's tensors are let go once
-            it is done.
+        gradients: For each target, ∂y/∂O of each block's attention output, and of the pool's if there is one; None
+            where no method needs them.
+
+    Attributes:
+        count: L.
+        targets: Number of targets, at least 1.
+        images: B.
+        pool: The attention pool, or None.
+        chunks: The images to take at once.
+        like: An empty tensor with the device and dtype of the attention.
+    """
+
+    def __init__(self, stack: Stack, gradients: Sequence[Sequence[Tensor | None]]) -> None:
+        calls = stack.calls if stack.pool is None else [*stack.calls, stack.pool]
+        recorded = [Recorded(call, of_call) for call, of_call in zip(calls, zip(*gradients, strict=True), strict=True)]
+        self.pool = None if stack.pool is None else recorded.pop()
+        self.count = len(recorded)
+        self.targets = len(gradients)
+        last = stack.calls[-1]
+        self.images = last.shape[0]
+        heads = max(call.shape[1] for call in stack.calls)
+        step = max(1, _chunk_entries(last) // (heads * stack.tokens**2))
+        self.chunks = [slice(start, min(start + step, self.images)) for start in range(0, self.images, step)]
+        self.like = last.attention(slice(0, 1), slice(0, 1)).new_empty(0)
+        self._left = recorded
+
+    def __next__(self) -> tuple[int, Recorded]:
+        if not self._left:
+            raise StopIteration
+        return len(self._left), self._left.pop()
+
+
+class _Run:
+    """A method on its way through the blocks, for one target.
+
+    Args:
+        method: The method.
+        target: Place of the target among all.
+        blocks: The attention of the stack.
+        layout: The tokens.
+    """
+
+    def __init__(self, method: Method, target: int, blocks: Blocks, layout: TokenLayout) -> None:
+        self.method = method
+        self.target = target
+        self.layers = method.layers(blocks.count)
+        self._layout = layout
+        readout = self._readout(blocks)
+        self._readouts = [readout[images] for images in blocks.chunks]
+        self._states: list[Any] = [method.start(readout) for readout in self._readouts]
+
+    def step(self, layer: int, chunk: int, fused: Tensor) -> None:
+        """Take in a block's matrix (b, N, N) of a chunk of images."""
+        block = Block(layer, fused, self._readouts[chunk], self._layout.class_token)
+        self._states[chunk] = self.method.step(self._states[chunk], block)
+
+    def result(self) -> Tensor:
+        """(B, N) relevance after the last block."""
+        finished = zip(self._states, self._readouts, strict=True)
+        return torch.cat([self.method.finish(state, readout, self._layout) for state, readout in finished])
+
+    def _readout(self, blocks: Blocks) -> Tensor:
+        """(B, N) of what the classifier reads of the tokens after the last block."""
+        if blocks.pool is None:
+            assert self._layout.readout is not None
+            return self._layout.readout.to(blocks.like).repeat(blocks.images, 1)
+        row = self.method.read_pool(_fused(blocks.pool, slice(None), None, [self])[self])
+        readout = row.new_zeros(len(row), self._layout.tokens)
+        readout[:, self._layout.patches if row.shape[1] < self._layout.tokens else slice(None)] = row
+        return readout
+
+
+def fold(
+    methods: Sequence[Method], blocks: Blocks, layout: TokenLayout, meter: BlockMeter | None = None
+) -> list[dict[Method, Tensor]]:
+    """Relevance of every token by method, (B, N), for each target; of the patches only for attention flow.
+
+    Args:
+        methods: Any number of variants. Those that want the same matrix share it, and targets share those that depend
+            on none.
+        blocks: The attention of the stack; it is used up.
         layout: The tokens.
         meter: Shown every block's attention on the way.
+
+    Raises:
+        ValueError: If an option of a method names a block that the model does not have.
     """
-    pool_gradient = gradients.pop() if stack.pool is not None else None
-    last = stack.calls[-1]
-    rows = {method: _start_row(method, layout, last, stack.pool, pool_gradient) for method in methods}
-    del last
-    flows = {method: _flow(method, rows.pop(method), stack, layout) for method in methods if method.kind == "flow"}
-    _fold(rows, stack.calls, gradients, layout.class_token, meter)
-    found = rows | flows
-    return {method: found[method] for method in methods}
-
-
-def _start_row(
-    method: Method, layout: TokenLayout, last: AttentionCall, pool: AttentionCall | None, gradient: Tensor | None
-) -> Tensor:
-    """(B, N) relevance of the last block's output tokens."""
-    example = last.attention(slice(0, 1), slice(0, 1))
-    if pool is None:
-        assert layout.readout is not None
-        return layout.readout.to(example).repeat(last.shape[0], 1)
-    fused = _fused(pool, gradient, slice(None), {method})[method].mean(dim=1)
-    row = fused.new_zeros(fused.shape[0], layout.tokens)
-    row[:, layout.patches if fused.shape[1] < layout.tokens else slice(None)] = fused / fused.sum(dim=1, keepdim=True)
-    return row
-
-
-def _flow(method: Method, row: Tensor, stack: Stack, layout: TokenLayout) -> Tensor:
-    """(B, N) maximum flow from `row` (B, N) to the patches."""
-    found = torch.full_like(row, torch.nan)
-    sinks = range(*layout.patches.indices(layout.tokens))
-    for index in range(len(row)):
-        image = slice(index, index + 1)
-        matrices = []
-        for call in stack.calls[method.start_layer - 1 :]:
-            fused = _fused(call, None, image, {method})[method]
-            matrices.append(row_normalised(discard_lowest(fused, method.discard_ratio, layout.class_token))[0])
-        found[index, layout.patches] = maximum_flow(matrices, row[index], sinks).values.to(row)
-    return found
-
-
-def _fold(
-    rows: dict[Method, Tensor],
-    calls: list[AttentionCall],
-    gradients: list[Tensor | None],
-    class_token: int | None,
-    meter: BlockMeter | None,
-) -> None:
-    """Carry `rows` (B, N) from the last block to the first, in place; a block's tensors are let go once it is done."""
-    while calls:
-        layer = len(calls)
-        call, gradient = calls.pop(), gradients.pop()
-        active = {method for method in rows if method.start_layer <= layer}
+    of_target = [method for method in methods if method.needs_target]
+    runs = [
+        _Run(method, target, blocks, layout)
+        for target in range(blocks.targets)
+        for method in (methods if target == 0 else of_target)
+    ]
+    for layer, block in blocks:
+        active = [run for run in runs if layer in run.layers]
         if not active and meter is None:
             continue
-        batch, heads, tokens, _ = call.shape
-        step = max(1, _chunk_entries(call) // (heads * tokens * tokens))
-        for start in range(0, batch, step):
-            images = slice(start, min(start + step, batch))
+        for place, images in enumerate(blocks.chunks):
             show = None if meter is None else partial(meter.add, layer - 1, images)
-            for method, fused in _fused(call, gradient, images, active, show).items():
-                kept = discard_lowest(fused, method.discard_ratio, class_token)
-                rows[method][images] = rollout_step(rows[method][images], kept)
+            for run, fused in _fused(block, images, show, active).items():
+                run.step(layer, place, fused)
+    rows = {(run.method, run.target): run.result() for run in runs}
+    return [
+        {method: rows[method, target if method.needs_target else 0] for method in methods}
+        for target in range(blocks.targets)
+    ]
 
 
 def _fused(
-    call: AttentionCall,
-    gradient: Tensor | None,
-    images: slice,
-    methods: set[Method],
-    show: Callable[[Tensor], None] | None = None,
-) -> dict[Method, Tensor]:
-    """F of some images for each method, (b, N, M); methods that differ only later share one tensor."""
-    fusers = {(method.weighted, method.head_fusion): HeadFuser(method.head_fusion) for method in methods}
-    _, heads, queries, keys = call.shape
-    step = max(1, _chunk_entries(call) // (queries * keys))
+    block: Recorded, images: slice, show: Callable[[Tensor], None] | None, runs: Collection[_Run]
+) -> dict[_Run, Tensor]:
+    """The matrix (b, N, M) of some images that each run wants; runs that want the same one share a tensor."""
+    wanted = {run: (run.method.fusion, run.target) for run in runs}
+    fusers = {key: HeadFuser(key[0].head_fusion) for key in wanted.values()}
+    _, heads, queries, keys = block.call.shape
+    step = max(1, _chunk_entries(block.call) // (queries * keys))
     for start in range(0, heads, step):
         chunk = slice(start, min(start + step, heads))
-        attention = call.attention(images, chunk)
+        attention = block.call.attention(images, chunk)
         if show is not None:
             show(attention)
-        for (weighted, _), fuser in fusers.items():
-            if not weighted:
+        for (fusion, _), fuser in fusers.items():
+            if not fusion.weighted:
                 fuser.add(attention)
-        if any(weighted for weighted, _ in fusers):
+        for target in sorted({target for fusion, target in fusers if fusion.weighted}):
+            gradient = block.gradients[target]
             assert gradient is not None
-            product = call.attention_gradient(gradient, images, chunk).mul_(attention)
-            for (weighted, _), fuser in fusers.items():
-                if weighted:
+            product = block.call.attention_gradient(gradient, images, chunk).mul_(attention)
+            for (fusion, of), fuser in fusers.items():
+                if fusion.weighted and of == target:
                     fuser.add(product)
-    fused = {
-        (weighted, fusion): fuser.result().relu_() if weighted else fuser.result()
-        for (weighted, fusion), fuser in fusers.items()
-    }
-    return {method: fused[method.weighted, method.head_fusion] for method in methods}
+    fused = {key: fuser.result().relu_() if key[0].weighted else fuser.result() for key, fuser in fusers.items()}
+    return {run: fused[key] for run, key in wanted.items()}
 
 
 def _chunk_entries(call: AttentionCall) -> int:

@@ -1,15 +1,27 @@
-"""The processes of a run: how they divide the work of a snapshot, and how they fail together instead of waiting."""
+"""Divide the work of a snapshot among the processes of a run, which fail together instead of waiting."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed
+from torch import Tensor
 
-from vit_explain_callback.lightning._compat import DDPStrategy, DeepSpeedStrategy, Trainer
+from vit_explain_callback.explainer import Explainer
+from vit_explain_callback.explanation import Explanation
+from vit_explain_callback.metrics.faithfulness import (
+    Removal,
+    Remover,
+    mean_colour,
+    random_maps,
+    symmetric_relevance_gain,
+)
+from vit_explain_callback.tracking.snapshot import Reliability
 
 T = TypeVar("T")
 
@@ -28,24 +40,6 @@ class Ranks:
     rank: int = 0
     count: int = 1
     divided: bool = True
-
-    @classmethod
-    def of(cls, trainer: Trainer) -> Ranks:
-        """The processes of a trainer whose strategy is set up.
-
-        Raises:
-            ValueError: If its processes divide the heads of each attention among them.
-        """
-        strategy = trainer.strategy
-        mesh = getattr(strategy, "_device_mesh", None)  # of `ModelParallelStrategy`, public only inside the module
-        if mesh is not None and mesh["tensor_parallel"].size() > 1:
-            raise ValueError(
-                "Expected every process to compute all heads of an attention, but the strategy's `tensor_parallel_size`"
-                f" is {mesh['tensor_parallel'].size()}: no process sees a whole attention matrix. Explain checkpoints "
-                "of this run with `explain` instead."
-            )
-        whole_model = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-        return cls(trainer.global_rank, trainer.world_size, trainer.world_size == 1 or whole_model)
 
     def share(self, count: int) -> slice:
         """Which of `count` images this process takes; contiguous, in the order of the ranks."""
@@ -76,6 +70,65 @@ class Ranks:
         if failures:
             raise failures[0]
         return [value for value, _ in outcomes]
+
+
+def explain_together(
+    ranks: Ranks,
+    explainer: Explainer,
+    images: Tensor,
+    target: int | Tensor | None,
+    batch_size: int | None,
+    block_statistics: bool = False,
+) -> Explanation:
+    """Explain images, each process its share; every process gets the whole explanation, on the CPU.
+
+    Raises:
+        Exception: What the explainer raised on any of them.
+    """
+    share = ranks.share(len(images))
+    own_target = target[share] if isinstance(target, Tensor) else target
+
+    def explain_share() -> Explanation | None:
+        own = images[share]
+        # Without the images: every process has them already.
+        explained = explainer(own, own_target, batch_size, block_statistics) if len(own) else None
+        return explained and replace(explained, images=None).cpu()
+
+    parts = [part for part in ranks.together(explain_share) if part is not None]
+    return Explanation.joined(parts) if ranks.divided else parts[0]
+
+
+def check_together(
+    ranks: Ranks,
+    explainer: Explainer,
+    images: Tensor,
+    maps: Mapping[str, Tensor],
+    target: Tensor,
+    batch_size: int | None,
+    removal: Removal = "mean_colour",
+) -> Reliability:
+    """Explain the mirrored images and measure the faithfulness of `maps`, each process its share.
+
+    Raises:
+        Exception: What the model raised on any of them.
+    """
+    mirrored = explain_together(ranks, explainer, images.flip(-1), target, batch_size).maps
+    grid = next(iter(maps.values())).shape[1:]
+    ordered = {**maps, "random": random_maps(len(images), (grid[0], grid[1]))}
+    share = ranks.share(len(images))
+
+    def measure_share() -> dict[str, Tensor]:
+        own = {name: order[share] for name, order in ordered.items()}
+        if removal == "tokens":
+            remove: Remover = partial(explainer.logits_without, batch_size=batch_size)
+        else:
+            remove = mean_colour(partial(explainer.logits, batch_size=batch_size))
+        return symmetric_relevance_gain(remove, images[share], own, target[share]) if len(images[share]) else {}
+
+    parts = [part for part in ranks.together(measure_share) if part]
+    parts = parts if ranks.divided else parts[:1]
+    gains = {name: torch.cat([part[name] for part in parts]) for name in ordered}
+    return Reliability({name: found.flip(-1) for name, found in mirrored.items()}, gains)
 
 
 def _sendable(error: Exception | None) -> Exception | None:

@@ -7,80 +7,26 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-import torch
-
 from vit_explain_callback._files import write_text
-from vit_explain_callback.tracking.page_data import Recorded, page_data
-from vit_explain_callback.tracking.report import Report
-from vit_explain_callback.tracking.snapshot import History, Snapshot
-from vit_explain_callback.tracking.summary import verdict
+from vit_explain_callback.tracking.page_data import Shown, page_data
+from vit_explain_callback.tracking.run import Run, load_run
 
 REPORT = "report.html"
 _SCRIPTS = ("page_maps.js", "page_curves.js", "page_tiles.js", "page_charts.js", "page_large.js", "page.js")
 _MOST_BYTES = 96 * 2**20  # of maps; a browser opens more, but no longer at once
 
 
-def load_run(run: Path) -> tuple[Report, Iterator[tuple[History, dict[str, float]]]]:
-    """What a run saved: the report on its probe images, and its history and scalars after each snapshot.
-
-    Args:
-        run: The run's folder, or the folder `explanations` in it.
-
-    Raises:
-        FileNotFoundError: If nothing was saved there.
-    """
-    paths, report = _saved(run)
-
-    def snapshots() -> Iterator[tuple[History, dict[str, float]]]:
-        history = History()
-        for path in paths:
-            history.add(Snapshot.load(path))
-            yield history, report.scalars(history)
-
-    return report, snapshots()
-
-
-def read_run(run: Path, most_snapshots: int) -> Recorded:
-    """Read a run's folder, or the folder `explanations` in it.
-
-    Raises:
-        FileNotFoundError: If nothing was saved there.
-    """
-    paths, report = _saved(run)
-    first = Snapshot.load(paths[0])
-    fitting = _MOST_BYTES // sum(maps.numel() for maps in first.maps.values())
-    shown = thinned([int(path.stem.removeprefix("step_")) for path in paths], min(most_snapshots, fitting))
-    history, snapshots, rows = History(), [], []
-    for index in shown:
-        snapshots.append(Snapshot.load(paths[index]))
-        history.add(snapshots[-1])
-        rows.append(report.scalars(history))
-    maps = {method: torch.stack([each.maps[method] for each in snapshots]) for method in first.maps}
-    folder = run.resolve()
-    return Recorded(
-        folder.parent.name if folder.name == "explanations" else folder.name,
-        len(paths),
-        [snapshot.step for snapshot in snapshots],
-        maps,
-        torch.stack([snapshot.logits for snapshot in snapshots]),
-        snapshots[-1].target,
-        report,
-        rows,
-        verdict(history, report.labels, report.regions, report.class_names),
-    )
-
-
-def page(runs: Path | Sequence[Path], most_snapshots: int = 300) -> str:
+def page(runs: Path | Run | Sequence[Path | Run], most_snapshots: int = 300) -> str:
     """The HTML page of a run, or of several that explain the same probe images, side by side.
 
     It needs no network and no other file. Maps are stored in 8 bits, pictures as JPEG.
 
     Args:
-        runs: Folders of runs, or the folders `explanations` in them.
+        runs: Runs, or their folders.
         most_snapshots: Of each run, at least 3. Those of longer runs are thinned out evenly in the logarithm of the
             step, and so are those of more than 96 MiB of maps.
 
@@ -88,19 +34,27 @@ def page(runs: Path | Sequence[Path], most_snapshots: int = 300) -> str:
         FileNotFoundError: If nothing was saved in a folder.
         ValueError: If a run explains other images than the first, or no method in common with it.
     """
-    folders = [runs] if isinstance(runs, Path) else list(runs)
-    if not folders or most_snapshots < 3:
+    given = [runs] if isinstance(runs, (Path, Run)) else list(runs)
+    if not given or most_snapshots < 3:
         raise ValueError(
-            f"Expected at least one of `runs` and 3 of `most_snapshots`, but got {len(folders)} and {most_snapshots}."
+            f"Expected at least one of `runs` and 3 of `most_snapshots`, but got {len(given)} and {most_snapshots}."
         )
-    read = [read_run(folder, most_snapshots) for folder in folders]
-    for other, folder in zip(read[1:], folders[1:], strict=True):
-        _check_same_probe(read[0], other, folder)
-    return document(read)
+    read = [run if isinstance(run, Run) else load_run(run) for run in given]
+    for other in read[1:]:
+        _check_same_probe(read[0], other)
+    return _document([_shown(run, most_snapshots) for run in read])
 
 
-def document(runs: Sequence[Recorded]) -> str:
-    """The HTML page of runs that explain the same probe images."""
+def _shown(run: Run, most_snapshots: int) -> Shown:
+    fitting = _MOST_BYTES // sum(maps.numel() for maps in run.snapshots[0].maps.values())
+    kept = thinned(run.steps, min(most_snapshots, fitting))
+    folder = run.folder.resolve()
+    name = folder.parent.name if folder.name == "explanations" else folder.name
+    shown = Run(run.folder, run.probe, [run.snapshots[index] for index in kept])
+    return Shown(name, shown, len(run.snapshots), run.summary)
+
+
+def _document(runs: Sequence[Shown]) -> str:
     style, *scripts = (_asset(name) for name in ("page.css", *_SCRIPTS))
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hashed(style)}; "
@@ -123,11 +77,11 @@ def document(runs: Sequence[Recorded]) -> str:
     return document
 
 
-def write_page(folder: Path, most_snapshots: int = 48) -> Path:
-    """Write `report.html`, the page of the run so far, into its folder `explanations`; whole or not at all.
+def write_page(run: Path | Run, most_snapshots: int = 48) -> Path:
+    """Write `report.html`, the page of the run so far, beside its maps; whole or not at all.
 
     Args:
-        folder: The run's folder, or the folder `explanations` in it.
+        run: The run, or its folder.
         most_snapshots: Shown at most, which bounds the file's size and the time that it takes; at least 3.
 
     Returns:
@@ -137,9 +91,9 @@ def write_page(folder: Path, most_snapshots: int = 48) -> Path:
         FileNotFoundError: If nothing was saved there.
         OSError: If it cannot be written.
     """
-    file = (folder / "explanations" if (folder / "explanations").is_dir() else folder) / REPORT
-    write_text(file, page(folder, most_snapshots))
-    return file
+    read = run if isinstance(run, Run) else load_run(run)
+    write_text(read.folder / REPORT, page(read, most_snapshots))
+    return read.folder / REPORT
 
 
 def thinned(steps: Sequence[int], count: int) -> list[int]:
@@ -168,44 +122,33 @@ def _apart(places: Sequence[float], gap: float) -> list[int]:
     return [*kept, len(places) - 2, len(places) - 1]
 
 
-def _saved(run: Path) -> tuple[list[Path], Report]:
-    folder = run / "explanations" if (run / "explanations").is_dir() else run
-    paths = sorted(folder.glob("step_*.safetensors"))
-    if not paths or not (folder / "probe.safetensors").is_file():
-        raise FileNotFoundError(
-            f"There are no explanations in {run}: expected step_*.safetensors and probe.safetensors, as "
-            "`ViTExplainCallback(save_maps=True)` writes them to the run's folder."
-        )
-    return paths, Report.load(folder / "probe.safetensors")
+def _check_same_probe(one: Run, other: Run) -> None:
+    def pictures(run: Run) -> list[bytes]:
+        return [picture.tobytes() for picture in run.probe.pictures]
 
-
-def _check_same_probe(one: Recorded, other: Recorded, folder: Path) -> None:
-    def pictures(run: Recorded) -> list[bytes]:
-        return [picture.tobytes() for picture in run.report.pictures]
-
-    def labels(run: Recorded) -> list[int] | None:
-        return None if run.report.labels is None else run.report.labels.tolist()
+    def labels(run: Run) -> list[int] | None:
+        return None if run.probe.labels is None else run.probe.labels.tolist()
 
     different = {
-        "number of images": len(one.target) != len(other.target),
+        "number of images": len(one.probe) != len(other.probe),
         "pictures": pictures(one) != pictures(other),
         "labels": labels(one) != labels(other),
-        "methods": not set(one.maps) & set(other.maps),
+        "methods": not set(one.snapshots[0].maps) & set(other.snapshots[0].maps),
     }
     names = [name for name, differs in different.items() if differs]
     if names:
         raise ValueError(
-            f"Expected runs that explain the same probe images with a method in common, but {folder} differs from "
-            f"{one.name} in its {', '.join(names)}: make a page of its own for it."
+            f"Expected runs that explain the same probe images with a method in common, but {other.folder} differs "
+            f"from {one.folder} in its {', '.join(names)}: make a page of its own for it."
         )
 
 
-def _summary(run: Recorded) -> str:
-    heading, *lines = run.summary.splitlines()
+def _summary(shown: Shown) -> str:
+    heading, *lines = shown.summary.splitlines()
     items = "".join(
         f"<li{' class=detail' if line.startswith(' ') else ''}>{html.escape(line.strip())}</li>" for line in lines
     )
-    name = html.escape(run.name)
+    name = html.escape(shown.name)
     return f"<section><p class=eyebrow>{name}</p><h1>{html.escape(heading)}</h1><ul>{items}</ul></section>"
 
 

@@ -16,96 +16,92 @@ from torch import Tensor
 
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.tracking.charts import block_values, charts, curve, number
-from vit_explain_callback.tracking.report import Report
-from vit_explain_callback.visualization.overlay import DIFFERENCE_COLOURS, MAP_COLOURS, Picture, colour_limit
-from vit_explain_callback.visualization.quantise import colour_table, quantised, times_uniform
+from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.tracking.run import Run
+from vit_explain_callback.visualization.overlay import colour_limit
+from vit_explain_callback.visualization.quantise import BACKDROP, CHANGE, MAP, quantised, times_uniform
 
 _QUALITY = 90
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """What a page shows of a run. T snapshots are shown.
+class Shown:
+    """What a page shows of a run.
 
     Attributes:
         name: Of the run.
-        taken: Snapshots in the folder, of which at most `most_snapshots` are shown.
-        steps: T.
-        maps: Raw maps by method name, (T, B, grid_h, grid_w).
-        logits: (T, B, C).
-        target: (B,) classes that the gradients are of, in the last snapshot.
-        report: Pictures, labels, regions and class names.
-        scalars: Of each snapshot, by tag.
-        summary: The run in words.
+        run: With the snapshots that are shown.
+        taken: Number of its snapshots, shown or not.
+        summary: Of all of them, in words.
     """
 
     name: str
+    run: Run
     taken: int
-    steps: list[int]
-    maps: dict[str, Tensor]
-    logits: Tensor
-    target: Tensor
-    report: Report
-    scalars: list[dict[str, float]]
     summary: str
 
 
-def page_data(runs: Sequence[Recorded]) -> dict[str, Any]:
+def page_data(runs: Sequence[Shown]) -> dict[str, Any]:
     """What the page's script reads; its JSDoc says what each entry is."""
-    report = runs[0].report
-    names = report.class_names or ()
-    used = {index for run in runs for index in [*run.target.tolist(), *run.logits.argmax(dim=2).flatten().tolist()]}
-    used |= set() if report.labels is None else set(report.labels.tolist())
-    methods = [method for method in runs[0].maps if all(method in run.maps for run in runs)]
-    height, width = report.pictures[0].shape[:2] if report.pictures else (224, 224)
+    probe = runs[0].run.probe
+    first, *others = ({*shown.run.snapshots[0].maps} for shown in runs)
+    methods = [method for method in runs[0].run.snapshots[0].maps if method in first.intersection(*others)]
+    height, width = probe.pictures[0].shape[:2]
     return {
         "written": time.time(),
-        "images": len(runs[0].target),
+        "images": len(probe),
         "size": [height, width],
-        "pictures": [_encoded(picture, "JPEG") for picture in report.pictures],
-        "labels": None if report.labels is None else report.labels.tolist(),
-        "classes": {index: str(names[index]) if index < len(names) else f"class {index}" for index in sorted(used)},
-        "regions": {name: [_mask(mask, (height, width)) for mask in masks] for name, masks in report.regions.items()},
+        "pictures": [_encoded(Image.fromarray(picture), "JPEG") for picture in probe.pictures],
+        "labels": None if probe.labels is None else probe.labels.tolist(),
+        "classes": _classes(runs),
+        "regions": {name: [_mask(mask, (height, width)) for mask in masks] for name, masks in probe.regions.items()},
         "colours": {
-            "sequential": _text(colour_table(MAP_COLOURS)),
-            "diverging": _text(colour_table(DIFFERENCE_COLOURS)),
+            name: {**scale, "table": _text(scale["table"])} for name, scale in (("map", MAP), ("change", CHANGE))
         },
-        "saturation": 0.0,
-        "runs": [_run(run, methods) for run in runs],
+        "backdrop": BACKDROP,
+        "runs": [_run(shown, methods) for shown in runs],
     }
 
 
-def _run(run: Recorded, methods: Sequence[str]) -> dict[str, Any]:
-    regression = run.logits.shape[2] == 1
-    probability = run.logits.double().softmax(dim=2)
-    tags = sorted({tag for row in run.scalars for tag in row})
+def _classes(runs: Sequence[Shown]) -> dict[int, str]:
+    """Names of the classes that occur."""
+    probe = runs[0].run.probe
+    names = probe.class_names or ()
+    found = [] if probe.labels is None else [probe.labels]
+    found += [one for shown in runs for one in (shown.run.targets, shown.run.logits.argmax(dim=2).flatten())]
+    used = sorted(set(torch.cat(found).tolist()))
+    return {index: str(names[index]) if index < len(names) else f"class {index}" for index in used}
+
+
+def _run(shown: Shown, methods: Sequence[str]) -> dict[str, Any]:
+    run, logits, targets = shown.run, shown.run.logits, shown.run.targets
+    probability = logits.double().softmax(dim=2)
+    rows = [{tag: value for tag, value in row.items() if tag != "step"} for row in run.scalars]
     return {
-        "name": run.name,
-        "taken": run.taken,
+        "name": shown.name,
+        "taken": shown.taken,
         "steps": run.steps,
-        "output": _numbers(run.logits[:, :, 0]) if regression else None,
-        "prediction": run.logits.argmax(dim=2).tolist(),
+        "output": _numbers(logits[:, :, 0]) if logits.shape[2] == 1 else None,
+        "prediction": logits.argmax(dim=2).tolist(),
         "confidence": _numbers(probability.amax(dim=2)),
-        "target": run.target.tolist(),
-        "target_probability": _numbers(probability[:, torch.arange(len(run.target)), run.target]),
-        "methods": {method: _method(run, method) for method in methods},
-        "charts": charts(run.scalars, methods, list(run.report.regions)),
-        "blocks": block_values(run.scalars),
-        "scalars": {tag: curve(run.scalars, tag) for tag in tags},
+        "target": targets.tolist(),
+        "target_probability": _numbers(probability[:, torch.arange(len(targets)), targets]),
+        "methods": {method: _method(maps, run.probe) for method, maps in run.maps.items() if method in methods},
+        "charts": charts(rows, methods, list(run.probe.regions)),
+        "blocks": block_values(rows),
+        "scalars": {tag: curve(rows, tag) for tag in sorted(set().union(*rows))},
     }
 
 
-def _method(run: Recorded, method: str) -> dict[str, Any]:
-    maps = run.maps[method]
+def _method(maps: Tensor, probe: Probe) -> dict[str, Any]:
+    """Of maps (T, B, grid_h, grid_w)."""
     return {
         "grid": list(maps.shape[2:]),
         "limit": colour_limit(maps[0].abs()),
         "signed": bool((maps < 0).any()),
         "maps": [_text(quantised(times_uniform(each))) for each in maps],
         "drift": [_numbers(spearman(each, maps[0])) for each in maps],
-        "lift": {
-            region: [_numbers(_lift(each, masks)) for each in maps] for region, masks in run.report.regions.items()
-        },
+        "lift": {region: [_numbers(_lift(each, masks)) for each in maps] for region, masks in probe.regions.items()},
     }
 
 
@@ -121,11 +117,10 @@ def _mask(mask: Tensor, size: tuple[int, int]) -> str:
     return _encoded(picture, "PNG")
 
 
-def _encoded(picture: Picture | Image.Image, kind: str) -> str:
+def _encoded(picture: Image.Image, kind: str) -> str:
     file = io.BytesIO()
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     # Colours at full resolution: what another decoder makes of them differs by rounding only.
-    image.save(file, kind, **({"quality": _QUALITY, "subsampling": 0} if kind == "JPEG" else {}))
+    picture.save(file, kind, **({"quality": _QUALITY, "subsampling": 0} if kind == "JPEG" else {}))
     return _text(file.getvalue())
 
 

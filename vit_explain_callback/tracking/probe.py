@@ -1,104 +1,127 @@
-"""The probe batch: the fixed images that are explained again and again."""
+"""The probe: the fixed images that are explained again and again, and all that is known of them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from vit_explain_callback.vit.isolation import preserved_random_state
+from vit_explain_callback._files import read_tensors, write_tensors
+from vit_explain_callback.explanation import tensors_under
+from vit_explain_callback.visualization.overlay import Picture, range_of, resized, unnormalise
 
-_IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs")
-_LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
+_SIDE = 224
 
 
 @dataclass(frozen=True)
-class ProbeBatch:
-    """Images with their labels, on the CPU.
+class Probe:
+    """Images with what is known of them, on the CPU; make one with `Probe.of`.
 
     Attributes:
-        images: (B, C, H, W), as the model takes them.
+        images: (B, C, H, W), as the model takes them; None where a probe was read from a run's folder.
+        pictures: Every image as it is shown, (h, w, 3) uint8 all of one size.
         labels: (B,) class indices, or None where they are not known.
+        regions: Masks of the images by name, (B, H, W) boolean.
+        class_names: Name of each class, or None to show indices.
+        num_shown: Images drawn, the first of them.
+        fingerprint: Equal for the same images and labels in another process.
     """
 
-    images: Tensor
+    images: Tensor | None
+    pictures: Sequence[Picture]
     labels: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the pixels, shape and labels: equal for the same probe batch in another process."""
-        digest = hashlib.sha256(repr((self.images.dtype, tuple(self.images.shape))).encode())
-        for tensor in (self.images, self.labels):
-            if tensor is not None:
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+    regions: Mapping[str, Tensor] = field(default_factory=dict)
+    class_names: Sequence[str] | None = None
+    num_shown: int = 6
+    fingerprint: str | None = None
 
     @classmethod
-    def from_batch(cls, batch: Any, num_images: int | None = None) -> ProbeBatch:
-        """Take images and class labels out of a batch: a tensor, an (images, labels, …) pair or a mapping.
+    def of(
+        cls,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        regions: Mapping[str, Tensor] | None = None,
+        class_names: Sequence[str] | None = None,
+        normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+        num_shown: int = 6,
+    ) -> Probe:
+        """A probe of a batch, drawn with a longer side of 224 pixels.
 
-        Labels that are not one class index an image (soft labels, several labels, boxes) are left out; those of a
-        one-logit head may be floats, 0 and 1.
+        Args:
+            images: (B, C, H, W), as the model takes them.
+            labels: (B,) class indices.
+            regions: Masks of the images by name, (B, H, W) boolean.
+            class_names: Name of each class.
+            normalisation: Mean and standard deviation of each channel, undone for display. Without them the range of
+                the images is stretched.
+            num_shown: Images drawn, the first of them.
 
         Raises:
-            TypeError: If the batch is of another kind.
-            ValueError: If a mapping has no image under a usual name, or the labels are not as many as the images.
+            ValueError: If a region does not hold one mask for each image, or channels do not match.
         """
-        images, labels = _images_and_labels(batch)
-        if not isinstance(images, Tensor):
-            raise TypeError(f"Expected a batch with its images as one tensor, but got {type(images).__name__}.")
-        images = images.detach()[:num_images].to("cpu", copy=True)
-        if isinstance(labels, Sequence) and all(isinstance(label, int) for label in labels):
-            labels = torch.tensor(labels)
-        if not isinstance(labels, Tensor) or labels.shape[1:] not in ((), (1,)) or (labels != labels.round()).any():
-            return cls(images)
-        labels = labels.detach()[:num_images].flatten().to("cpu", torch.int64, copy=True)
-        if len(labels) != len(images):
-            raise ValueError(f"Expected one label an image, but got {len(images)} images but {len(labels)} labels.")
-        return cls(images, labels)
+        regions = dict(regions or {})
+        check_regions(regions, len(images))
+        mean, std = normalisation or range_of(images)
+        height, width = images.shape[2:]
+        size = [round(side * _SIDE / max(height, width)) for side in (height, width)]
+        pictures = [resized(unnormalise(image, mean, std), *size) for image in images]
+        shown = min(num_shown, len(images))
+        return cls(images, pictures, labels, regions, class_names, shown, fingerprint(images, labels))
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file: `pictures`, `labels`, `region/{name}`, and the rest in its metadata."""
+        tensors = {f"region/{name}": masks for name, masks in self.regions.items()}
+        tensors["pictures"] = torch.stack([torch.tensor(picture) for picture in self.pictures])
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        names = None if self.class_names is None else [str(name) for name in self.class_names]
+        about = {"class_names": names, "num_shown": self.num_shown, "fingerprint": self.fingerprint}
+        write_tensors(path, tensors, {name: json.dumps(value) for name, value in about.items()})
+
+    @classmethod
+    def load(cls, path: Path) -> Probe:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is another kind of file, or lacks something.
+        """
+        tensors, metadata = read_tensors(path)
+        try:
+            about = {name: json.loads(metadata[name]) for name in ("class_names", "num_shown", "fingerprint")}
+            pictures = list(tensors["pictures"].numpy())
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"Expected {path} to be written by `Probe.save`, but it lacks {error}.") from error
+        return cls(None, pictures, tensors.get("labels"), tensors_under("region", tensors), **about)
 
 
-def first_batch(loader: Iterable[Any], num_images: int) -> Any:
-    """The first `num_images` items of a loader's data, collated by the loader, whatever order it draws them in.
-
-    A `DataLoader` is not iterated itself: its dataset is read in order, in this process, with the random streams put
-    back afterwards, so that neither its workers nor its generators notice. Other iterables give their first batch.
+def check_regions(regions: Mapping[str, Tensor], images: int) -> None:
+    """Refuse regions that do not fit a number of images.
 
     Raises:
-        ValueError: If there is no data.
-        RuntimeError: If reading it fails.
+        ValueError: If a region has more masks than that, or fewer.
     """
-    with preserved_random_state(seed=0):
-        if isinstance(loader, DataLoader):
-            size = None if loader.batch_size is None and loader.batch_sampler is None else num_images
-            loader = DataLoader(loader.dataset, batch_size=size, collate_fn=loader.collate_fn)
-        try:
-            for batch in loader:
-                return batch
-        except Exception as error:
-            raise RuntimeError(f"Reading the probe images from the validation loader failed: {error!r}.") from error
-    raise ValueError("Expected the validation loader to hold at least one batch, but it is empty.")
+    for name, masks in regions.items():
+        if len(masks) != images:
+            raise ValueError(
+                f"Expected `regions[{name!r}]` to hold one mask for each of the {images} probe images, but got "
+                f"{len(masks)}."
+            )
 
 
-def _images_and_labels(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, Tensor):
-        return batch, None
-    if isinstance(batch, Mapping):
-        images = next((batch[key] for key in _IMAGE_KEYS if key in batch), None)
-        if images is None:
-            raise ValueError(f"Expected a batch with images under one of {_IMAGE_KEYS}, but got {list(batch)}.")
-        return images, next((batch[key] for key in _LABEL_KEYS if key in batch), None)
-    if isinstance(batch, Sequence) and len(batch) > 0:
-        return batch[0], batch[1] if len(batch) > 1 else None
-    raise TypeError(
-        f"Expected a batch that is a tensor, an (images, labels) pair or a mapping, but got {type(batch).__name__}. "
-        "Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
-    )
+def fingerprint(images: Tensor, labels: Tensor | None) -> str:
+    """SHA-256 of the pixels, shape and labels: equal for the same probe in another process."""
+    digest = hashlib.sha256(repr((images.dtype, tuple(images.shape))).encode())
+    for tensor in (images, labels):
+        if tensor is not None:
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

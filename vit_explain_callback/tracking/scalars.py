@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from vit_explain_callback.metrics.drift import METRICS, UNCHANGED
 from vit_explain_callback.metrics.localisation import region_statistics
-from vit_explain_callback.metrics.reference import noise_floor, on_scale, unrelated_level
+from vit_explain_callback.metrics.reference import on_scale
 from vit_explain_callback.metrics.shape import map_statistics, sink_lift
-from vit_explain_callback.tracking.snapshot import History, Snapshot
+from vit_explain_callback.tracking.history import History
+from vit_explain_callback.tracking.snapshot import Snapshot
 
 BLOCK_METRICS = ("spearman", "jensen_shannon")
 ATTENTION_STATISTICS = ("entropy", "lowest_head_entropy", "distance", "class_self", "sink_share")
@@ -45,31 +46,30 @@ def scalars(history: History, labels: Tensor | None, regions: Mapping[str, Tenso
             values |= _drift(history, method, metric)
     if now.blocks is not None:
         values |= _blocks(now, baseline)
-    if now.checks is not None:
-        values |= {f"faithfulness/{name}/srg": _mean(gain) for name, gain in now.checks.gains.items()}
+    if now.reliability is not None:
+        values |= {f"faithfulness/{name}/srg": _mean(gain) for name, gain in now.reliability.gains.items()}
     return values
 
 
-def drift(now: Snapshot, reference: Snapshot, method: str, metric: str) -> Tensor:
-    """(B,) values of a drift measure for each image."""
-    return METRICS[metric](now.maps[method], reference.maps[method])
-
-
-def scale(snapshot: Snapshot, method: str, metric: str) -> tuple[float, float] | None:
-    """Noise floor and unrelated level of a snapshot's maps; None where the mirrored images were not looked at."""
-    if snapshot.checks is None:
-        return None
-    maps, measure = snapshot.maps[method], METRICS[metric]
-    return noise_floor(maps, snapshot.checks.mirrored[method], measure), unrelated_level(maps, measure)
+def final_tags(methods: Sequence[str], regions: Iterable[str], checked: bool) -> dict[str, str]:
+    """Tag of each value that is kept for the whole run, and the tag of the scalar that it is the last of."""
+    tags: dict[str, str] = {}
+    for method in methods:
+        tags[f"final/drift/{method}"] = f"drift_baseline/{method}/spearman"
+        if checked:
+            tags[f"final/faithfulness/{method}"] = f"faithfulness/{method}/srg"
+        for region in regions:
+            tags[f"final/lift/{region}/{method}"] = f"region/{region}/{method}/lift"
+    return tags
 
 
 def _drift(history: History, method: str, metric: str) -> dict[str, float]:
     now = history.now
     tail = f"{method}/{metric}"
-    fixed = scale(history.baseline, method, metric)
+    fixed = history.baseline.scale(method, metric)
     values: dict[str, float] = {}
     for name, reference in (("drift_baseline", history.baseline), ("drift_previous", history.previous)):
-        by_image = drift(now, reference, method, metric)
+        by_image = now.drift_from(reference, method, metric)
         changed = now.prediction != reference.prediction
         mean = _mean(by_image)
         low, middle, high = _quantiles(by_image)
@@ -83,7 +83,7 @@ def _drift(history: History, method: str, metric: str) -> dict[str, float]:
         }
         if fixed is not None:
             values[f"{name}_scaled/{tail}"] = on_scale(mean, *fixed, UNCHANGED[metric])
-    if (current := scale(now, method, metric)) is not None:
+    if (current := now.scale(method, metric)) is not None:
         values |= {f"drift_scale/{tail}/noise": current[0], f"drift_scale/{tail}/unrelated": current[1]}
     return values
 

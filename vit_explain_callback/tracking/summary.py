@@ -1,4 +1,4 @@
-"""What a run shows, in a few lines, with no claim that its numbers do not carry."""
+"""Summarise a run in at most 15 lines, with no claim that its numbers do not carry."""
 
 from __future__ import annotations
 
@@ -12,26 +12,24 @@ from torch import Tensor
 from vit_explain_callback.metrics.drift import UNCHANGED, spearman
 from vit_explain_callback.metrics.localisation import region_statistics
 from vit_explain_callback.metrics.reference import on_scale
-from vit_explain_callback.tracking.scalars import drift, scale
-from vit_explain_callback.tracking.snapshot import History, Snapshot
+from vit_explain_callback.tracking.history import History
+from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.tracking.snapshot import Snapshot
 
 _LINES = 15
 
 
-def verdict(
-    history: History, labels: Tensor | None, regions: Mapping[str, Tensor], class_names: Sequence[str] | None
-) -> str:
+def summary(history: History, probe: Probe) -> str:
     """Which images, blocks and regions changed most, when, whether predictions did, and whether maps are faithful.
 
     Args:
         history: The snapshots of the run.
-        labels: (B,), or None where they are not known.
-        regions: Masks of the probe images by name, (B, H, W).
-        class_names: Name of each class, or None to show indices.
+        probe: Its images; their labels, regions and names of classes.
 
     Returns:
         At most 15 lines.
     """
+    labels, regions, class_names = probe.labels, probe.regions, probe.class_names
     lines = [_heading(history), _predictions(history, labels)]
     last = [*_blocks(history), "Drift says that maps changed, not that the change is for the worse."]
     parts = [_method(history, method, regions, class_names) for method in history.baseline.maps]
@@ -65,7 +63,7 @@ def _method(
     history: History, method: str, regions: Mapping[str, Tensor], class_names: Sequence[str] | None
 ) -> list[str]:
     now, baseline = history.now, history.baseline
-    by_image = drift(now, baseline, method, "spearman")
+    by_image = now.drift_from(baseline, method, "spearman")
     known = by_image.isfinite()
     if not known.any():
         return [f"{method}: no drift can be measured, the maps are degenerate"]
@@ -83,7 +81,7 @@ def _method(
 
 
 def _on_scale(baseline: Snapshot, method: str, mean: float) -> str:
-    bars = scale(baseline, method, "spearman")
+    bars = baseline.scale(method, "spearman")
     if bars is None:
         return ""
     text = f"; mirrored images {bars[0]:.2f}, different images {bars[1]:.2f}"
@@ -108,7 +106,7 @@ def _when(history: History, method: str) -> str:
 def _faithfulness(history: History, method: str) -> str:
     if not history.checked:
         return ""
-    before, after = (checks.gains[method].nanmean().item() for checks in (history.checked[0], history.checked[-1]))
+    before, after = (known.gains[method].nanmean().item() for known in (history.checked[0], history.checked[-1]))
     gains = history.checked[-1].gains
     better = gains[method] - gains["random"]
     better = better[better.isfinite()]

@@ -1,4 +1,4 @@
-"""What only TensorBoard takes: moving pictures, text, a layout of charts, and final values beside hyperparameters."""
+"""Write what only TensorBoard takes: encoded pictures, text as it stands, and a layout of charts."""
 
 from __future__ import annotations
 
@@ -9,33 +9,7 @@ from typing import Any
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from vit_explain_callback.lightning._compat import LightningModule, TensorBoardLogger, Trainer
-from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.metrics.drift import METRICS
-
-
-def final_tags(settings: Settings) -> dict[str, str]:
-    """Tag of each value that is kept for the whole run, and the tag of the scalar that it is the last of."""
-    tags: dict[str, str] = {}
-    for method in (method.name for method in settings.methods):
-        tags[f"final/drift/{method}"] = f"drift_baseline/{method}/spearman"
-        if settings.check_every_n_snapshots:
-            tags[f"final/faithfulness/{method}"] = f"faithfulness/{method}/srg"
-        for region in settings.regions:
-            tags[f"final/lift/{region}/{method}"] = f"region/{region}/{method}/lift"
-    return tags
-
-
-def declare_final_metrics(trainer: Trainer, pl_module: LightningModule, settings: Settings) -> None:
-    """Make the HParams pane show the final values, if the module has hyperparameters to show there.
-
-    Of several declarations in a run TensorBoard takes the first, so this must come before Lightning's own.
-    """
-    if trainer.is_global_zero and pl_module.hparams_initial and not getattr(trainer, "fast_dev_run", False):
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                metrics = dict.fromkeys(final_tags(settings), float("nan"))
-                logger.log_hyperparams(pl_module.hparams_initial, metrics)
 
 
 def lay_out_margin_charts(experiment: Any, methods: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ number of patches. Colour limits are the caller's, so that they can be shared ov
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from functools import cache
 from typing import TypeAlias
@@ -99,13 +98,6 @@ def resized(picture: Picture, height: int, width: int) -> Picture:
     larger = height >= picture.shape[0]
     method = Image.Resampling.NEAREST if larger else Image.Resampling.BOX
     return np.asarray(Image.fromarray(picture).resize((width, height), method))
-
-
-def png(picture: Picture) -> bytes:
-    """A PNG file of the picture, a tenth larger than the smallest but encoded in a quarter of the time."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG", compress_level=2)
-    return file.getvalue()
 
 
 def colour_bar(limit: float, width: int, colours: str = MAP_COLOURS) -> Picture:

@@ -50,20 +50,24 @@ function renderNow() {
   for (const chart of [...charts, scalarChart?.chart]) chart?.moveTo(place, snapshots);
   heatMaps.forEach((map, r) => map.moveTo(snapshots[r]));
   if (large.open) renderLarge();
-  part('scale', 'p').replaceChildren(...scaleOf());
-  part('large-scale', 'p').replaceChildren(...scaleOf());
+  part('scale', 'p').replaceChildren(...legendOf());
+  part('large-scale', 'p').replaceChildren(...legendOf());
   // Browsers refuse to change the address many times a second.
   clearTimeout(addressing);
   addressing = window.setTimeout(writeAddress, 200);
 }
 
 /** The colours with their ends. */
-function scaleOf() {
-  const signed = isSigned(several ? 1 : 0);
-  const [limit, colours] = [shown(run(0).limit), signed ? diverging : sequential];
+function legendOf() {
   if (state.mode === 'plain') return ['The image itself.'];
+  const signed = isSigned(several ? 1 : 0);
+  const [limit, scale] = [shown(run(0).limit), signed ? changeScale : mapScale];
   const canvas = element('canvas', { className: 'scale', width: 256, height: 1, 'aria-hidden': 'true' });
-  const pixels = new Uint8ClampedArray(colours).map((value, i) => (i % 4 === 3 ? 255 : value));
+  const pixels = new Uint8ClampedArray(1024);
+  for (let i = 0; i < 256; i++) {
+    const place = 4 * placeOn(scale, signed ? i / 127.5 - 1 : i / 255);
+    pixels.set(scale.table.subarray(place, place + 4), 4 * i);
+  }
   canvas.getContext('2d')?.putImageData(new ImageData(pixels, 256, 1), 0, 0);
   return [signed ? `−${limit} ` : '0 ', canvas, ` ${signed ? '+' : ''}${limit} ${MODES[state.mode].unit}`];
 }
@@ -192,10 +196,8 @@ function describePage() {
       (each) =>
         `${each.name} shows ${each.steps.length} of its ${each.taken} snapshots, spaced by the logarithm of the step. `,
     );
-  const missing = data.images - data.pictures.length;
-  const grey = missing > 0 ? `The run stored no picture of ${missing} of its ${data.images} images. ` : '';
   part('about', 'p').textContent =
-    `${thinned.join('')}${grey}Maps are stored in 8 bits: a value is wrong by at most 1/510 of its map's range.`;
+    `${thinned.join('')}Maps are stored in 8 bits: a value is wrong by at most 1/510 of its map's range.`;
 }
 
 function prepare() {

@@ -231,8 +231,7 @@ function heatMap(title, rows, onPick) {
   rows.forEach((row, block) =>
     row.forEach((value, snapshot) => {
       if (value === null) return;
-      const colour = Math.min(255, Math.floor(((value - low) / (high - low)) * 256)) * 4;
-      context.fillStyle = `rgb(${sequential.subarray(colour, colour + 3).join(' ')})`;
+      context.fillStyle = `hsl(265 60% ${94 - (74 * (value - low)) / (high - low)}%)`; // the darker the more
       context.fillRect(snapshot, height - 1 - block, 1, 1); // the first block below, as the image enters there
     }),
   );

@@ -36,20 +36,28 @@
  * @property {number} written  seconds since 1970
  * @property {number} images
  * @property {[number, number]} size  height and width of the pictures
- * @property {string[]} pictures  JPEG in base64, of the first images at least
+ * @property {string[]} pictures  JPEG in base64
  * @property {number[] | null} labels
  * @property {Record<number, string>} classes  names
  * @property {Record<string, string[]>} regions  a PNG of the mask for each image, in base64
- * @property {{sequential: string, diverging: string}} colours  256 RGBA colours, in base64
- * @property {number} saturation  of the picture under a map, from 0 (grey) to 1
+ * @property {{map: StoredScale, change: StoredScale}} colours  of maps, and of what has both signs
+ * @property {{floor: number, saturation: number}} backdrop  the picture under a map, see visualization/quantise.py
  * @property {Run[]} runs
+ */
+/**
+ * A colour scale, see visualization/quantise.py.
+ * @typedef {{table: string, scale: number, offset: number}} StoredScale  with its table in base64
+ * @typedef {{table: Uint8Array, scale: number, offset: number}} Scale
  */
 /** @typedef {{width: number, height: number, colour: Uint8ClampedArray, faded: Uint8ClampedArray}} Picture */
 /**
- * A map as it is drawn: places on a colour scale from 0 to 1, row by row.
- * @typedef {{places: Float32Array, grid: [number, number], colours: Uint8Array}} Layer
+ * A map as it is drawn: its values in shares of the limit, row by row.
+ * @typedef {{values: Float32Array, grid: [number, number], scale: Scale}} Layer
  */
-/** @typedef {{strength: number, smooth: boolean, plain: boolean, opaque: boolean}} Look */
+/**
+ * `plain`: the picture alone; `alone`: the map alone, on white.
+ * @typedef {{strength: number, smooth: boolean, plain: boolean, alone: boolean}} Look
+ */
 
 /** @type {Data} */
 const data = JSON.parse(/** @type {HTMLElement} */ (document.getElementById('data')).textContent || '');
@@ -68,8 +76,22 @@ function bytesOf(text, start, count) {
   return bytes;
 }
 
-const sequential = bytesOf(data.colours.sequential, 0, 1024);
-const diverging = bytesOf(data.colours.diverging, 0, 1024);
+/** @param {StoredScale} stored @returns {Scale} */
+function scaleFrom(stored) {
+  return { ...stored, table: bytesOf(stored.table, 0, Math.floor((stored.table.length * 3) / 16) * 4) };
+}
+
+const mapScale = scaleFrom(data.colours.map);
+const changeScale = scaleFrom(data.colours.change);
+
+/**
+ * The place of a value, a share of the limit, in the table of a scale.
+ * @param {Scale} scale
+ * @param {number} value
+ */
+function placeOn({ table, scale, offset }, value) {
+  return Math.min(Math.max(Math.round(offset + scale * value), 0), table.length / 4 - 1);
+}
 
 /**
  * A map in multiples of uniform relevance, row by row; null where it is degenerate.
@@ -88,26 +110,13 @@ function mapOf(method, snapshot, image) {
 }
 
 /**
- * A map, or a difference of maps, on its colours; null where there is nothing to draw.
- * @param {Float32Array | null} values  in multiples of uniform
- * @param {Method} method
- * @param {boolean} signed  whether 0 is in the middle of the colours
- * @returns {Layer | null}
- */
-function layerOf(values, method, signed) {
-  if (!values) return null;
-  const places = values.map((value) => (signed ? value / method.limit / 2 + 0.5 : value / method.limit));
-  return { places, grid: method.grid, colours: signed ? diverging : sequential };
-}
-
-/**
- * The colour's index, from 0 to 255, at each pixel: one flat colour a patch.
+ * The place in the table at each pixel: one flat colour a patch.
  * @param {Layer} layer
  * @param {number} width
  * @param {number} height
  */
-function patchIndices({ places, grid: [rows, columns] }, width, height) {
-  const indices = new Uint8ClampedArray(width * height);
+function patchIndices({ values, grid: [rows, columns], scale }, width, height) {
+  const indices = new Uint16Array(width * height);
   for (let y = 0, drawn = -1; y < height; y++) {
     const row = Math.floor((y * rows) / height);
     if (row === drawn) {
@@ -116,7 +125,7 @@ function patchIndices({ places, grid: [rows, columns] }, width, height) {
     }
     drawn = row;
     for (let x = 0; x < width; x++) {
-      indices[y * width + x] = Math.floor(places[row * columns + Math.floor((x * columns) / width)] * 256);
+      indices[y * width + x] = placeOn(scale, values[row * columns + Math.floor((x * columns) / width)]);
     }
   }
   return indices;
@@ -128,7 +137,7 @@ function patchIndices({ places, grid: [rows, columns] }, width, height) {
  * @param {number} width
  * @param {number} height
  */
-function smoothIndices({ places, grid: [rows, columns] }, width, height) {
+function smoothIndices({ values, grid: [rows, columns], scale }, width, height) {
   /** @param {number} pixel @param {number} pixels @param {number} count */
   const between = (pixel, pixels, count) => {
     const place = Math.min(Math.max(((pixel + 0.5) * count) / pixels - 0.5, 0), count - 1);
@@ -136,18 +145,34 @@ function smoothIndices({ places, grid: [rows, columns] }, width, height) {
     return { first, second: Math.min(first + 1, count - 1), share: place - first };
   };
   const across = Array.from({ length: width }, (_, x) => between(x, width, columns));
-  const indices = new Uint8ClampedArray(width * height);
+  const indices = new Uint16Array(width * height);
   for (let y = 0; y < height; y++) {
     const down = between(y, height, rows);
     const [upper, lower] = [down.first * columns, down.second * columns];
     for (let x = 0; x < width; x++) {
       const { first, second, share } = across[x];
-      const above = places[upper + first] * (1 - share) + places[upper + second] * share;
-      const below = places[lower + first] * (1 - share) + places[lower + second] * share;
-      indices[y * width + x] = Math.floor((above * (1 - down.share) + below * down.share) * 256);
+      const above = values[upper + first] * (1 - share) + values[upper + second] * share;
+      const below = values[lower + first] * (1 - share) + values[lower + second] * share;
+      indices[y * width + x] = placeOn(scale, above * (1 - down.share) + below * down.share);
     }
   }
   return indices;
+}
+
+/**
+ * Each colour of a table as what it adds to a pixel, colour · a, and what it leaves of it, 1 − a.
+ * @param {Uint8Array} table
+ * @param {Look} look
+ */
+function mixedColours(table, look) {
+  const strongest = table.reduce((most, value, i) => (i % 4 === 3 ? Math.max(most, value) : most), 0);
+  const mixed = new Float32Array(table.length);
+  for (let i = 0; i < table.length; i += 4) {
+    const strength = look.alone ? table[i + 3] / strongest : (table[i + 3] / 255) * look.strength;
+    for (let channel = i; channel < i + 3; channel++) mixed[channel] = table[channel] * strength;
+    mixed[i + 3] = 1 - strength;
+  }
+  return mixed;
 }
 
 /**
@@ -162,21 +187,17 @@ function paint(canvas, picture, layer, look) {
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext('2d', { willReadFrequently: true }));
   const image = new ImageData(width, height);
-  const [pixels, under] = [image.data, look.plain ? picture.colour : picture.faded];
-  pixels.set(under);
+  const pixels = image.data;
+  if (look.alone) pixels.fill(255);
+  else pixels.set(look.plain ? picture.colour : picture.faded);
   if (layer && !look.plain) {
     const indices = (look.smooth ? smoothIndices : patchIndices)(layer, width, height);
-    const mixed = new Float32Array(1024); // colour · a, and 1 − a
-    for (let i = 0; i < 1024; i += 4) {
-      const strength = look.opaque ? 1 : (layer.colours[i + 3] / 255) * look.strength;
-      for (let channel = 0; channel < 3; channel++) mixed[i + channel] = layer.colours[i + channel] * strength;
-      mixed[i + 3] = 1 - strength;
-    }
+    const mixed = mixedColours(layer.scale.table, look);
     for (let i = 0, p = 0; i < indices.length; i++, p += 4) {
       const c = indices[i] * 4;
-      pixels[p] = under[p] * mixed[c + 3] + mixed[c];
-      pixels[p + 1] = under[p + 1] * mixed[c + 3] + mixed[c + 1];
-      pixels[p + 2] = under[p + 2] * mixed[c + 3] + mixed[c + 2];
+      pixels[p] = pixels[p] * mixed[c + 3] + mixed[c];
+      pixels[p + 1] = pixels[p + 1] * mixed[c + 3] + mixed[c + 1];
+      pixels[p + 2] = pixels[p + 2] * mixed[c + 3] + mixed[c + 2];
     }
   }
   context.putImageData(image, 0, 0);
@@ -198,22 +219,20 @@ async function pixelsOf(kind, text) {
 }
 
 /**
- * The picture of a probe image; grey where the run stored none.
+ * The picture of a probe image.
  * @param {number} image
  * @returns {Promise<Picture>}
  */
 async function pictureOf(image) {
-  const [height, width] = data.size;
-  if (image >= data.pictures.length) {
-    const grey = new Uint8ClampedArray(width * height * 4).fill(128).map((value, i) => (i % 4 === 3 ? 255 : value));
-    return { width, height, colour: grey, faded: grey };
-  }
-  const colour = (await pixelsOf('jpeg', data.pictures[image])).data;
+  const { data: colour, width, height } = await pixelsOf('jpeg', data.pictures[image]);
+  const { floor, saturation } = data.backdrop;
   const faded = new Uint8ClampedArray(colour);
   for (let p = 0; p < faded.length; p += 4) {
     // Rec. 601 luma, rounded as Pillow does.
     const grey = (colour[p] * 19595 + colour[p + 1] * 38470 + colour[p + 2] * 7471 + 0x8000) >> 16;
-    for (let c = p; c < p + 3; c++) faded[c] = grey + data.saturation * (colour[c] - grey);
+    for (let c = p; c < p + 3; c++) {
+      faded[c] = floor * 255 + (1 - floor) * (grey + saturation * (colour[c] - grey));
+    }
   }
   return { width, height, colour, faded };
 }

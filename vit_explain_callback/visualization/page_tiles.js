@@ -103,15 +103,12 @@ const pictures = /** @type {Promise<Picture>[]} */ ([]);
 async function draw(canvas, r, image, snapshot) {
   const picture = await (pictures[image] ??= pictureOf(image));
   const strength = Number(part('opacity', 'input').value) / 100;
-  const look = {
-    strength,
-    smooth: part('smooth', 'input').checked,
-    plain: state.mode === 'plain',
-    opaque: state.mode === 'raw',
-  };
-  // One colour scale for all runs: that of the first.
-  const method = { ...run(r), limit: run(0).limit };
-  paint(canvas, picture, layerOf(valuesOf(r, image, snapshot), method, isSigned(r)), look);
+  const [plain, alone] = [state.mode === 'plain', state.mode === 'raw'];
+  const values = valuesOf(r, image, snapshot);
+  // One limit for all runs: that of the first.
+  const shares = values && values.map((value) => value / run(0).limit);
+  const layer = shares && { values: shares, grid: run(r).grid, scale: isSigned(r) ? changeScale : mapScale };
+  paint(canvas, picture, layer, { strength, smooth: part('smooth', 'input').checked, plain, alone });
 }
 
 /**

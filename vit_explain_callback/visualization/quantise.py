@@ -1,6 +1,13 @@
-"""Maps and colours in eight bits, as the page stores them."""
+"""Maps and colours in eight bits, as the page stores them.
+
+A colour scale is a `table` of RGBA bytes, A being the strength with which a colour lies on the picture, and the `scale`
+and `offset` of a value's place in it: round(offset + scale · value / limit), cut to the table's ends. The picture under
+it is floor + (1 − floor) · grey, with `saturation` of its colours left.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -8,8 +15,20 @@ from torch import Tensor
 
 from vit_explain_callback.visualization.overlay import DIFFERENCE_COLOURS, MAP_COLOURS
 
-# As `overlay` and `difference` draw them by default.
-_STRENGTH = {MAP_COLOURS: 0.6, DIFFERENCE_COLOURS: 0.7}
+
+def _table(colours: str, strength: float) -> bytes:
+    table = (np.asarray(matplotlib.colormaps[colours](np.arange(256))) * 255).round()
+    table[:, 3] = round(strength * 255)
+    return table.astype(np.uint8).tobytes()
+
+
+# As `overlay` and `difference` draw by default.
+MAP: dict[str, Any] = {"table": _table(MAP_COLOURS, 0.6), "scale": 256, "offset": -0.5}
+"""The colours of a map without negative values."""
+CHANGE: dict[str, Any] = {"table": _table(DIFFERENCE_COLOURS, 0.7), "scale": 128, "offset": 127.5}
+"""The colours of a difference, and of a map with both signs."""
+BACKDROP = {"floor": 0.0, "saturation": 0.0}
+"""The picture under a map."""
 
 
 def times_uniform(maps: Tensor) -> Tensor:
@@ -43,10 +62,3 @@ def quantised(maps: Tensor) -> bytes:
     levels = np.clip(np.rint((flat - low[:, None]) / spread[:, None] * 255), 0, 255).astype(np.uint8)
     ends[~useful] = np.nan
     return np.concatenate([ends.view(np.uint8), levels], axis=1).tobytes()
-
-
-def colour_table(colours: str) -> bytes:
-    """The 256 colours of a scale as RGBA bytes, lowest first; A is the strength with which they lie on a picture."""
-    table = (np.asarray(matplotlib.colormaps[colours](np.arange(256))) * 255).round()
-    table[:, 3] = round(_STRENGTH[colours] * 255)
-    return table.astype(np.uint8).tobytes()

@@ -1,43 +1,121 @@
-"""The model that is explained: how it turns images into logits, and what its tokens are."""
+"""Run a model on images: how it is called, where its ViT is, and what its tokens are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from vit_explain_callback.vit.infer_tokens import observed_layout, tokens_read
+from vit_explain_callback.vit.isolation import undisturbed
 from vit_explain_callback.vit.stack import Stack
-from vit_explain_callback.vit.timm import timm_layout
+from vit_explain_callback.vit.timm import find_vit, timm_layout
 from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout
+from vit_explain_callback.vit.twin import Twin
 
 LogitsOf: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Subject:
-    """The model to explain, the ViT in it, and what the user says of them.
-
-    What is found out about the tokens is remembered for each size of image.
+class Adapter(Protocol):
+    """How a model is run, again and again, each time on a twin of what it is then.
 
     Attributes:
-        model: Turns images into logits.
-        vit: The ViT inside it, or the model itself.
-        forward: How to get logits from the model and images; None calls it.
-        stated: What the user says of the tokens.
+        model: The user's own; it is not run.
+        vit: Path of the ViT in it, None to look for it.
+        regression: Whether its outputs are quantities, and not the logits of classes.
     """
 
     model: nn.Module
-    vit: nn.Module
-    forward: LogitsOf | None
+    vit: str | None
+    regression: bool
+
+    def evaluating(self, guarded: bool) -> AbstractContextManager[Twin]:
+        """A twin to run; a `guarded` one may write to its parameters."""
+
+    def outputs(self, twin: nn.Module, images: Tensor, first: int) -> object:
+        """What the twin makes of images, (B, C, H, W), of which the first is image `first` of the probe."""
+
+
+@dataclass
+class PlainAdapter:
+    """Runs a model by calling it.
+
+    Attributes:
+        model: The model.
+        vit: Path of the ViT in it, None to look for it.
+        forward: How to get logits from the model and images; None calls it.
+        regression: Whether its outputs are quantities.
+    """
+
+    model: nn.Module
+    vit: str | None = None
+    forward: LogitsOf | None = None
+    regression: bool = False
+
+    def evaluating(self, guarded: bool) -> AbstractContextManager[Twin]:
+        """A twin to run."""
+        return undisturbed(self.model, guarded=guarded)
+
+    def outputs(self, twin: nn.Module, images: Tensor, first: int) -> object:
+        """What the twin makes of images."""
+        return twin(images) if self.forward is None else self.forward(twin, images)
+
+
+@dataclass
+class Memory:
+    """What was found out about a model's tokens, as long as the model is built as it was.
+
+    Attributes:
+        built: Says how the model was built.
+        layouts: The tokens by the size of images and the number of tokens.
+        entries: Path of the module that the tokens enter, and the tokens, by the size of images.
+    """
+
+    built: object = None
+    layouts: dict[tuple[int, ...], TokenLayout] = field(default_factory=dict)
+    entries: dict[tuple[int, ...], tuple[str, TokenLayout]] = field(default_factory=dict)
+
+    def of(self, model: nn.Module) -> Memory:
+        """This memory, emptied if `model` is built otherwise than what it is of."""
+        built = _built(model)
+        if built != self.built:
+            self.built = built
+            self.layouts.clear()
+            self.entries.clear()
+        return self
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A twin to explain, the ViT in it, and what the user says of them.
+
+    Attributes:
+        adapter: How it is run.
+        twin: A twin of the adapter's model.
+        stated: What the user says of the tokens.
+        memory: What was found out before.
+        first: Place of the images among those of the probe.
+        vit: The ViT in the twin, or the twin's module itself.
+    """
+
+    adapter: Adapter
+    twin: Twin
     stated: StatedLayout
-    _known: dict[tuple[int, ...], TokenLayout | None] = field(default_factory=dict, repr=False)
-    _found: dict[tuple[int, ...], TokenLayout] = field(default_factory=dict, repr=False)
-    _entries: dict[tuple[int, ...], tuple[nn.Module, TokenLayout]] = field(default_factory=dict, repr=False)
+    memory: Memory
+    first: int = 0
+    vit: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vit", find_vit(self.twin.module, self.adapter.vit))
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the ViT itself turns images into logits, and no module around it."""
+        return self.vit is self.twin.module and isinstance(self.adapter, PlainAdapter) and self.adapter.forward is None
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, C) of (B, C, H, W) images; a head with one logit gives two classes.
@@ -46,32 +124,74 @@ class Subject:
             TypeError: If the model does not return a tensor, or something that carries `logits`.
             ValueError: If it is not (B, C).
         """
-        output: object = self.model(images) if self.forward is None else self.forward(self.model, images)
-        return _checked(output, len(images))
+        outputs = self.adapter.outputs(self.twin.module, images, self.first)
+        return _checked(outputs, len(images), self.adapter.regression)
 
     def known_layout(self, image_shape: Sequence[int]) -> TokenLayout | None:
         """The layout of the tokens as timm has it, unless the user says something else.
 
         Raises:
-            ValueError: If the model does not take images of this shape, (C, H, W).
+            ValueError: If the model does not take images of this shape, (C, H, W), or if what the user says
+                contradicts it.
         """
-        shape = tuple(image_shape)
-        if shape not in self._known:
-            stated = self.stated != StatedLayout()
-            self._known[shape] = None if stated else timm_layout(self.vit, shape, self.model is self.vit)
-        return self._known[shape]
+        known = timm_layout(self.vit, image_shape, self.is_bare)
+        if known is not None and self.stated != StatedLayout():
+            stated = self.stated.first_patch_and_grid(known.tokens, *image_shape[1:])
+            if stated != (known.first_patch, known.grid):
+                raise ValueError(
+                    f"Expected no `grid_size` or `prefix_tokens`, or those of {type(self.vit).__name__}, "
+                    f"{known.grid[0]}x{known.grid[1]} patches after {known.first_patch} tokens, but they say {stated}."
+                )
+        return known
 
     def layout(self, stack: Stack, images: Tensor) -> TokenLayout:
         """The known layout if the logits agree that it is what they read, else what an experiment finds.
 
+        Args:
+            stack: The blocks.
+            images: As the ViT is fed them, (B, C, H, W).
+
         Raises:
             ValueError: If it cannot be told.
         """
+        memory = self.memory.of(self.twin.module)
         key = (*images.shape[1:], stack.tokens)
-        if key not in self._found:
-            self._found[key] = self._find_layout(stack, images)
-            self._entries[tuple(images.shape[1:])] = (stack.entry, self._found[key])
-        return self._found[key]
+        if key not in memory.layouts:
+            memory.layouts[key] = self._find_layout(stack, images)
+            entry = next(name for name, module in self.vit.named_modules() if module is stack.entry)
+            memory.entries[tuple(images.shape[1:])] = (entry, memory.layouts[key])
+        return memory.layouts[key]
+
+    @contextmanager
+    def fed(self, with_gradients: bool) -> Iterator[list[Tensor]]:
+        """Note the images, (B, C, H, W), that reach the ViT, and refuse what it does not take.
+
+        They are what the first of its modules is called with: `forward_features` calls its parts alone.
+
+        Args:
+            with_gradients: Whether they ask for gradients: no parameter of a twin does, so that this is where the graph
+                begins.
+        """
+        seen: list[Tensor] = []
+
+        def leaf(given: Any) -> Any:
+            if seen or not isinstance(given, Tensor) or given.ndim != 4:
+                return given
+            self.known_layout(given.shape[1:])
+            seen.append(given.detach())
+            # A clone, as a leaf could not be normalised in place.
+            floats = given.is_floating_point() and with_gradients
+            return given.detach().requires_grad_().clone() if floats else given
+
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return None if seen else (tuple(map(leaf, args)), {name: leaf(given) for name, given in kwargs.items()})
+
+        handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in self.vit.modules()]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def without_tokens(self, images: Tensor, taken: Tensor) -> Iterator[None]:
@@ -80,7 +200,7 @@ class Subject:
         Raises:
             ValueError: If the layout of the tokens is not known yet, or is another.
         """
-        entry, layout = self._entries.get(tuple(images.shape[1:]), (None, None))
+        entry, layout = self.memory.of(self.twin.module).entries.get(tuple(images.shape[1:]), (None, None))
         if entry is None or layout is None or taken.shape[1:] != layout.grid:
             raise ValueError(
                 f"Expected images of shape {tuple(images.shape[1:])} with {tuple(taken.shape[1:])} patches to have "
@@ -94,7 +214,7 @@ class Subject:
             tokens = args[0]
             return (tokens.gather(1, index.expand(-1, -1, tokens.shape[2])), *args[1:])
 
-        handle = entry.register_forward_pre_hook(drop)
+        handle = self.vit.get_submodule(entry).register_forward_pre_hook(drop)
         try:
             yield
         finally:
@@ -102,7 +222,7 @@ class Subject:
 
     def _find_layout(self, stack: Stack, images: Tensor) -> TokenLayout:
         known = self.known_layout(images.shape[1:])
-        if known is not None and (self.model is self.vit or self._is_read(known, stack, images)):
+        if known is not None and (self.is_bare or self._is_read(known, stack, images)):
             return known
         pooled = stack.pool is not None
         with torch.no_grad():
@@ -112,18 +232,30 @@ class Subject:
     def _is_read(self, known: TokenLayout, stack: Stack, images: Tensor) -> bool:
         if known.readout is None or known.tokens != stack.tokens:
             return stack.pool is not None
-        read = tokens_read(self.logits, stack.exit, stack.tokens, images[:1].detach())
+        read = tokens_read(self.logits, stack.entry, stack.exit, stack.tokens, images[:1].detach())
         return read is None or read == known.readout.nonzero().flatten().tolist()
 
 
-def _checked(output: object, count: int) -> Tensor:
+def _built(model: nn.Module) -> object:
+    """How a model is built: kinds of modules and what they say of themselves, but not their weights."""
+
+    def said(module: nn.Module) -> tuple[object, ...]:
+        words = (part for part in vars(module).items() if isinstance(part[1], str | bool | int | type(None)))
+        return tuple(word for word in words if not word[0].startswith("_"))
+
+    return tuple((name, type(module), said(module)) for name, module in model.named_modules())
+
+
+def _checked(output: object, count: int, regression: bool) -> Tensor:
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
         raise TypeError(
             f"Expected the model to return a tensor of logits, (B, C), but got {type(output).__name__}. Say how to get "
             "them: `forward=lambda model, images: …`."
         )
-    if output.shape in ((count,), (count, 1)):
+    if regression and output.shape == (count,):
+        output = output[:, None]
+    elif output.shape in ((count,), (count, 1)) and not regression:
         half = output.reshape(count, 1) / 2
         output = torch.cat([-half, half], dim=1)
     if output.ndim != 2 or len(output) != count or output.shape[1] == 0:

@@ -16,7 +16,7 @@ Both are exact, and may be asked for a few images and heads at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -24,12 +24,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from vit_explain_callback.vit._mha import MultiHeadParts, take_apart
+from vit_explain_callback.vit.twin import address
 
 _MATMULS = {"matmul", "__matmul__", "bmm"}
+_IN_PLACE = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}
 # What may stand between the softmax and the product with the values without changing the attention.
 _VALUE_PRESERVING = {"dropout", "to", "type_as", "float", "half", "bfloat16", "contiguous"}
 
@@ -70,6 +73,8 @@ class AttentionRecorder(TorchFunctionMode):
         module: Only attention that runs inside it, or inside one of its submodules, is recorded.
         through_no_grad: Whether to keep gradients where the model's forward says `torch.no_grad()`, as round a frozen
             backbone.
+        state: Addresses of memory, that of buffers say, to which nothing with a gradient is written under
+            `torch.no_grad()` all the same.
 
     Attributes:
         calls: The operations so far, in the order in which they ran.
@@ -83,9 +88,11 @@ class AttentionRecorder(TorchFunctionMode):
         [('blocks.0.attn', (1, 3, 197, 197)), ('blocks.1.attn', (1, 3, 197, 197))]
     """
 
-    def __init__(self, module: nn.Module, through_no_grad: bool = False) -> None:
+    def __init__(self, module: nn.Module, through_no_grad: bool = False, state: Collection[int] = frozenset()) -> None:
         super().__init__()
         self._through_no_grad = through_no_grad
+        self._state = state
+        self._switched_off = 0  # how many `torch.no_grad()` of the model's own the forward is in
         self.calls: list[AttentionCall] = []
         self._names = {child: name for name, child in module.named_modules()}
         self._running: list[str] = []
@@ -127,26 +134,38 @@ class AttentionRecorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._through_no_grad and is_no_grad(func, args):
+        if self._through_no_grad and getattr(func, "__name__", "") == "_set_grad_enabled":
+            self._switched_off = max(0, self._switched_off + (-1 if args[0] else 1))
             return None
+        if self._switched_off and self._writes_state(func, args, kwargs):
+            with torch.no_grad(), DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if self._running and func is F.multi_head_attention_forward and (parts := take_apart(args, kwargs)):
             return self._multi_head(parts)
         output = func(*args, **kwargs)
-        if self._running and isinstance(output, Tensor):
-            self._observe(func, output, args, kwargs)
-        return output
+        return self._observe(func, output, args, kwargs) if self._running and isinstance(output, Tensor) else output
+
+    def _writes_state(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        name = getattr(func, "__name__", "")
+        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        written = kwargs.get("out", args[0] if in_place and args else None)
+        return isinstance(written, Tensor) and address(written) in self._state
 
     def _multi_head(self, parts: MultiHeadParts) -> tuple[Tensor, Tensor | None]:
-        output = F.scaled_dot_product_attention(parts.query, parts.key, parts.value, parts.mask)
+        output = self._in_graph(F.scaled_dot_product_attention(parts.query, parts.key, parts.value, parts.mask))
         call = _fused_call(self._running[-1], output, parts.query, parts.key, parts.value, parts.mask)
         self.calls.append(call)
         weights = None if parts.wants_weights is None else call.attention(slice(None), slice(None))
         return parts.finish(output), weights.mean(dim=1) if weights is not None and parts.wants_weights else weights
 
-    def _observe(self, func: Callable[..., Any], output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _observe(
+        self, func: Callable[..., Any], output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Note an attention, and give the output that the model is to go on with."""
         if func is F.scaled_dot_product_attention:
+            output = self._in_graph(output)
             self.calls.append(_fused_call(self._running[-1], output, *args, **kwargs))
-            return
+            return output
         name = getattr(func, "__name__", "")
         if name == "softmax" and output.ndim == 4 and kwargs.get("dim", *args[1:2]) in (-1, 3):
             self._softmaxes[id(output)] = (output, output, self._running[-1])
@@ -154,7 +173,14 @@ class AttentionRecorder(TorchFunctionMode):
             self._softmaxes[id(output)] = (output, *self._softmaxes[id(args[0])][1:])
         elif name in _MATMULS and len(args) == 2 and id(args[0]) in self._softmaxes:
             _, attention, module = self._softmaxes[id(args[0])]
+            output = self._in_graph(output)
             self.calls.append(_explicit_call(module, output, attention, args[1]))
+        return output
+
+    def _in_graph(self, output: Tensor) -> Tensor:
+        """The output, or where the graph has not begun yet, as with images in bytes, a leaf with which it begins."""
+        begins = self._through_no_grad and not output.requires_grad
+        return output.detach().requires_grad_() if begins else output
 
 
 def is_no_grad(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:

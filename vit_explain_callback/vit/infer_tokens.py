@@ -71,33 +71,51 @@ def observed_layout(
     first_patch, grid = stated_grid or _grid(forward, first, tokens, noise)
     patches = range(first_patch, first_patch + grid[0] * grid[1])
     try:
-        readout = _readout(forward, last, tokens, noise[:1], patches)
+        readout = _readout(forward, first, last, tokens, noise[:1], patches)
     except ValueError:
         if pooled:
-            return TokenLayout(tokens, first_patch, grid, None, None)
+            return TokenLayout(tokens, first_patch, grid, None, None, observed=True)
         raise
     most_read = int(readout.argmax())
     class_token = most_read if most_read not in patches and readout[most_read] > readout[patches.start] else None
-    return TokenLayout(tokens, first_patch, grid, class_token, readout)
+    return TokenLayout(tokens, first_patch, grid, class_token, readout, observed=True)
 
 
-def tokens_read(forward: Forward, last: nn.Module, tokens: int, image: Tensor) -> list[int] | None:
+def tokens_read(forward: Forward, first: nn.Module, last: nn.Module, tokens: int, image: Tensor) -> list[int] | None:
     """Indices of the tokens out of the last block that the logits of one image, (1, C, H, W), depend on.
 
     None if nothing can be told, because the logits are detached from them or not finite.
+
+    Raises:
+        ValueError: If the logits depend on tokens before the last block in another way than through it.
     """
     leaves: list[Tensor] = []
+    entering: list[Tensor] = []
+
+    def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        entering.append(args[0].detach().requires_grad_())
+        return (entering[-1].clone(), *args[1:])
 
     def as_leaf(leaving: Tensor) -> Tensor:
         leaves.append(leaving.detach().requires_grad_())
         return leaves[-1]
 
-    with torch.enable_grad():
-        logits = _logits_with(forward, last, tokens, image, as_leaf)
-        if not logits.requires_grad:
-            return None
-        probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
-        (gradient,) = torch.autograd.grad((logits * probe).sum(), leaves, allow_unused=True)
+    handle = first.register_forward_pre_hook(enter)
+    try:
+        with torch.enable_grad():
+            logits = _logits_with(forward, last, tokens, image, as_leaf)
+            if not logits.requires_grad:
+                return None
+            probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+            gradient, *past = torch.autograd.grad((logits * probe).sum(), [*leaves, *entering], allow_unused=True)
+    finally:
+        handle.remove()
+    if any(around is not None for around in past):
+        raise ValueError(
+            "Expected the classifier to read what the last block gives, but it reads tokens of earlier blocks as well: "
+            "no row of the rollout stands for its prediction. Explain with a head on the last block's tokens: "
+            "`forward=lambda module, images: …`."
+        )
     if gradient is None or not gradient.isfinite().all():
         return None
     return [index for index, norm in enumerate(gradient[0].abs().sum(dim=1).tolist()) if norm > 0]
@@ -130,9 +148,9 @@ def _grid(forward: Forward, first: nn.Module, tokens: int, noise: Tensor) -> tup
     return indices[0], (height, width)
 
 
-def _readout(forward: Forward, last: nn.Module, tokens: int, image: Tensor, patches: range) -> Tensor:
+def _readout(forward: Forward, first: nn.Module, last: nn.Module, tokens: int, image: Tensor, patches: range) -> Tensor:
     """(N,) weights of the tokens that the classifier reads."""
-    read = tokens_read(forward, last, tokens, image)
+    read = tokens_read(forward, first, last, tokens, image)
     if read is None:
         raise ValueError(
             "Expected finite logits that depend on the tokens out of the blocks, but they are detached or not finite, "

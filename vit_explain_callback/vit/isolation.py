@@ -4,30 +4,48 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import checkpoint
+
+from vit_explain_callback.vit.twin import Twin, is_sharded
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluate `model` as it stands, in full precision, and put everything back, also after an error.
+def undisturbed(model: nn.Module, replaced: Mapping[int, object] | None = None, guarded: bool = True) -> Iterator[Twin]:
+    """Give a twin of `model` to evaluate, in full precision, and put everything else back, also after an error.
 
-    Inside: every module is in evaluation mode, autocast and inference mode are off, a compiled model runs eagerly.
-    Afterwards: every module's own training flag, the autocast, inference and gradient modes and all random streams are
-    what they were.
+    Inside, autocast and inference mode are off, and what is compiled runs eagerly. Afterwards the autocast, inference
+    and gradient modes and all random streams are what they were.
+
+    A model whose parameters are sharded over processes has no twin: it is evaluated itself, and afterwards every module
+    has its own training flag again; what its forward pass writes to itself, buffers say, stays written.
+
+    Args:
+        model: Any module; stays as it is.
+        replaced: What stands in for an object that it refers to, by `id` of the object.
+        guarded: Whether a parameter that the twin writes to becomes its own; not needed where none is.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_random_state())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(_device(model).type, enabled=False))
-        stack.enter_context(_evaluation_mode(model))
         if "torch._dynamo" in sys.modules:  # else nothing can be compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
+        stack.enter_context(_without_reentrant_checkpoints())
+        if is_sharded(model):
+            stack.enter_context(_evaluation_mode(model))
+            yield Twin.itself(model)
+        else:
+            twin = Twin(model, replaced)
+            if guarded:
+                stack.enter_context(twin.owning_what_it_writes())
+            yield twin
 
 
 @contextmanager
@@ -68,6 +86,24 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+class _NonReentrant:
+    """Stands in for torch's reentrant checkpoints, which know no `torch.autograd.grad`."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+        return checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+
+@contextmanager
+def _without_reentrant_checkpoints() -> Iterator[None]:
+    reentrant = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -59,18 +59,16 @@ def find_stack(model: nn.Module, recorder: AttentionRecorder, images: int) -> St
             f"{ONLY_GLOBAL}."
         )
     container = _container(model, square)
-    prefix = f"{container}." if container else ""
-    children = dict(model.get_submodule(container).named_children())
-    by_block: dict[str, list[AttentionCall]] = {child: [] for child in children}
-    for call in square:
-        by_block[call.module.removeprefix(prefix).partition(".")[0]].append(call)
+    blocks = _blocks(model, container, square)
     calls = []
-    for child, found in by_block.items():
+    for path in blocks:
+        found = [call for call in square if f"{call.module}.".startswith(f"{path}.")]
         if len(found) != 1:
             raise ValueError(
-                f"Expected one attention operation in `{prefix}{child}` of {name}, but captured {len(found)}. Only "
+                f"Expected one attention operation in `{path}` of {name}, but captured {len(found)}. Only "
                 "`scaled_dot_product_attention`, `nn.MultiheadAttention` and a plain softmax times the values can be "
-                f"seen; {ONLY_GLOBAL}."
+                f"seen; {ONLY_GLOBAL}. Where the model runs its blocks several times, say which run counts: "
+                "`forward=lambda module, images: …`."
             )
         calls.append(found[0])
     tokens = max(call.shape[2] for call in calls)
@@ -86,11 +84,28 @@ def find_stack(model: nn.Module, recorder: AttentionRecorder, images: int) -> St
             f"Expected no attention of {name} outside `{container}` but that of one pooling head over its tokens, but "
             f"captured {[(call.module, call.shape) for call in others]}."
         )
-    blocks = list(children.values())
-    first, last = blocks[0], blocks[-1]
+    first, *_, last = [*blocks.values()] * 2
     if isinstance(first, nn.ModuleList):  # a block that is only a list is never called itself
         first, last = next(iter(first)), model.get_submodule(container.rpartition(".")[0])
     return Stack(first, last, calls, others[0] if others else None)
+
+
+def _blocks(model: nn.Module, container: str, calls: list[AttentionCall]) -> dict[str, nn.Module]:
+    """The blocks in a list by their path; those of lists in it, where it holds blocks in chunks."""
+    prefix = f"{container}." if container else ""
+    blocks: dict[str, nn.Module] = {}
+    for name, child in model.get_submodule(container).named_children():
+        attending = {
+            call.module.removeprefix(f"{prefix}{name}.").partition(".")[0]
+            for call in calls
+            if call.module.startswith(f"{prefix}{name}.")
+        }
+        if isinstance(child, nn.ModuleList | nn.Sequential) and len(attending) > 1:
+            parts = {f"{prefix}{name}.{part}": block for part, block in child.named_children()}
+            blocks |= {path: block for path, block in parts.items() if not isinstance(block, nn.Identity)}
+        else:
+            blocks[f"{prefix}{name}"] = child
+    return blocks
 
 
 def _container(model: nn.Module, calls: list[AttentionCall]) -> str:

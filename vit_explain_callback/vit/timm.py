@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from vit_explain_callback.vit.stack import ONLY_GLOBAL
 from vit_explain_callback.vit.tokens import TokenLayout, mean_of
+
+Normalisation: TypeAlias = tuple[Sequence[float], Sequence[float]] | None
+"""Mean and standard deviation of each channel, or None where nothing says them."""
 
 
 def find_vit(model: nn.Module, path: str | None = None) -> nn.Module:
@@ -127,7 +130,7 @@ def refuse_other_timm_models(model: nn.Module) -> None:
         )
 
 
-def normalisation(vit: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:
+def normalisation(vit: nn.Module) -> Normalisation:
     """Mean and standard deviation with which the model's images were normalised, if it carries timm's configuration."""
     config = getattr(vit, "pretrained_cfg", None) or {}
     return (tuple(config["mean"]), tuple(config["std"])) if {"mean", "std"} <= set(config) else None

@@ -20,6 +20,7 @@ class TokenLayout:
         class_token: Index of the class token, or None. Found by experiment, it is one that the classifier reads.
         readout: Weight of each token in what the classifier reads, (N,) summing to 1; None where an attention-pooling
             head does the reading.
+        observed: Whether it was found by experiment.
     """
 
     tokens: int
@@ -27,6 +28,7 @@ class TokenLayout:
     grid: tuple[int, int]
     class_token: int | None
     readout: Tensor | None
+    observed: bool = False
 
     @property
     def patches(self) -> slice:

@@ -1,0 +1,36 @@
+"""Keep a failure of ours from stopping a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+OnError = Literal["warn", "raise"]
+
+
+class Guard:
+    """Does work that a run can do without: where it fails, that is said once for each kind of work.
+
+    Args:
+        on_error: `"warn"` says it and goes on, `"raise"` lets the error through.
+    """
+
+    def __init__(self, on_error: OnError) -> None:
+        self._on_error = on_error
+        self._said: set[str] = set()
+
+    def attempt(self, what: str, work: Callable[[], object]) -> None:
+        """Do `work`; `what` is how a warning begins, as in "cannot write to the disk"."""
+        try:
+            work()
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            if what not in self._said:
+                self._said.add(what)
+                rank_zero_warn(
+                    f"ViTExplainCallback {what}, and training goes on: {error!r}. Pass `on_error='raise'` to stop "
+                    "here and see where."
+                )

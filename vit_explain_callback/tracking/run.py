@@ -1,0 +1,122 @@
+"""Read what a run saved: its maps, scalars and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vit_explain_callback.tracking.history import History
+from vit_explain_callback.tracking.pictures import figures
+from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.tracking.scalars import scalars
+from vit_explain_callback.tracking.snapshot import Snapshot
+from vit_explain_callback.tracking.summary import summary
+from vit_explain_callback.visualization.overlay import Picture
+
+
+@dataclass(frozen=True)
+class Run:
+    """The snapshots of a run, in memory.
+
+    Attributes:
+        folder: That it was read from.
+        probe: Its images as pictures, labels, regions and names of classes.
+        snapshots: Every snapshot, baseline first.
+    """
+
+    folder: Path
+    probe: Probe
+    snapshots: Sequence[Snapshot]
+
+    @property
+    def steps(self) -> list[int]:
+        """T optimiser steps, one of each snapshot."""
+        return [snapshot.step for snapshot in self.snapshots]
+
+    @property
+    def maps(self) -> dict[str, Tensor]:
+        """Raw maps by method name, (T, B, grid_h, grid_w)."""
+        return {name: torch.stack([one.maps[name] for one in self.snapshots]) for name in self.snapshots[0].maps}
+
+    @property
+    def logits(self) -> Tensor:
+        """(T, B, C)."""
+        return torch.stack([snapshot.logits for snapshot in self.snapshots])
+
+    @property
+    def targets(self) -> Tensor:
+        """(B,) classes that the gradients are of."""
+        return self.snapshots[0].target
+
+    @cached_property
+    def scalars(self) -> list[dict[str, float]]:
+        """A row for each snapshot: `step`, and every scalar by tag. `pandas.DataFrame(run.scalars)` takes them."""
+        history = History()
+        rows: list[dict[str, float]] = []
+        for snapshot in self.snapshots:
+            history.add(snapshot)
+            rows.append({"step": snapshot.step, **scalars(history, self.probe.labels, self.probe.regions)})
+        return rows
+
+    @property
+    def history(self) -> History:
+        """The snapshots as the run itself kept them, thinned out."""
+        history = History()
+        for snapshot in self.snapshots:
+            history.add(snapshot)
+        return history
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        """The pictures of the last snapshot by tag, (H, W, 3) uint8."""
+        return dict(figures(self.history, self.probe))
+
+    @property
+    def summary(self) -> str:
+        """The run in words."""
+        return summary(self.history, self.probe)
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read the run that an `ExplanationTracker` or a `ViTExplainCallback` saved.
+
+    Args:
+        folder: Of the run, or the folder `explanations` in it.
+
+    Raises:
+        FileNotFoundError: If nothing was saved there.
+        ValueError: If a file there was not written by them, or does not fit the others.
+    """
+    given = Path(folder)
+    where = given / "explanations" if (given / "explanations").is_dir() else given
+    paths = sorted(where.glob("step_*.safetensors"))
+    if not paths or not (where / "probe.safetensors").is_file():
+        raise FileNotFoundError(
+            f"There are no explanations in {folder}: expected step_*.safetensors and probe.safetensors, as "
+            "`ViTExplainCallback(save_maps=True)` writes them to the run's folder."
+        )
+    probe = Probe.load(where / "probe.safetensors")
+    snapshots = [Snapshot.load(path) for path in paths]
+    for path, snapshot in zip(paths, snapshots, strict=True):
+        _check(path, snapshot, snapshots[0], len(probe))
+    return Run(where, probe, sorted(snapshots, key=lambda snapshot: snapshot.step))
+
+
+def _check(path: Path, snapshot: Snapshot, first: Snapshot, images: int) -> None:
+    shapes = {name: tuple(maps.shape) for name, maps in snapshot.maps.items()}
+    expected = {name: tuple(maps.shape) for name, maps in first.maps.items()}
+    if shapes != expected or not shapes or any(len(shape) != 3 or shape[0] != images for shape in shapes.values()):
+        raise ValueError(
+            f"Expected {path} to hold maps of {images} images by the same methods as the first snapshot, {expected}, "
+            f"but got {shapes}."
+        )
+    if snapshot.logits.shape != first.logits.shape or snapshot.target.shape != (images,):
+        raise ValueError(
+            f"Expected {path} to hold `logits` of shape {tuple(first.logits.shape)} and `target` of ({images},), but "
+            f"got {tuple(snapshot.logits.shape)} and {tuple(snapshot.target.shape)}."
+        )

@@ -1,0 +1,217 @@
+"""Track the explanations of a model over a run, in any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from vit_explain_callback._checks import check_counts, check_images
+from vit_explain_callback._files import write_text
+from vit_explain_callback.explainer import Explainer
+from vit_explain_callback.explanation import Explanation
+from vit_explain_callback.metrics.faithfulness import Removal
+from vit_explain_callback.tracking.distributed import Ranks, check_together, explain_together
+from vit_explain_callback.tracking.guard import Guard, OnError
+from vit_explain_callback.tracking.history import History
+from vit_explain_callback.tracking.notices import Notices
+from vit_explain_callback.tracking.pictures import animations, figures
+from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.tracking.scalars import final_tags, scalars
+from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
+from vit_explain_callback.tracking.summary import summary
+from vit_explain_callback.tracking.writers import Writer
+
+
+class ExplanationTracker:
+    """Explains the same images again and again, measures what changed, and writes it down.
+
+    Args:
+        explainer: Of the model that is trained.
+        probe: The images.
+        folder: Where raw maps go, as `step_*.safetensors` beside `probe.safetensors`, which `load_run` reads; None
+            keeps nothing on the disk.
+        writers: Where scalars and pictures go. A writer that fails does not stop the run.
+        target: Class whose logit the gradients are of, an int or (B,); None is the prediction at the baseline.
+        check_every: Snapshots between those that also measure noise and faithfulness; None: none does. The first and
+            the last always do.
+        removal: How faithfulness takes patches away, `"mean_colour"` or `"tokens"`.
+        batch_size: Images explained in one pass; None takes all at once.
+        block_statistics: Whether to measure what each block attends to.
+        on_error: What becomes of a writer that fails: `"warn"` says it once and goes on, `"raise"` raises.
+        ranks: Place of this process among those of the run.
+
+    Attributes:
+        history: The snapshots so far.
+        probe: The images.
+        methods: Names of the methods.
+        explainer: Of the model; another one with the same methods may take its place, as for the next checkpoint of a
+            series. None once it was released.
+
+    Raises:
+        TypeError: If the images are of the wrong type.
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> import timm, torch
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5)
+        >>> probe = Probe.of(torch.randn(2, 3, 224, 224), torch.tensor([0, 3]))
+        >>> tracker = ExplanationTracker(Explainer(model, ["rollout"]), probe, check_every=None)
+        >>> values = tracker.observe(step=0)  # before the first optimiser step, and as often as wanted after it
+        >>> values["drift_baseline/rollout/spearman"]
+        1.0
+        >>> tracker.finish().splitlines()[0]
+        'Explanation drift of 2 probe images over 1 snapshots, steps 0 to 0'
+    """
+
+    def __init__(
+        self,
+        explainer: Explainer,
+        probe: Probe,
+        *,
+        folder: Path | None = None,
+        writers: Sequence[Writer] = (),
+        target: int | Tensor | None = None,
+        check_every: int | None = 5,
+        removal: Removal = "mean_colour",
+        batch_size: int | None = None,
+        block_statistics: bool = True,
+        on_error: OnError = "warn",
+        ranks: Ranks | None = None,
+    ) -> None:
+        check_counts(check_every=check_every, batch_size=batch_size)
+        if probe.images is None:
+            raise ValueError("Expected a probe made with `Probe.of`, but got one that was read from a folder.")
+        check_images(probe.images)
+        self.probe, self.history = probe, History()
+        self.methods = [method.name for method in explainer.methods]
+        self._images, self._target = probe.images, target
+        self.explainer: Explainer | None = explainer
+        self._folder, self._writers = folder, writers
+        self._check_every, self._removal = check_every, removal
+        self._batch_size, self._block_statistics = batch_size, block_statistics
+        self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
+        self._notices = Notices(self.methods)
+        self._begun = False
+        self._written: set[str] = set()
+
+    def observe(self, step: int) -> dict[str, float]:
+        """Take a snapshot: explain, measure and write. The first one is the baseline.
+
+        Args:
+            step: Optimiser steps taken so far.
+
+        Returns:
+            Every scalar of it by tag; the same on every process.
+
+        Raises:
+            Exception: What the model raised on any process.
+        """
+        target = self.history.baseline.target if self.history.count else self._target
+        explanation = explain_together(
+            self._ranks, self._model(), self._images, target, self._batch_size, self._block_statistics
+        )
+        due = self._check_every and self.history.count % self._check_every == 0
+        self.history.add(Snapshot(step, explanation, self._reliability(explanation) if due else None))
+        values = self.scalars()
+        if self._ranks.rank == 0:
+            for notice in self._notices.of(values):
+                rank_zero_warn(f"ViTExplainCallback: {notice}")
+            self._write(values)
+        return values
+
+    def scalars(self) -> dict[str, float]:
+        """Every scalar of the latest snapshot by tag."""
+        return scalars(self.history, self.probe.labels, self.probe.regions)
+
+    def finish(self) -> str:
+        """Check the latest snapshot, unless that is done, and write what is known at the end only.
+
+        Returns:
+            The summary in words.
+
+        Raises:
+            RuntimeError: If there is no snapshot.
+        """
+        if not self.history.count:
+            raise RuntimeError("Expected at least one `observe(step)` before `finish()`, but there was none.")
+        now = self.history.now
+        if self._check_every and now.reliability is None:
+            self.history.update_latest(self._reliability(now.explanation))
+        text = summary(self.history, self.probe)
+        if self._ranks.rank == 0:
+            self._write_end(text)
+        return text
+
+    def release(self) -> None:
+        """Let go of the model and the writers; the snapshots stay."""
+        self.explainer, self._writers = None, ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The snapshots kept, and the fingerprint of the probe; loads with `weights_only=True`."""
+        return {"fingerprint": self.probe.fingerprint, **self.history.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; if that is of other images or methods, say so and begin anew."""
+        history = History()
+        history.load_state_dict(state)
+        if not history.count:
+            return
+        if state["fingerprint"] != self.probe.fingerprint or set(history.baseline.maps) != set(self.methods):
+            rank_zero_warn(
+                "ViTExplainCallback: the checkpoint's explanations are of other images or methods than this run's, so "
+                "a new baseline is taken."
+            )
+            return
+        self.history = history
+
+    def _reliability(self, explanation: Explanation) -> Reliability:
+        maps, target = explanation.maps, explanation.target
+        return check_together(self._ranks, self._model(), self._images, maps, target, self._batch_size, self._removal)
+
+    def _model(self) -> Explainer:
+        if self.explainer is None:
+            raise RuntimeError("Expected a tracker that still holds its model, but it was released.")
+        return self.explainer
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        now = self.history.now
+        self._written = set(values)
+        if not self._begun:
+            self._begun = True
+            self._to_folder(lambda folder: self.probe.save(folder / "probe.safetensors"))
+        self._to_folder(lambda folder: now.save(folder / f"step_{now.step:08d}.safetensors"))
+        if self._writers:
+            pictures = dict(figures(self.history, self.probe))
+            self._each_writer(lambda writer: writer.scalars(values, now.step))
+            self._each_writer(lambda writer: writer.pictures(pictures, now.step))
+
+    def _write_end(self, text: str) -> None:
+        now, values = self.history.now, self.scalars()
+        new = {tag: value for tag, value in values.items() if tag not in self._written}
+        finals = final_tags(self.methods, self.probe.regions, bool(self._check_every))
+        new |= {final: values[tag] for final, tag in finals.items() if tag in values}
+        self._to_folder(lambda folder: now.save(folder / f"step_{now.step:08d}.safetensors"))
+        self._to_folder(lambda folder: write_text(folder / "verdict.txt", text + "\n"))
+        if self._writers:
+            moving = dict(animations(self.history, self.probe))
+            self._each_writer(lambda writer: writer.scalars(new, now.step))
+            self._each_writer(lambda writer: writer.finish(text, moving, now.step))
+
+    def _to_folder(self, write: Callable[[Path], None]) -> None:
+        folder = self._folder
+        if folder is not None:
+
+            def make_and_write() -> None:
+                folder.mkdir(parents=True, exist_ok=True)
+                write(folder)
+
+            self._guard.attempt(f"cannot write to the folder {folder}", make_and_write)
+
+    def _each_writer(self, write: Callable[[Writer], None]) -> None:
+        for writer in self._writers:
+            self._guard.attempt(f"cannot write to {writer!r}", partial(write, writer))

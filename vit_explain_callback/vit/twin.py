@@ -1,0 +1,323 @@
+"""Make a twin of a module: it computes the same, and what it does to itself the module does not notice.
+
+A twin shares the memory of the parameters and owns everything else that a forward pass may change: buffers, plain
+tensors, counters, queues, lists of outputs, metrics, random generators. No parameter of it asks for a gradient, every
+module is in evaluation mode, nothing is compiled, and it knows no trainer.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import random
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+_CONTAINERS = (dict, list, set, collections.deque)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+# Hooks that run in a backward pass are for the user's own.
+_NOT_TAKEN = {"_backward_hooks", "_backward_pre_hooks"}
+_NO_ONE = {"_trainer", "_fabric", "_compiled_call_impl"}
+# Objects of these libraries reach far beyond the module, or cannot be made without their constructors.
+_SHARED = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "logging", "threading", "multiprocessing"}
+
+
+class Twin:
+    """A twin, and what it owns.
+
+    Args:
+        module: Stays as it is.
+        replaced: What stands in for an object that the module refers to, by `id` of the object.
+
+    Attributes:
+        module: The twin.
+        parameters: Each parameter of the twin, by the address of its memory.
+        state: Addresses of the memory of the buffers and plain tensors, which are the twin's own.
+        moved: Memory that parameters were given when they were written to, by the address of the module's.
+    """
+
+    def __init__(self, module: nn.Module, replaced: Mapping[int, object] | None = None) -> None:
+        self.parameters: dict[int, list[nn.Parameter]] = {}
+        self.state: set[int] = set()
+        self.moved: dict[int, torch.UntypedStorage] = {}
+        self._made: dict[int, Any] = dict(replaced or {})
+        self._kept_alive: list[object] = []  # so that no `id` is given twice
+        self.module: nn.Module = self._copy(module)
+
+    @classmethod
+    def itself(cls, module: nn.Module) -> Twin:
+        """A module that must be run itself."""
+        twin = cls(nn.Identity())
+        twin.module = module
+        return twin
+
+    def owning_what_it_writes(self) -> AbstractContextManager[None]:
+        """Inside, a parameter that is written to becomes the twin's own: first-call initialisation, for instance.
+
+        It costs some microseconds for each operation.
+        """
+        return _CopyOnWrite(self)
+
+    def _copy(self, value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float | complex | str | bytes | type | types.ModuleType):
+            return value
+        if id(value) not in self._made:
+            made = self._made_of(value)
+            if id(value) not in self._made:
+                self._remember(value, made)
+        return self._made[id(value)]
+
+    def _remember(self, value: object, made: object) -> None:
+        self._made[id(value)] = made
+        self._kept_alive.append(value)
+
+    def _made_of(self, value: Any) -> Any:
+        for kinds, make in _MAKERS:
+            if isinstance(value, kinds):
+                return make(self, value)
+        return self._object(value) if _is_plain(value) else value
+
+    def _module(self, value: nn.Module) -> Any:
+        if (inner := unwrapped(value)) is not value:
+            return self._copy(inner)
+        if isinstance(value, torch.jit.ScriptModule):
+            return value
+        made = type(value).__new__(type(value))
+        self._remember(value, made)
+        own_state = type(value).__getstate__ if _pickles_itself(type(value)) and not is_parametrized(value) else vars
+        state = {name: self._attribute(name, part) for name, part in own_state(value).items()}
+        if own_state is vars:
+            made.__dict__.update(state)
+        else:
+            made.__setstate__(state)  # type: ignore[no-untyped-call]  # a torchmetrics' `update` is bound to the metric again
+        if "_trainer" in made.__dict__:
+            made.__dict__ |= {"log": _silent, "log_dict": _silent}
+        made.__dict__["training"] = False
+        return made
+
+    def _attribute(self, name: str, part: Any) -> Any:
+        if name in _NO_ONE:
+            return self._made.get(id(part))
+        if name in _NOT_TAKEN or (isinstance(part, dict) and not part):
+            return type(part)()  # most of a module's dictionaries are empty
+        return self._copy(part)
+
+    def _parameter(self, value: nn.Parameter) -> Any:
+        if isinstance(value, UninitializedParameter):
+            return _uninitialised(value, requires_grad=False)
+        made = nn.Parameter(value.detach(), requires_grad=False)
+        self.parameters.setdefault(address(made), []).append(made)
+        return made
+
+    def _tensor(self, value: Tensor) -> Any:
+        if isinstance(value, UninitializedBuffer):
+            return _uninitialised(value)
+        made = value.detach().clone()
+        self.state.add(address(made))
+        return made
+
+    def _container(self, value: Any) -> Any:
+        made = copy.copy(value)  # keeps a subclass, a default factory, a greatest length
+        self._remember(value, made)
+        if isinstance(made, dict):
+            for key in list(made):
+                dict.__setitem__(made, key, self._copy(made[key]))
+        elif isinstance(made, set):
+            items = [self._copy(item) for item in made]
+            made.clear()
+            made.update(items)
+        else:
+            for index, item in enumerate(list(made)):
+                made[index] = self._copy(item)
+        return made
+
+    def _tuple(self, value: Any) -> Any:
+        items = [self._copy(item) for item in value]
+        if all(one is other for one, other in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+    def _method(self, value: types.MethodType) -> Any:
+        return types.MethodType(value.__func__, self._copy(value.__self__))
+
+    def _partial(self, value: functools.partial[Any]) -> Any:
+        kwargs = {name: self._copy(given) for name, given in value.keywords.items()}
+        return functools.partial(self._copy(value.func), *map(self._copy, value.args), **kwargs)
+
+    def _function(self, value: types.FunctionType) -> Any:
+        """The function with copies of the variables that it closes over, or itself if there are none to copy."""
+        cells = value.__closure__ or ()
+        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, (*cells,))
+        self._remember(value, made)
+        copied = tuple(self._cell(cell) for cell in cells)
+        defaults = self._copy(value.__defaults__)
+        if all(one is other for one, other in zip(copied, cells, strict=True)) and defaults is value.__defaults__:
+            self._made[id(value)] = value
+            return value
+        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, copied)
+        made.__kwdefaults__ = self._copy(value.__kwdefaults__)
+        made.__dict__.update(value.__dict__)
+        self._made[id(value)] = made
+        return made
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # an empty one
+            return cell
+        made = self._copy(content)
+        return cell if made is content else types.CellType(made)
+
+    def _handle(self, value: RemovableHandle) -> RemovableHandle:
+        made = copy.copy(value)
+        hooks = value.hooks_dict_ref()
+        if hooks is not None:
+            made.hooks_dict_ref = weakref.ref(self._copy(hooks))
+        return made
+
+    def _reference(self, value: weakref.ReferenceType[Any]) -> Any:
+        target = value()
+        return weakref.ref(self._copy(target)) if isinstance(target, nn.Module) else value
+
+    def _torch_generator(self, value: torch.Generator) -> torch.Generator:
+        return torch.Generator(value.device).set_state(value.get_state())
+
+    def _object(self, value: Any) -> Any:
+        made = object.__new__(type(value))
+        self._remember(value, made)
+        made.__dict__.update({name: self._copy(part) for name, part in vars(value).items()})
+        return made
+
+
+class _CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives memory of its own to a parameter that an operation is about to write to, and writes there."""
+
+    def __init__(self, twin: Twin) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._parameters, self._moved = twin.parameters, twin.moved
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = _written(func)
+        if written:
+            args = tuple(self._own(arg) if place in written else arg for place, arg in enumerate(args))
+            kwargs = {name: self._own(arg) if name in written else arg for name, arg in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _own(self, arg: Any) -> Any:
+        if isinstance(arg, list | tuple):
+            return type(arg)(map(self._own, arg))
+        if not isinstance(arg, Tensor) or address(arg) not in self._parameters:
+            return arg
+        place = address(arg)
+        with torch.utils._python_dispatch._disable_current_modes():
+            if place not in self._moved:
+                self._moved[place] = arg.untyped_storage().clone()  # type: ignore[no-untyped-call]
+                for parameter in self._parameters[place]:
+                    parameter.data = self._view(self._moved[place], parameter)
+            return self._view(self._moved[place], arg)
+
+    @staticmethod
+    def _view(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
+        made = torch.empty(0, dtype=like.dtype, device=like.device)
+        return made.set_(storage, like.storage_offset(), like.size(), like.stride())
+
+
+@functools.cache
+def _written(func: Any) -> frozenset[int | str]:
+    """Places and names of the arguments that an operation writes to."""
+    arguments = enumerate(func._schema.arguments) if func._schema.is_mutable else ()
+    return frozenset(
+        key
+        for place, argument in arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for key in (place, argument.name)
+    )
+
+
+_MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
+    (nn.Module, Twin._module),
+    (nn.Parameter, Twin._parameter),
+    (Tensor, Twin._tensor),
+    (_CONTAINERS, Twin._container),
+    (tuple, Twin._tuple),
+    (types.MethodType, Twin._method),
+    (functools.partial, Twin._partial),
+    (types.FunctionType, Twin._function),
+    (RemovableHandle, Twin._handle),
+    (weakref.ReferenceType, Twin._reference),
+    (torch.Generator, Twin._torch_generator),
+    (np.ndarray, lambda _, value: value.copy()),
+    (_GENERATORS, lambda _, value: copy.deepcopy(value)),
+]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What `torch.compile`, `DistributedDataParallel`, `DataParallel` or Fabric was wrapped around, or the module."""
+    inner: Any = module.module if isinstance(module, DataParallel | DistributedDataParallel) else None
+    for name in ("_orig_mod", "_original_module"):
+        inner = module._modules.get(name, inner)
+    return module if inner is None else unwrapped(inner)
+
+
+def address(tensor: Tensor) -> int:
+    """Where the memory of a tensor begins, the same for all of its views; 0 where it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # a subclass that wraps other tensors
+        return 0
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parameters are spread over processes, as by FSDP, DeepSpeed or tensor parallelism.
+
+    Such a module has no twin: every process must take part in its own forward pass.
+    """
+    if any(
+        "FullyShardedDataParallel" in type(child).__name__ or hasattr(child, "_fsdp_wrapped_module")
+        for child in module.modules()
+    ):
+        return True
+    return any(hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") for parameter in module.parameters())
+
+
+def _uninitialised(value: Any, **options: Any) -> Any:
+    return type(value)(device=value.device, dtype=value.dtype, **options)
+
+
+def _pickles_itself(kind: Any) -> bool:
+    own = getattr(kind, "__getstate__", None)
+    return own is not None and own is not getattr(object, "__getstate__", None)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an object is no more than its attributes: copied one by one, they make another."""
+    kind: Any = type(value)
+    return (
+        hasattr(value, "__dict__")
+        and kind.__new__ is object.__new__
+        and kind.__reduce_ex__ is object.__reduce_ex__
+        and not _pickles_itself(kind)
+        and not isinstance(value, torch.utils.data.Dataset | torch.utils.data.DataLoader)
+        and not any(base.__module__.split(".")[0] in _SHARED for base in kind.__mro__)
+        and not callable(getattr(value, "__enter__", None))
+    )
+
+
+def _silent(*_args: Any, **_kwargs: Any) -> None:
+    """What a twin logs goes nowhere."""
