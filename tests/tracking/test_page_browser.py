@@ -456,6 +456,17 @@ def test_two_runs_stand_under_one_slider(tmp_path: Path, opened: Any) -> None:
     assert texts == ["step 0", "step 0 | 15", "step 10 | 15", "step 20 | 15", "step 40 | 80"]
 
 
+def test_runs_with_other_patches_have_no_difference(tmp_path: Path, opened: Any) -> None:
+    one, other = save_run(tmp_path / "one"), save_run(tmp_path / "two", grids={"rollout": (6, 4)}, seed=1)
+    tab = opened(one, other, address="#mode=run")
+    grey = np.asarray(Image.fromarray(stored_picture(tab, 0)).convert("L"))
+    assert (pixels(tab, 0, run=1) == grey[..., None]).all()
+    press(tab, "1")
+    maps = saved_maps(other, "rollout")
+    limit = colour_limit(saved_maps(one, "rollout")[0])
+    assert_drawn(pixels(tab, 0, run=1), overlay(stored_picture(tab, 0), maps[3, 0], limit))
+
+
 def test_hostile_names_show_as_text(tmp_path: Path, opened: Any) -> None:
     run = save_run(tmp_path / "<i>", grids={HOSTILE: (2, 2)}, class_names=[HOSTILE] * 3, regions=[HOSTILE], blocks=1)
     tab = opened(run, address="#image=0")

@@ -50,8 +50,6 @@ function renderNow() {
   for (const chart of [...charts, scalarChart?.chart]) chart?.moveTo(place, snapshots);
   heatMaps.forEach((map, r) => map.moveTo(snapshots[r]));
   if (large.open) renderLarge();
-  part('scale', 'p').replaceChildren(...legendOf());
-  part('large-scale', 'p').replaceChildren(...legendOf());
   // Browsers refuse to change the address many times a second.
   clearTimeout(addressing);
   addressing = window.setTimeout(writeAddress, 200);
@@ -108,6 +106,8 @@ function showChoices() {
   methodChoice.value = state.method;
   for (const [mode, button] of Object.entries(modeButtons))
     button.setAttribute('aria-pressed', String(mode === state.mode));
+  part('scale', 'p').replaceChildren(...legendOf());
+  part('large-scale', 'p').replaceChildren(...legendOf());
 }
 
 /** @param {string} method */
@@ -268,7 +268,7 @@ function listen() {
     writeAddress();
   };
   part('save', 'a').onclick = () => {
-    part('save', 'a').href = largeFrames[largeFrames.length - 1].canvas.toDataURL();
+    part('save', 'a').href = largePicture();
   };
   document.onkeydown = onKey;
   window.onhashchange = readAddress;
@@ -280,4 +280,5 @@ listen();
 align();
 state.position = positions.length - 1;
 readAddress();
+for (const image of images) pictures[image] ??= pictureOf(image);
 setInterval(describePage, 60000);

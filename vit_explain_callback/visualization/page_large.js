@@ -83,3 +83,11 @@ function renderLarge() {
   ownChart?.moveTo(positions[state.position], snapshots);
   for (const each of strip) each.button.setAttribute('aria-current', String(each.snapshot === snapshots[each.r]));
 }
+
+/** The maps of the enlarged image side by side, as an address of a PNG file. */
+function largePicture() {
+  const [height, width] = data.size;
+  const canvas = element('canvas', { width: width * runs.length, height });
+  largeFrames.forEach((frame, r) => canvas.getContext('2d')?.drawImage(frame.canvas, r * width, 0));
+  return canvas.toDataURL();
+}

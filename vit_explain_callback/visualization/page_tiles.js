@@ -33,7 +33,13 @@ const MODES = /** @type {Record<string, {name: string, unit: string}>} */ ({
 });
 /** @type {Map<string, {name: string, key: (image: number) => number}>} By its value in the list; smallest first. */
 const SORTS = new Map([
-  ['worst', { name: 'changed most at any time', key: (image) => least(run(0).drift.map((row) => row[image])) }],
+  [
+    'worst',
+    {
+      name: 'changed most at any time',
+      key: (image) => least(runs.flatMap((_, r) => run(r).drift.map((row) => row[image]))),
+    },
+  ],
   ['now', { name: 'changed most now', key: (image) => least(runs.map((_, r) => run(r).drift[snapshots[r]][image])) }],
   ['probe', { name: 'as in the probe batch', key: (image) => image }],
 ]);
@@ -69,7 +75,8 @@ const percent = (share) => `${Math.round(share * 100)} %`;
 // ---- Maps -----------------------------------------------------------------------------------------------------------
 
 /**
- * What is drawn of an image's map in a run; null where it is degenerate.
+ * What is drawn of an image's map in a run; null where it is degenerate, or has other patches than what it is compared
+ * with.
  * @param {number} r
  * @param {number} image
  * @param {number} snapshot
@@ -84,7 +91,8 @@ function valuesOf(r, image, snapshot) {
   const from = subtracted.get(state.mode);
   if (!values || !from) return values;
   const other = mapOf(run(from[0]), from[1], image);
-  return other && values.map((value, patch) => value - other[patch]);
+  const comparable = other && String(run(from[0]).grid) === String(run(r).grid);
+  return comparable ? values.map((value, patch) => value - other[patch]) : null;
 }
 
 /** Whether 0 stands in the middle of the colours of a run. @param {number} r */
@@ -121,8 +129,8 @@ function frameOf(r, image) {
   const canvas = element('canvas', { className: 'map', width, height });
   const outlines = element('canvas', { className: 'outlines', width, height, 'aria-hidden': 'true' });
   paintOutlines(outlines, image);
-  const frame = element('div', { className: 'frame' }, canvas, outlines);
-  const whole = element('div', { className: 'run' }, frame);
+  const frame = element('span', { className: 'frame' }, canvas, outlines);
+  const whole = element('span', { className: 'run' }, frame);
   if (several) whole.append(element('span', { className: 'note' }, runs[r].name));
   frame.onpointermove = (event) => {
     const box = frame.getBoundingClientRect();
@@ -148,7 +156,7 @@ function frameOf(r, image) {
   return { whole, frame, canvas };
 }
 
-const patchFrame = element('div', { className: 'cell' });
+const patchFrame = element('span', { className: 'cell' });
 
 /** @param {HTMLElement} frame @param {number} r @param {number} patch */
 function framePatch(frame, r, patch) {
@@ -163,7 +171,8 @@ function framePatch(frame, r, patch) {
 function patchText(r, image, patch) {
   const map = mapOf(run(r), snapshots[r], image);
   const change = valuesOf(r, image, snapshots[r]);
-  if (!map || !change) return 'The map is degenerate: it ranks no patches.';
+  if (!map || !change)
+    return 'There is nothing to read here: a map ranks no patches, or the two have different patches.';
   const columns = run(r).grid[1];
   const rank = 1 + map.filter((value) => value > map[patch]).length;
   const place = `row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}`;
@@ -195,7 +204,7 @@ const tiles = images.map((image) => {
   const button = element('button', { className: 'tile' });
   const lines = texts.map(({ prediction, change }) => element('span', {}, prediction, ' ', change));
   const name = element('span', { className: 'name' }, element('b', {}, titleOf(image)), drift);
-  button.append(element('div', { className: 'runs' }, ...frames.map((frame) => frame.whole)), name);
+  button.append(element('span', { className: 'runs' }, ...frames.map((frame) => frame.whole)), name);
   lines.forEach((line, r) => (several ? frames[r].whole : button).append(line));
   button.onclick = () => openLarge(image);
   return { image, frames, texts, drift, button, item: element('li', {}, button), visible: false };
