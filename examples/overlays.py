@@ -19,7 +19,9 @@ from torchvision.transforms import v2
 
 from vit_explain_callback import explain
 from vit_explain_callback.cli.weights import Weights
-from vit_explain_callback.visualization.overlay import colour_limit, overlay, unnormalise, with_strip
+from vit_explain_callback.visualization.captions import range_caption
+from vit_explain_callback.visualization.overlay import colour_limit, overlay, unnormalise
+from vit_explain_callback.visualization.text import with_strip
 
 METHODS = ["rollout", "rollout_max_0.9", "rollout_min_0.9", "rollout_from9"]
 
@@ -50,7 +52,7 @@ def main() -> None:
         cells = [with_strip(picture, args.images[index].stem)]
         for name, maps in explanation.maps.items():
             limit = colour_limit(maps)
-            cells.append(with_strip(overlay(picture, maps[index], limit), f"{name} · 0 to {limit:.1f} x uniform"))
+            cells.append(with_strip(overlay(picture, maps[index], limit), f"{name} · {range_caption(limit)}"))
         rows.append(np.concatenate(cells, axis=1))
     Image.fromarray(np.concatenate(rows)).save(args.output)
 

@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tests.laws.user_project", "tests.situations.check")
+
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:

@@ -83,9 +83,11 @@ def fit(
     }
     trainer = pl.Trainer(**(defaults | options))
     module = Classifier() if module is None else module
-    trainer.fit(
-        module.train(), train or loader(), loader() if validation == "same" else validation, ckpt_path=ckpt_path
-    )
+    validation = loader() if isinstance(validation, str) else validation
+    if isinstance(train, pl.LightningDataModule):
+        trainer.fit(module.train(), datamodule=train, ckpt_path=ckpt_path)
+    else:
+        trainer.fit(module.train(), loader() if train is None else train, validation, ckpt_path=ckpt_path)
     return trainer
 
 

@@ -117,12 +117,12 @@ def test_a_figure_has_a_row_for_each_image_and_a_column_for_each_method(explanat
     assert len(figure.axes) == 2 * 4 + 1  # and the colour bar
     texts = [text.get_text() for text in figure.texts]
     for name, maps in explanation.maps.items():
-        assert f"{name}\n0 to {colour_limit(maps):.1f} × uniform" in texts
+        assert f"{name}\n0 to {colour_limit(maps):.3g} × uniform" in texts
     probability = explanation.logits.double().softmax(dim=1)
-    assert texts.count(f"target dog · p={probability[0, 1]:.2f}") >= 3
+    assert texts.count(f"target dog · p {probability[0, 1]:.2f}") >= 3
     assert explanation.class_names is not None
     best = int(probability[1].argmax())
-    assert f"predicted {explanation.class_names[best]} · p={probability[1, best]:.2f}" in texts
+    assert f"predicted {explanation.class_names[best]} · p {probability[1, best]:.2f}" in texts
     shown = np.asarray(figure.axes[5].get_images()[0].get_array())
     assert np.array_equal(shown, explanation.overlay("grad_rollout", 1))
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from vit_explain_callback._files import read_tensors, write_tensors
 from vit_explain_callback.metrics.attention import BlockStatistics
-from vit_explain_callback.visualization.grid import Cell, figure, png
+from vit_explain_callback.visualization.captions import class_caption, range_caption
+from vit_explain_callback.visualization.encode import png, rendered
+from vit_explain_callback.visualization.grid import Cell, figure
 from vit_explain_callback.visualization.overlay import Picture, colour_limit, overlay, range_of, unnormalise
 
 _NUM_SHOWN = 8
@@ -107,7 +109,7 @@ class Explanation:
     def plot(self, num_shown: int = _NUM_SHOWN) -> Figure:
         """A matplotlib figure: rows are images, columns are the image and every method.
 
-        Each column has its own colour scale, from 0 to the limit in its heading, in multiples of uniform relevance.
+        Each column has its own colour scale, up to the limit in its heading, in multiples of uniform relevance.
 
         Args:
             num_shown: Images drawn, the first of the batch.
@@ -115,14 +117,20 @@ class Explanation:
         Raises:
             ValueError: If the images were not kept.
         """
-        headings = [f"{name}\n0 to {colour_limit(maps):.1f} × uniform" for name, maps in self.maps.items()]
-        rows = []
+        signed = {name: bool((maps < 0).any()) for name, maps in self.maps.items()}
+        headings = [f"{name}\n{range_caption(colour_limit(maps), signed[name])}" for name, maps in self.maps.items()]
+        names, rows = self.class_names, []
         for index in range(min(num_shown, len(self.logits))):
             predicted, target = int(self.prediction[index]), int(self.target[index])
-            cells = [Cell(self._picture(index), f"predicted {self._named(index, predicted)}")]
-            cells += [Cell(self.overlay(name, index), f"target {self._named(index, target)}") for name in self.maps]
+            cells = [
+                Cell(self._picture(index), f"predicted {class_caption(predicted, self.probabilities[index], names)}")
+            ]
+            cells += [
+                Cell(self.overlay(name, index), f"target {class_caption(target, self.probabilities[index], names)}")
+                for name in self.maps
+            ]
             rows.append(cells)
-        return figure(rows, ["image", *headings], scale="the limit over each column")
+        return figure(rows, ["image", *headings], scale="the limit over each column", signed=any(signed.values()))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file of `tensors`, whole or not at all."""
@@ -186,18 +194,13 @@ class Explanation:
             )
         return unnormalise(self.images[index], *(self.normalisation or range_of(self.images)))
 
-    def _named(self, index: int, target: int) -> str:
-        known = self.class_names is not None and target < len(self.class_names)
-        name = str(self.class_names[target]) if known and self.class_names else f"class {target}"
-        return f"{name if len(name) <= 20 else name[:19] + '…'} · p={self.probabilities[index, target].item():.2f}"
-
     def _repr_png_(self) -> bytes | None:
-        return None if self.images is None else png(self.plot())
+        return None if self.images is None else png(rendered(self.plot()))
 
     def _repr_html_(self) -> str | None:
         if self.images is None:
             return None
-        data = base64.b64encode(png(self.plot())).decode()
+        data = base64.b64encode(png(rendered(self.plot()))).decode()
         left = len(self.logits) - _NUM_SHOWN
         more = f"<p>{left} more images: <code>plot(num_shown={len(self.logits)})</code></p>" if left > 0 else ""
         return f'<img alt="explanation" src="data:image/png;base64,{data}">{more}'

@@ -44,6 +44,7 @@ from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.tracking.history import History
+from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.scalars import scalars
 from vit_explain_callback.tracking.snapshot import Snapshot
 
@@ -144,7 +145,7 @@ def scalar_seconds(images: int = 2000, variants: int = 2) -> float:
     snapshots = [
         Snapshot(step, Explanation(maps, torch.randn(images, 10), torch.zeros(images).long())) for step in range(3)
     ]
-    return seconds(lambda: scalars(History(snapshots=snapshots, count=3), None, {})) / (images * variants)
+    return seconds(lambda: scalars(History(snapshots=snapshots, count=3), Probe(None, []))) / (images * variants)
 
 
 def measured_bytes(case: Case) -> int:

@@ -24,6 +24,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from tests.bits import differing
 from tests.models import CLASSES, random_images, tiny_vit
 from vit_explain_callback import ViTExplainCallback
 
@@ -195,24 +196,6 @@ def outcome(configuration: Configuration, folder: Path, callbacks: list[pl.Callb
         "random on the GPU": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "step": trainer.global_step,
     }
-
-
-def differing(one: Any, other: Any, place: str = "") -> list[str]:
-    """Places in which two nested outcomes differ by a bit."""
-    if isinstance(one, dict) and one.keys() == other.keys():
-        return [found for key in one for found in differing(one[key], other[key], f"{place}/{key}")]
-    if isinstance(one, list | tuple) and len(one) == len(other):
-        pairs = enumerate(zip(one, other, strict=True))
-        return [found for index, pair in pairs for found in differing(*pair, f"{place}/{index}")]
-    if isinstance(one, Tensor | np.ndarray):
-        one, other = torch.as_tensor(one), torch.as_tensor(other)
-        same = one.dtype == other.dtype and one.shape == other.shape
-        return [] if same and _bits(one) == _bits(other) else [place]
-    return [] if one == other or (one != one and other != other) else [place]
-
-
-def _bits(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

@@ -1,18 +1,31 @@
-"""The probe batch: what is taken out of a batch, and that collecting it disturbs nothing."""
+"""The probe images: which are taken, what is taken out of a batch, and that reading them disturbs nothing."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    random_split,
+)
 
-from vit_explain_callback.lightning.data import ProbeBatch, first_batch
+from vit_explain_callback.lightning.batches import Watched, images_and_labels, picked
+from vit_explain_callback.lightning.data import labels_of, probe_batch, spread
 
 IMAGES = torch.arange(40.0).reshape(10, 1, 2, 2)
 LABELS = torch.arange(10)
@@ -34,15 +47,20 @@ class Stream(IterableDataset[Tensor]):
         return iter(IMAGES)
 
 
+def taken(loader: Any, count: int) -> Any:
+    trainer: Any = SimpleNamespace(val_dataloaders=loader, enable_validation=True)
+    return probe_batch(trainer, count)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_first_images_whatever_the_loader_shuffles_and_draws(workers: int) -> None:
+def test_spread_images_whatever_the_loader_shuffles_and_draws(workers: int) -> None:
     generator = torch.Generator().manual_seed(5)
     loader = DataLoader(Augmented(), batch_size=3, shuffle=True, num_workers=workers, generator=generator)
     before = (random.getstate(), str(np.random.get_state()), torch.get_rng_state(), generator.get_state())
-    images, labels = first_batch(loader, 4)
-    again, _ = first_batch(loader, 4)
+    images, labels = taken(loader, 5)
+    again, _ = taken(loader, 5)
     after = (random.getstate(), str(np.random.get_state()), torch.get_rng_state(), generator.get_state())
-    assert labels.tolist() == [0, 1, 2, 3]
+    assert labels.tolist() == [1, 3, 5, 7, 9]
     assert images.equal(again)
     assert before[:2] == after[:2]
     assert before[2].equal(after[2])
@@ -53,16 +71,58 @@ def test_the_first_images_whatever_the_loader_shuffles_and_draws(workers: int) -
 def test_loaders_of_every_kind() -> None:
     dataset = TensorDataset(IMAGES, LABELS)
     sampler = BatchSampler(SequentialSampler(dataset), 2, drop_last=False)
-    assert first_batch(DataLoader(dataset, batch_sampler=sampler), 5)[1].tolist() == [0, 1, 2, 3, 4]
-    assert first_batch(DataLoader(dataset, batch_size=4), 99)[1].tolist() == LABELS.tolist()
-    assert first_batch(DataLoader(Stream(), batch_size=2), 3).equal(IMAGES[:3])
-    batches: Any = [(IMAGES[:2], LABELS[:2]), (IMAGES[2:], LABELS[2:])]
-    assert first_batch(DataLoader(batches, batch_size=None), 3)[1].tolist() == [0, 1]
-    assert first_batch(batches, 3)[1].tolist() == [0, 1]
+    assert taken(DataLoader(dataset, batch_sampler=sampler), 10)[1].tolist() == LABELS.tolist()
+    assert taken(DataLoader(dataset, batch_size=4), 99)[1].tolist() == LABELS.tolist()
+    assert taken(DataLoader(dataset, batch_size=2, sampler=SubsetRandomSampler([2, 8])), 9)[1].tolist() == [2, 8]
+    batches: Any = [(IMAGES[:2], LABELS[:2]), (IMAGES[2:4], LABELS[2:4]), (IMAGES[4:], LABELS[4:])]
+    assert taken(DataLoader(batches, batch_size=None), 3)[1].tolist() == [0, 1, 2, 3]
     doubled = DataLoader(dataset, batch_size=4, collate_fn=lambda items: 2 * torch.stack([i for i, _ in items]))
-    assert first_batch(doubled, 2).equal(2 * IMAGES[:2])
-    with pytest.raises(ValueError, match="at least one batch"):
-        first_batch([], 3)
+    assert taken(doubled, 10).equal(2 * IMAGES)
+
+
+def test_what_streams_or_is_no_loader_of_torchs_is_watched() -> None:
+    assert taken(DataLoader(Stream(), batch_size=2), 3) is None
+    assert taken([(IMAGES, LABELS)], 3) is None
+    watched = Watched(3)
+    for start in (0, 2, 4, 6):
+        batch: dict[str, Any] = {"x": IMAGES[start : start + 2].clone(), "names": ["a", "b"], "scale": 3}
+        watched.take(batch)
+        batch["x"].zero_()
+    assert watched.is_full
+    assert watched.batch["x"].equal(IMAGES[:4])
+    assert (watched.batch["names"], watched.batch["scale"]) == (["a", "b", "a", "b"], 3)
+
+
+def test_classes_take_turns_where_labels_are_known_without_reading() -> None:
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2])
+    data = TensorDataset(IMAGES, labels)
+    assert labels_of(ConcatDataset([Subset(data, [9, 0]), data]))[:3] == [2, 0, 0]  # type: ignore[index]
+    assert labels_of(random_split(data, [4, 6])[0]) is not None
+    assert labels_of(Augmented()) is None
+    chosen = spread(range(10), labels.tolist(), 6)
+    assert [int(labels[index]) for index in chosen[:3]] == [0, 1, 2]
+    assert len(set(chosen)) == 6
+    for count in range(1, 12):
+        assert len(spread(range(10), labels.tolist(), count)) == min(count, 10)
+        assert len(set(spread(range(10), None, count))) == min(count, 10)
+
+
+def test_images_of_the_commonest_size_are_taken() -> None:
+    odd: Any = [(torch.full((1, 2 + index % 3 // 2, 2), float(index)), index) for index in range(12)]
+    images, labels = taken(DataLoader(odd, batch_size=1), 6)
+    assert images.shape == (6, 1, 2, 2)
+    assert all(label % 3 < 2 for label in labels.tolist())
+
+
+def test_rows_are_picked_from_a_batch_of_any_form() -> None:
+    batch = {"deep": [(IMAGES, "same"), {"y": LABELS}], "names": list("abcdefghij"), "size": torch.tensor(3)}
+    found = picked(batch, [7, 1], 10)
+    assert found["deep"][0][0].equal(IMAGES[[7, 1]])
+    assert found["deep"][0][1] == "same"
+    assert found["deep"][1]["y"].tolist() == [7, 1]
+    assert found["names"] == ["h", "b"]
+    assert found["size"] == 3
+    assert picked([IMAGES[:2], LABELS[:2]], [1], 2)[1].tolist() == [1]  # a pair, not two items
 
 
 @pytest.mark.parametrize(
@@ -77,23 +137,22 @@ def test_loaders_of_every_kind() -> None:
     ],
 )
 def test_images_and_labels_are_found(batch: Any) -> None:
-    probe = ProbeBatch.from_batch(batch, 4)
-    assert probe.images.equal(IMAGES[:4])
-    assert probe.labels is not None
-    assert probe.labels[:4].tolist() == [0, 1, 2, 3]
-    assert len(probe) == 4 == len(probe.labels)
+    images, labels = images_and_labels(batch)
+    assert images.equal(IMAGES)
+    assert labels is not None
+    assert labels.equal(LABELS)
 
 
 @pytest.mark.parametrize("batch", [IMAGES, (IMAGES,), {"image": IMAGES}, (IMAGES, torch.rand(10, 3)), (IMAGES, "cat")])
 def test_labels_that_are_not_one_class_are_left_out(batch: Any) -> None:
-    assert ProbeBatch.from_batch(batch).labels is None
+    assert images_and_labels(batch)[1] is None
 
 
 def test_the_probe_is_a_copy() -> None:
     images = IMAGES.clone()
-    probe = ProbeBatch.from_batch(images)
+    found, _ = images_and_labels(images)
     images.zero_()
-    assert probe.images.equal(IMAGES)
+    assert found.equal(IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -106,4 +165,4 @@ def test_the_probe_is_a_copy() -> None:
 )
 def test_other_batches_are_refused(batch: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        ProbeBatch.from_batch(batch)
+        images_and_labels(batch)

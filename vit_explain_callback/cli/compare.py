@@ -15,12 +15,13 @@ from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.fused_method import FusedMethod
-from vit_explain_callback.visualization.encode import animation
-from vit_explain_callback.visualization.grid import Cell, figure, png
-from vit_explain_callback.visualization.overlay import colour_bar, colour_limit, with_strip
+from vit_explain_callback.visualization.captions import class_caption, range_caption
+from vit_explain_callback.visualization.encode import animation, png, rendered
+from vit_explain_callback.visualization.grid import Cell, figure
+from vit_explain_callback.visualization.overlay import colour_limit
+from vit_explain_callback.visualization.text import colour_bar, with_strip
 
 _SWEEP = [*(step / 10 for step in range(10)), 0.95]
-_COLUMN = 2.0  # inches
 
 
 def compare(
@@ -79,14 +80,14 @@ def _figure(
             # What is compared along a row has one scale: the classes of a method.
             limit = colour_limit(torch.cat([each.maps[method.name] for each in _of_kind(method, found)]))
             relevance = explanation.maps[method.name][0]
-            row.append(Cell(photograph.overlay(relevance, limit), f"0 to {limit:.1f} × uniform"))
+            row.append(Cell(photograph.overlay(relevance, limit), range_caption(limit)))
         rows.append(row)
     headings = [
         f"{of_kind.kind}\n{_target(classifier, explanation) if of_kind.needs_target else 'any class'}"
         for of_kind, explanation in columns
     ]
     labels = [variant.replace(", ", "\n") for variant in variants]
-    return png(figure(rows, headings, labels, scale="the limit under each map", width=_COLUMN))
+    return png(rendered(figure(rows, headings, labels, scale="the limit under each map")))
 
 
 def _sweep(
@@ -124,8 +125,7 @@ def _of_kind(method: Method, found: Sequence[Explanation]) -> Sequence[Explanati
 
 
 def _target(classifier: Classifier, explanation: Explanation) -> str:
-    target = int(explanation.target[0])
-    return f"{classifier.class_name(target)} · p={explanation.probabilities[0, target].item():.2f}"
+    return class_caption(int(explanation.target[0]), explanation.probabilities[0], classifier.class_names)
 
 
 def _options(method: FusedMethod) -> str:

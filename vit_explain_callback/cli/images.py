@@ -20,7 +20,10 @@ from vit_explain_callback.cli.photograph import Photograph, image_files
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method
-from vit_explain_callback.visualization.overlay import Picture, colour_bar, colour_limit, with_strip
+from vit_explain_callback.metrics.maps import is_degenerate
+from vit_explain_callback.visualization.captions import DEGENERATE, class_caption
+from vit_explain_callback.visualization.overlay import Picture, colour_limit
+from vit_explain_callback.visualization.text import colour_bar, with_strip
 
 INDEX = "explanations.json"
 _TOP = 5
@@ -150,17 +153,17 @@ def _write(
         of_class = method.needs_target
         for target, explanation in list(zip(targets, found, strict=True))[: None if of_class else 1]:
             relevance = explanation.maps[method.name][place]
-            degenerate = not (relevance.isfinite().all() and relevance.sum() > 0)
+            degenerate = bool(is_degenerate(relevance[None]))
             limit = colour_limit(relevance[None])
             stem = f"{name}.{method.name}" + (f".class{target}" if of_class else "")
             (output / stem).parent.mkdir(parents=True, exist_ok=True)
-            shown = described(target if of_class else top[0]["index"])
+            shown = target if of_class else top[0]["index"]
             about = "target" if of_class else "predicted"
-            line = f"{about} {shown['name']} · p={shown['probability']:.2f}"
+            line = f"{about} {class_caption(shown, probabilities, classifier.class_names)}"
             lines = [line if classifier.num_classes else photograph.path.name, method.name]
             if degenerate:
-                lines.append("the map is zero: nothing to show")
-            picture = _captioned(photograph.overlay(relevance, limit), lines, limit)
+                lines.append(f"{DEGENERATE}: nothing to show")
+            picture = _captioned(photograph.overlay(relevance, limit), lines, limit, bool((relevance < 0).any()))
             Image.fromarray(picture).save(output / f"{stem}.png")
             np.save(output / f"{stem}.npy", relevance.numpy())
             files.append(
@@ -178,13 +181,13 @@ def _write(
     return entry | {"explanations": files}
 
 
-def _captioned(picture: Picture, lines: Sequence[str], limit: float) -> Picture:
+def _captioned(picture: Picture, lines: Sequence[str], limit: float, signed: bool) -> Picture:
     width = picture.shape[1]
     if width < _NARROWEST:
         picture = np.pad(picture, ((0, 0), (0, _NARROWEST - width), (0, 0)), constant_values=255)
     for line in lines:
         picture = with_strip(picture, line)
-    return np.concatenate([picture, colour_bar(limit, picture.shape[1])])
+    return np.concatenate([picture, colour_bar(limit, picture.shape[1], signed)])
 
 
 @contextmanager

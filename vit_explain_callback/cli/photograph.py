@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+from vit_explain_callback.visualization.colours import backdrop
 from vit_explain_callback.visualization.overlay import Picture, overlay
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
@@ -20,7 +21,7 @@ Box: TypeAlias = tuple[float, float, float, float]
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _LONGER_SIDE = (320, 640)  # pixels of the picture that is drawn on, at least and at most
-_DIM = 0.35
+_FAINT = 0.3  # contrast of what the model does not see
 _OUTLINE = (140, 140, 140)
 _RAMP_SIDE = 32
 
@@ -100,21 +101,21 @@ class Photograph:
         return max(left, 0), max(top, 0), min(right, width), min(bottom, height)
 
     def overlay(self, relevance: Tensor, limit: float) -> Picture:
-        """Lay a map (grid_h, grid_w) over the part that the model sees; the rest is grey and dim, beyond a thin line.
+        """Lay a map (grid_h, grid_w) over the part that the model sees; the rest is faint, beyond a thin line.
 
         Args:
             relevance: The map.
             limit: Upper end of the colour scale, in multiples of uniform relevance.
         """
         height, width, _ = self.picture.shape
-        grey = Image.fromarray(self.picture).convert("L")
-        canvas = grey.point(lambda value: value * _DIM).convert("RGB")
+        faint = 1 - _FAINT * (1 - backdrop(self.picture))
+        canvas = Image.fromarray((faint * 255).round().astype(np.uint8)).convert("RGB")
         left, top, right, bottom = (round(e * n) for e, n in zip(self.box, (width, height) * 2, strict=True))
         right, bottom = max(right, left + 1), max(bottom, top + 1)
         # A model that pads sees more than the photograph: cropping adds what is missing, pasting takes it away again.
         part = Image.fromarray(self.picture).crop((left, top, right, bottom))
         canvas.paste(Image.fromarray(overlay(np.asarray(part), relevance, limit)), (left, top))
-        # A map that is dark at its edges looks like what lies outside.
+        # A bright photograph looks like what lies outside.
         ImageDraw.Draw(canvas).rectangle((left - 1, top - 1, right, bottom), outline=_OUTLINE)
         return np.asarray(canvas)
 

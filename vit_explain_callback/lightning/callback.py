@@ -7,20 +7,17 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vit_explain_callback._checks import check_classifier, check_layers
-from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer, is_overridden
-from vit_explain_callback.lightning.data import ProbeBatch
+from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer
+from vit_explain_callback.lightning.batches import Watched, images_and_labels
 from vit_explain_callback.lightning.fit import Fit
 from vit_explain_callback.lightning.loggers import declare_final_metrics
 from vit_explain_callback.lightning.settings import Display, Schedule, Settings
-from vit_explain_callback.lightning.strategy import explained_module
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.faithfulness import Removal
 from vit_explain_callback.tracking.scalars import final_tags
 from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.vit.adapter import LogitsOf
-from vit_explain_callback.vit.timm import find_vit, is_timm_vit, num_blocks, refuse_other_timm_models, timm_layout
 
 
 class ViTExplainCallback(Callback):
@@ -116,8 +113,6 @@ class ViTExplainCallback(Callback):
         margin_charts: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
-        if every_n_epochs == "auto":
-            every_n_epochs = 1 if every_n_steps is None else None
         self.settings = Settings(
             methods=resolve_methods(methods),
             schedule=Schedule(every_n_epochs, every_n_steps),
@@ -126,7 +121,7 @@ class ViTExplainCallback(Callback):
             check_every_n_snapshots=check_every_n_snapshots,
             removal=removal,
             num_images=num_images,
-            given=None if images is None else ProbeBatch.from_batch(images),
+            given=None if images is None else images_and_labels(images),
             regions=regions or {},
             target=target,
             block_statistics=block_statistics,
@@ -136,6 +131,7 @@ class ViTExplainCallback(Callback):
         )
         self._fit: Fit | None = None
         self._state: dict[str, Any] | None = None
+        self._watched = Watched(num_images)
 
     @property
     def tracker(self) -> ExplanationTracker | None:
@@ -145,15 +141,19 @@ class ViTExplainCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that everything asked for can work."""
         if stage == "fit":
-            self._fit, self._state = None, None
-            self._check(trainer, pl_module)
+            self._fit, self._state, self._watched = None, None, Watched(self.settings.num_images)
+            if self.settings.given is None and not trainer.enable_validation:
+                raise ValueError(
+                    "Expected a validation loader (and a `validation_step`) to take the probe images from, but there "
+                    "is none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
+                )
             names = [method.name for method in self.settings.methods]
             tags = final_tags(names, self.settings.regions, bool(self.settings.check_every_n_snapshots))
             declare_final_metrics(trainer, pl_module, tags)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the probe images and take the baseline, unless a checkpoint brought one."""
-        self._fit = Fit(self.settings, trainer, pl_module, self._state)
+        self._fit = Fit(self.settings, trainer, pl_module, self._state, self._watched)
         self._fit.begin()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -166,7 +166,19 @@ class ViTExplainCallback(Callback):
         if self._fit is not None:
             self._fit.after_epoch()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Keep images of validation data that cannot be read otherwise."""
+        if self.settings.given is None and (self._fit is None or self._fit.watches):
+            self._watched.take(batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take a snapshot with each validation, unless another schedule was asked for."""
+        if self._fit is not None and not trainer.sanity_checking:
+            self._fit.after_validation()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the last snapshot, unless the schedule has just done so, and say what the run shows."""
         if self._fit is not None:
             self._fit.end()
@@ -183,21 +195,3 @@ class ViTExplainCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the snapshots of the run that is resumed."""
         self._state = state_dict
-
-    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        settings = self.settings
-        if settings.given is None and not trainer.enable_validation:
-            raise ValueError(
-                "Expected a validation loader (and a `validation_step`) to take the probe images from, but there is "
-                "none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
-            )
-        if is_overridden("configure_model", pl_module):
-            return  # which may be what makes the model; it runs after this
-        vit = find_vit(pl_module, settings.model.get("vit"))
-        if is_timm_vit(vit):
-            check_layers(settings.methods, num_blocks(vit))
-        refuse_other_timm_models(vit)
-        if explained_module(pl_module, settings.model.get("vit"), settings.model.get("forward")) is vit:
-            check_classifier(vit)
-        if settings.given is not None:
-            timm_layout(vit, settings.given.images.shape[1:], own_head=False)

@@ -1,147 +1,193 @@
-"""What the callback takes from a trainer's validation data."""
+"""Take probe images from a trainer's validation data, without iterating what training iterates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
-from torch.utils.data import DataLoader
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
-from vit_explain_callback.lightning._compat import LightningModule, Trainer
-from vit_explain_callback.tracking.distributed import Ranks
+from vit_explain_callback.lightning._compat import Trainer
+from vit_explain_callback.lightning.batches import joined
+from vit_explain_callback.lightning.copies import copied
 from vit_explain_callback.vit.isolation import preserved_random_state
+from vit_explain_callback.vit.twin import Twin
 
-_IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs")
-_LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
-
-
-@dataclass(frozen=True)
-class ProbeBatch:
-    """Images with their labels, on the CPU.
-
-    Attributes:
-        images: (B, C, H, W), as the model takes them.
-        labels: (B,) class indices, or None where they are not known.
-    """
-
-    images: Tensor
-    labels: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @classmethod
-    def from_batch(cls, batch: Any, num_images: int | None = None) -> ProbeBatch:
-        """Take images and class labels out of a batch: a tensor, an (images, labels, …) pair or a mapping.
-
-        Labels that are not one class index an image (soft labels, several labels, boxes) are left out; those of a
-        one-logit head may be floats, 0 and 1.
-
-        Raises:
-            TypeError: If the batch is of another kind.
-            ValueError: If a mapping has no image under a usual name, or the labels are not as many as the images.
-        """
-        images, labels = _images_and_labels(batch)
-        if not isinstance(images, Tensor):
-            raise TypeError(f"Expected a batch with its images as one tensor, but got {type(images).__name__}.")
-        images = images.detach()[:num_images].to("cpu", copy=True)
-        if isinstance(labels, Sequence) and all(isinstance(label, int) for label in labels):
-            labels = torch.tensor(labels)
-        if not isinstance(labels, Tensor) or labels.shape[1:] not in ((), (1,)) or (labels != labels.round()).any():
-            return cls(images)
-        labels = labels.detach()[:num_images].flatten().to("cpu", torch.int64, copy=True)
-        if len(labels) != len(images):
-            raise ValueError(f"Expected one label an image, but got {len(images)} images but {len(labels)} labels.")
-        return cls(images, labels)
+_MOST_INDICES = 1_000_000
 
 
-def first_batch(loader: Iterable[Any], num_images: int) -> Any:
-    """The first `num_images` items of a loader's data, collated by the loader, whatever order it draws them in.
+def probe_batch(trainer: Trainer, num_images: int) -> Any:
+    """A batch of validation items, spread over the data and over its classes, as the loader would collate it.
 
-    A `DataLoader` is not iterated itself: its dataset is read in order, in this process, with the random streams put
-    back afterwards, so that neither its workers nor its generators notice. Other iterables give their first batch.
+    They are read from a copy of the data set, at indices that a copy of the loader's sampler gives, through a loader
+    that is set up like the user's own.
+
+    Returns:
+        The batch, before any transfer hook; None for data that cannot be copied, streams and loaders of another kind:
+        these must be watched as they go by.
 
     Raises:
-        ValueError: If there is no data.
-        RuntimeError: If reading it fails.
+        RuntimeError: If reading the copy fails.
     """
+    loader = validation_loader(trainer)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
     with preserved_random_state(seed=0):
-        if isinstance(loader, DataLoader):
-            size = None if loader.batch_size is None and loader.batch_sampler is None else num_images
-            loader = DataLoader(loader.dataset, batch_size=size, collate_fn=loader.collate_fn)
         try:
-            for batch in loader:
-                return batch
+            data, sampler, collate = copied((loader.dataset, loader.batch_sampler or loader.sampler, loader.collate_fn))
+        except Exception:  # whatever it holds that has no copy: it is watched instead
+            return None
+        try:
+            return _read(loader, data, sampler, collate, num_images)
         except Exception as error:
-            raise RuntimeError(f"Reading the probe images from the validation loader failed: {error!r}.") from error
-    raise ValueError("Expected the validation loader to hold at least one batch, but it is empty.")
+            raise RuntimeError(
+                f"Reading the probe images from a copy of the validation data failed: {error!r}. Give images yourself: "
+                "`ViTExplainCallback(images=(images, labels))`."
+            ) from error
 
 
-def _images_and_labels(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, Tensor):
-        return batch, None
-    if isinstance(batch, Mapping):
-        images = next((batch[key] for key in _IMAGE_KEYS if key in batch), None)
-        if images is None:
-            raise ValueError(f"Expected a batch with images under one of {_IMAGE_KEYS}, but got {list(batch)}.")
-        return images, next((batch[key] for key in _LABEL_KEYS if key in batch), None)
-    if isinstance(batch, Sequence) and len(batch) > 0:
-        return batch[0], batch[1] if len(batch) > 1 else None
-    raise TypeError(
-        f"Expected a batch that is a tensor, an (images, labels) pair or a mapping, but got {type(batch).__name__}. "
-        "Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
-    )
+def validation_loader(trainer: Trainer) -> Any:
+    """The validation loader, the first if there are several; None if there is none, or none yet."""
+    loaders = trainer.val_dataloaders
+    if loaders is None and trainer.enable_validation:  # Lightning makes them in the first epoch that is validated
+        source = trainer.fit_loop.epoch_loop.val_loop._data_source
+        loaders = _made(source) if source.is_module() else source.instance
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    return loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
 
 
-def collect_probe(trainer: Trainer, pl_module: LightningModule, num_images: int, ranks: Ranks) -> ProbeBatch:
-    """The first `num_images` validation images as the model gets them; fewer, with a warning, if there are no more.
-
-    The module's own transfer hooks, which may normalise, do what they do in validation. The first process collects, and
-    gives the images to all.
-
-    Raises:
-        TypeError: If there are no images to be found in a batch.
-        ValueError: If there are no images.
-        RuntimeError: If reading them fails.
-    """
-    collected, *_ = ranks.together(lambda: _collect(trainer, pl_module, num_images) if ranks.rank == 0 else None)
-    assert collected is not None
-    return collected
+def _made(source: Any) -> Any:
+    """What a `val_dataloader` hook would give, asked of a copy, as it may count or draw."""
+    owner = source.instance
+    with preserved_random_state():
+        owner = Twin(owner).module if isinstance(owner, nn.Module) else copy.copy(owner)
+        return getattr(owner, source.name)()
 
 
 def class_names(trainer: Trainer) -> Sequence[str] | None:
-    """The `classes` of the validation data set, if it has them."""
-    classes = getattr(getattr(_loader(trainer), "dataset", None), "classes", None)
-    return classes if isinstance(classes, list | tuple) else None
+    """Names of the classes, if the validation data say them, also through subsets and concatenations."""
+    data = getattr(validation_loader(trainer), "dataset", None)
+    while data is not None:
+        classes = getattr(data, "classes", None)
+        if isinstance(classes, list | tuple):
+            return list(map(str, classes))
+        parts = getattr(data, "datasets", None)
+        data = parts[0] if isinstance(parts, list | tuple) and parts else getattr(data, "dataset", None)
+    return None
 
 
-def _loader(trainer: Trainer) -> Any:
-    """The validation loader, the first if there are several; None if there is none."""
-    loaders = trainer.val_dataloaders
-    if loaders is None and trainer.enable_validation:  # Lightning makes them in the first epoch that is validated
-        with preserved_random_state():
-            loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
-    if isinstance(loaders, dict):
-        loaders = list(loaders.values())
-    return loaders[0] if isinstance(loaders, list | tuple) else loaders
+def spread(indices: Sequence[int], labels: Sequence[int] | None, count: int) -> list[int]:
+    """Choose `count` of some indices: class by class in turn where labels are known, evenly spaced among their like.
+
+    Example:
+        >>> spread(range(9), None, 3)
+        [1, 4, 7]
+        >>> spread(range(6), [0, 0, 0, 0, 1, 1], 4)
+        [1, 4, 3, 5]
+    """
+    groups: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        groups.setdefault(0 if labels is None else labels[place], []).append(index)
+    names = sorted(groups)
+    if len(names) > count:
+        names = [names[place] for place in _even(len(names), count)]
+    shares = Counter(itertools.islice(itertools.cycle(names), max(count, 0)))
+    chosen = {name: [groups[name][at] for at in _even(len(groups[name]), shares[name])] for name in names}
+    rounds = itertools.zip_longest(*(chosen[name] for name in names))
+    found = [index for turn in rounds for index in turn if index is not None]
+    rest = [index for index in indices if index not in set(found)]
+    return found + [rest[at] for at in _even(len(rest), count - len(found))]
 
 
-def _collect(trainer: Trainer, pl_module: LightningModule, num_images: int) -> ProbeBatch:
-    batch = first_batch(_loader(trainer), num_images)
-    stage = trainer.state.stage
-    try:
-        trainer.validating = True
-        with preserved_random_state(seed=0), torch.no_grad():
-            batch = trainer.strategy.batch_to_device(batch, pl_module.device)
-    finally:
-        trainer.state.stage = stage
-    probe = ProbeBatch.from_batch(batch, num_images)
-    if len(probe) < num_images:
-        rank_zero_warn(
-            f"ViTExplainCallback: `num_images={num_images}`, but the validation set gave {len(probe)}; these are used."
-        )
-    return probe
+def _even(length: int, count: int) -> list[int]:
+    """At most `count` of the places 0 … length − 1, evenly spaced."""
+    count = min(length, max(count, 0))
+    return [(2 * place + 1) * length // (2 * count) for place in range(count)]
+
+
+def labels_of(data: Any) -> Sequence[int] | None:
+    """The label of each item, where a data set says them without reading its items."""
+    if isinstance(data, Subset):
+        inner = labels_of(data.dataset)
+        return None if inner is None else [inner[index] for index in data.indices]
+    if isinstance(data, ConcatDataset):
+        parts = [labels_of(part) for part in data.datasets]
+        return None if None in parts else [label for part in parts for label in part or ()]
+    if isinstance(data, TensorDataset) and len(data.tensors) > 1:
+        return _as_labels(data.tensors[1], len(data))
+    for name in ("targets", "labels", "_labels", "y"):
+        if (labels := _as_labels(getattr(data, name, None), len(data))) is not None:
+            return labels
+    samples = getattr(data, "samples", getattr(data, "imgs", None))
+    if isinstance(samples, list) and samples and isinstance(samples[0], tuple):
+        return _as_labels([sample[-1] for sample in samples], len(data))
+    return None
+
+
+def _as_labels(values: Any, count: int) -> Sequence[int] | None:
+    if not isinstance(values, list | tuple | Tensor | np.ndarray) or len(values) != count:
+        return None
+    array = np.asarray(values)
+    return array.tolist() if array.ndim == 1 and array.dtype.kind in "iub" else None
+
+
+def _read(loader: DataLoader[Any], data: Any, sampler: Any, collate: Any, num_images: int) -> Any:
+    drawn = itertools.islice(iter(sampler), _MOST_INDICES)
+    batched = loader.batch_sampler is not None
+    flat = itertools.chain.from_iterable(drawn) if batched else drawn
+    indices = sorted(set(itertools.islice(flat, _MOST_INDICES)))
+    labels = labels_of(data)
+    known = None if labels is None or len(labels) != len(data) else [labels[index] for index in indices]
+    chosen = spread(indices, known, num_images)
+    if not batched:  # each item is a batch
+        return joined(list(_items(loader, data, chosen)), num_images)
+    items = list(_items(loader, data, chosen))
+    if len(_alike(items)) < len(items):
+        more = [index for index in spread(indices, None, 3 * num_images) if index not in set(chosen)]
+        items = _alike([*items, *_items(loader, data, more)])[:num_images]
+    return collate(items) if items else None
+
+
+def _items(loader: DataLoader[Any], data: Any, indices: list[int]) -> Any:
+    """Items of the copied data, read by a worker of the user's own kind if there are any."""
+    workers = min(1, loader.num_workers)
+    options: dict[str, Any] = {}
+    if workers:
+        options = {"multiprocessing_context": loader.multiprocessing_context, "timeout": loader.timeout}
+    return DataLoader(
+        data,
+        batch_size=None,
+        sampler=indices,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        worker_init_fn=loader.worker_init_fn,
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _alike(items: list[Any]) -> list[Any]:
+    """The items whose images have the commonest size."""
+    sizes = [_sizes(item) for item in items]
+    commonest = Counter(sizes).most_common(1)[0][0] if sizes else ()
+    return [item for item, size in zip(items, sizes, strict=True) if size == commonest]
+
+
+def _sizes(item: Any) -> tuple[Any, ...]:
+    found: list[tuple[int, ...]] = []
+    apply_to_collection(
+        item, (Tensor, np.ndarray), lambda part: found.append(tuple(part.shape)) if part.ndim > 1 else 0
+    )
+    return tuple(found)

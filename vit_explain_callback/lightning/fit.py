@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,16 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.lightning._compat import LightningModule, Trainer
-from vit_explain_callback.lightning.data import class_names, collect_probe
+from vit_explain_callback.lightning.batches import Watched
 from vit_explain_callback.lightning.loggers import LoggerWriter, shows_pictures
 from vit_explain_callback.lightning.settings import Settings
-from vit_explain_callback.lightning.strategy import explained_module, forward_of, ranks_of
-from vit_explain_callback.tracking.guard import Guard
+from vit_explain_callback.lightning.strategy import ranks_of
+from vit_explain_callback.lightning.subject import Subject
+from vit_explain_callback.tracking.guard import Guard, raised_by_us
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.tracking.writers import FolderWriter, Writer
-from vit_explain_callback.vit.timm import find_vit, normalisation
 
 
 class Fit:
@@ -31,30 +30,39 @@ class Fit:
         trainer: At the start of training.
         pl_module: What it trains.
         state: Of the run that is resumed, or None.
+        watched: Holds the validation images that went by before.
 
     Attributes:
         tracker: Holds the snapshots; None until the probe images are there.
     """
 
     def __init__(
-        self, settings: Settings, trainer: Trainer, pl_module: LightningModule, state: Mapping[str, Any] | None
+        self,
+        settings: Settings,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        state: Mapping[str, Any] | None,
+        watched: Watched,
     ) -> None:
         self.tracker: ExplanationTracker | None = None
         self._settings, self._trainer, self._module, self._state = settings, trainer, pl_module, state
+        self._watched = watched
         self._guard = Guard(settings.on_error)
         self._last_step = trainer.global_step
         # `log_dir` needs every rank.
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "explanations"
-        self._ranks = ranks_of(trainer)
-        self._explainer = self._made_explainer()
 
     def begin(self) -> None:
-        """Take the baseline, unless a checkpoint brought one; then, the snapshot that was due after it was written."""
+        """Take the baseline, unless a checkpoint brought one; then, the snapshot that was due after it was written.
+
+        Raises:
+            Exception: If it is our own refusal, as training has not begun.
+        """
         try:
             self._begin()
-        except (TypeError, ValueError):
-            raise
         except Exception as error:
+            if raised_by_us(error) and not isinstance(error, RuntimeError):
+                raise
             self._failed(error)
 
     def after_step(self) -> None:
@@ -62,9 +70,18 @@ class Fit:
         if self._settings.schedule.steps_passed(self._last_step, self._trainer.global_step):
             self._take_unless_done()
 
+    def after_validation(self) -> None:
+        """Take a snapshot if one is due with each validation; a baseline for which no images were there before."""
+        if self.tracker is None and self._watched.batch is not None:
+            self._attempt(self._begin)
+        elif self._settings.schedule.with_validation:
+            self._take_unless_done()
+
     def after_epoch(self) -> None:
         """Take a snapshot if one is due after this epoch."""
-        if self._settings.schedule.epochs_passed(self._trainer.current_epoch + 1):
+        schedule = self._settings.schedule
+        unvalidated = schedule.with_validation and not self._trainer.enable_validation
+        if unvalidated or schedule.epochs_passed(self._trainer.current_epoch + 1):
             self._take_unless_done()
 
     def end(self) -> None:
@@ -76,31 +93,35 @@ class Fit:
         """Let go of trainer and module; the tracker keeps its snapshots."""
         if self.tracker is not None:
             self.tracker.release()
-        del self._trainer, self._module, self._explainer
+        del self._trainer, self._module
 
-    def _made_explainer(self) -> Explainer:
-        options = self._settings.model
-        model = explained_module(self._module, options.get("vit"), options.get("forward"))
-        if model is not self._module:
-            options = {**options, "vit": None}
-        elif options.get("forward") is None:
-            options = {**options, "forward": forward_of(self._trainer)}
-        return Explainer(model, self._settings.methods, **options)
+    @property
+    def watches(self) -> bool:
+        """Whether validation batches are still to be looked at as they go by."""
+        return self.tracker is None
 
     def _begin(self) -> None:
         tracker = self._ready()
-        if not tracker.history.count or self._is_overdue(tracker.history.now.step):
+        if tracker is None:
+            rank_zero_warn(
+                "ViTExplainCallback: the validation data are a stream or cannot be copied, so the probe images, and "
+                "the baseline with them, are taken at the first validation; `images=` gives them before training."
+            )
+        elif not tracker.history.count or self._is_overdue(tracker.history.now.step):
             self._take()
         else:
             self._publish(tracker.scalars())
 
+    def _attempt(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            self._failed(error)
+
     def _take_unless_done(self) -> None:
         if self._trainer.global_step != self._last_step:
             self._last_step = self._trainer.global_step
-            try:
-                self._take()
-            except Exception as error:
-                self._failed(error)
+            self._attempt(self._take)
 
     def _failed(self, error: Exception) -> None:
         if self._settings.on_error == "raise":
@@ -111,41 +132,33 @@ class Fit:
         )
 
     def _take(self) -> None:
-        self._publish(self._ready().observe(self._trainer.global_step))
+        tracker = self._ready()
+        if tracker is not None:
+            self._publish(tracker.observe(self._trainer.global_step))
 
-    def _ready(self) -> ExplanationTracker:
-        """The tracker, for which the probe images are collected the first time that this is called."""
+    def _ready(self) -> ExplanationTracker | None:
+        """The tracker, made once there are images to explain."""
         if self.tracker is None:
-            settings = self._settings
-            probe = self._probe()
+            settings, ranks = self._settings, ranks_of(self._trainer)
+            subject = Subject.of(settings, self._trainer, self._module, ranks, self._watched)
+            if subject is None:
+                return None
             self.tracker = ExplanationTracker(
-                self._explainer,
-                probe,
+                subject.explainer,
+                subject.probe,
                 folder=self._folder if settings.save_maps and not self._leaves_no_files else None,
                 writers=self._writers(),
-                target=self._first_target(probe),
+                target=self._first_target(subject.probe),
                 check_every=settings.check_every_n_snapshots,
                 removal=settings.removal,
                 batch_size=settings.batch_size,
                 block_statistics=settings.block_statistics,
                 on_error=settings.on_error,
-                ranks=self._ranks,
+                ranks=ranks,
             )
             if self._state is not None:
                 self.tracker.load_state_dict(self._state)
         return self.tracker
-
-    def _probe(self) -> Probe:
-        settings, display = self._settings, self._settings.display
-        batch = settings.given or collect_probe(self._trainer, self._module, settings.num_images, self._ranks)
-        return Probe.of(
-            batch.images,
-            batch.labels,
-            regions=settings.regions,
-            class_names=display.class_names or class_names(self._trainer),
-            normalisation=display.normalisation or normalisation(find_vit(self._module, settings.model.get("vit"))),
-            num_shown=display.num_shown,
-        )
 
     def _writers(self) -> list[Writer]:
         """Every logger, and a folder where none of them shows pictures; nothing but on the first process."""
@@ -172,7 +185,8 @@ class Fit:
         if schedule.every_n_steps:
             return schedule.steps_passed(last, step)
         # Lightning does not end an epoch again whose last batch is done; the next one is then the current one.
-        return step > last and self._trainer.is_last_batch and schedule.epochs_passed(self._trainer.current_epoch)
+        due = schedule.with_validation or schedule.epochs_passed(self._trainer.current_epoch)
+        return step > last and self._trainer.is_last_batch and due
 
     def _publish(self, values: Mapping[str, float]) -> None:
         """Of the latest snapshot; on every rank, for `ModelCheckpoint` and `EarlyStopping`."""
@@ -190,4 +204,6 @@ class Fit:
     def _first_target(self, probe: Probe) -> int | Tensor | None:
         if isinstance(self._settings.target, int):
             return self._settings.target
+        if probe.regression:
+            return 0
         return probe.labels if self._settings.target == "label" else None

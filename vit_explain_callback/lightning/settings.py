@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vit_explain_callback._checks import check_counts, check_images
 from vit_explain_callback.explainer import ModelOptions
-from vit_explain_callback.lightning.data import ProbeBatch
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.metrics.faithfulness import Removal
 from vit_explain_callback.tracking.guard import OnError
@@ -20,22 +19,27 @@ from vit_explain_callback.tracking.probe import check_regions
 
 @dataclass(frozen=True)
 class Schedule:
-    """When snapshots are taken, by epochs or by optimiser steps.
+    """When snapshots are taken: with each validation, or by epochs or optimiser steps.
 
     Raises:
         ValueError: If not exactly one is given, or if it is below 1.
     """
 
-    every_n_epochs: int | None
+    every_n_epochs: int | Literal["auto"] | None
     every_n_steps: int | None
 
     def __post_init__(self) -> None:
-        if (self.every_n_epochs is None) == (self.every_n_steps is None):
-            raise ValueError(
-                "Expected one schedule, `every_n_epochs` or `every_n_steps`, but got "
-                f"{'neither' if self.every_n_steps is None else 'both'}."
-            )
-        check_counts(every_n_epochs=self.every_n_epochs, every_n_steps=self.every_n_steps)
+        epochs = None if self.every_n_epochs == "auto" else self.every_n_epochs
+        if self.every_n_epochs is not None and self.every_n_steps is not None and epochs is not None:
+            raise ValueError("Expected one schedule, `every_n_epochs` or `every_n_steps`, but got both.")
+        if self.every_n_epochs is None and self.every_n_steps is None:
+            raise ValueError("Expected one schedule, `every_n_epochs` or `every_n_steps`, but got neither.")
+        check_counts(every_n_epochs=epochs, every_n_steps=self.every_n_steps)
+
+    @property
+    def with_validation(self) -> bool:
+        """Whether a snapshot is due with each validation, and at the end of an epoch that has none."""
+        return self.every_n_epochs == "auto" and self.every_n_steps is None
 
     def steps_passed(self, last: int, step: int) -> bool:
         """Whether a snapshot by steps was due after step `last` and until `step`."""
@@ -43,7 +47,7 @@ class Schedule:
 
     def epochs_passed(self, epochs: int) -> bool:
         """Whether a snapshot by epochs is due after so many."""
-        return self.every_n_epochs is not None and epochs % self.every_n_epochs == 0
+        return isinstance(self.every_n_epochs, int) and self.every_n_steps is None and epochs % self.every_n_epochs == 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Settings:
     check_every_n_snapshots: int | None
     removal: Removal
     num_images: int
-    given: ProbeBatch | None
+    given: tuple[Tensor, Tensor | None] | None
     regions: Mapping[str, Tensor]
     target: Literal["label", "prediction"] | int
     block_statistics: bool
@@ -111,8 +115,8 @@ class Settings:
                     f"Expected `regions[{name!r}]` to be a boolean tensor (B, H, W), but got {masks!r:.80}."
                 )
         if self.given is not None:
-            check_images(self.given.images)
-            check_regions(self.regions, len(self.given))
+            check_images(self.given[0])
+            check_regions(self.regions, len(self.given[0]))
 
 
 def _check_word(name: str, word: Any, words: Sequence[str], more: str = "") -> None:

@@ -21,6 +21,7 @@ from vit_explain_callback.metrics.faithfulness import (
     random_maps,
     symmetric_relevance_gain,
 )
+from vit_explain_callback.tracking.guard import raised_by_us
 from vit_explain_callback.tracking.snapshot import Reliability
 
 T = TypeVar("T")
@@ -65,11 +66,13 @@ class Ranks:
         if self.count == 1:
             return [result]  # type: ignore[list-item]
         outcomes: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(outcomes, (result, _sendable(failure)))
-        failures = [failed for failed in (failure, *(sent for _, sent in outcomes)) if failed is not None]
-        if failures:
-            raise failures[0]
-        return [value for value, _ in outcomes]
+        sent = (result, _sendable(failure), failure is not None and raised_by_us(failure))
+        torch.distributed.all_gather_object(outcomes, sent)
+        for _, failed, ours in outcomes:
+            if failed is not None:
+                failed.raised_by_us = ours
+                raise failed if failure is None else failure
+        return [value for value, _, _ in outcomes]
 
 
 def explain_together(
@@ -91,7 +94,7 @@ def explain_together(
     def explain_share() -> Explanation | None:
         own = images[share]
         # Without the images: every process has them already.
-        explained = explainer(own, own_target, batch_size, block_statistics) if len(own) else None
+        explained = explainer(own, own_target, batch_size, block_statistics, share.start) if len(own) else None
         return explained and replace(explained, images=None).cpu()
 
     parts = [part for part in ranks.together(explain_share) if part is not None]
@@ -105,9 +108,11 @@ def check_together(
     maps: Mapping[str, Tensor],
     target: Tensor,
     batch_size: int | None,
-    removal: Removal = "mean_colour",
+    removal: Removal | None = "mean_colour",
 ) -> Reliability:
     """Explain the mirrored images and measure the faithfulness of `maps`, each process its share.
+
+    Without a `removal`, as where there are no probabilities, faithfulness is left out.
 
     Raises:
         Exception: What the model raised on any of them.
@@ -115,20 +120,23 @@ def check_together(
     mirrored = explain_together(ranks, explainer, images.flip(-1), target, batch_size).maps
     grid = next(iter(maps.values())).shape[1:]
     ordered = {**maps, "random": random_maps(len(images), (grid[0], grid[1]))}
+    mirrored = {name: found.flip(-1) for name, found in mirrored.items()}
+    if removal is None:
+        return Reliability(mirrored, {})
     share = ranks.share(len(images))
 
     def measure_share() -> dict[str, Tensor]:
         own = {name: order[share] for name, order in ordered.items()}
         if removal == "tokens":
-            remove: Remover = partial(explainer.logits_without, batch_size=batch_size)
+            remove: Remover = partial(explainer.logits_without, batch_size=batch_size, first=share.start)
         else:
-            remove = mean_colour(partial(explainer.logits, batch_size=batch_size))
+            remove = mean_colour(partial(explainer.logits, batch_size=batch_size, first=share.start))
         return symmetric_relevance_gain(remove, images[share], own, target[share]) if len(images[share]) else {}
 
     parts = [part for part in ranks.together(measure_share) if part]
     parts = parts if ranks.divided else parts[:1]
     gains = {name: torch.cat([part[name] for part in parts]) for name in ordered}
-    return Reliability({name: found.flip(-1) for name, found in mirrored.items()}, gains)
+    return Reliability(mirrored, gains)
 
 
 def _sendable(error: Exception | None) -> Exception | None:

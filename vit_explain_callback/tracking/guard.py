@@ -10,6 +10,16 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 OnError = Literal["warn", "raise"]
 
 
+def raised_by_us(error: BaseException) -> bool:
+    """Whether it was code of this package that raised an error, and not what the package called."""
+    if (known := getattr(error, "raised_by_us", None)) is not None:  # on another process
+        return bool(known)
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("vit_explain_callback.")
+
+
 class Guard:
     """Does work that a run can do without: where it fails, that is said once for each kind of work.
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.snapshot import Snapshot
+from vit_explain_callback.visualization.captions import caption, quantity_caption, title
 from vit_explain_callback.visualization.encode import animation
 from vit_explain_callback.visualization.filmstrip import filmstrip
-from vit_explain_callback.visualization.overlay import Picture, colour_limit, difference, overlay, with_strip
+from vit_explain_callback.visualization.overlay import Picture, colour_limit, difference, overlay
+from vit_explain_callback.visualization.text import with_strip
 
-_FILMSTRIP_MAPS = 9
+_FILMSTRIP_MAPS = 4
 
 
 def figures(history: History, probe: Probe) -> Iterator[tuple[str, Picture]]:
@@ -20,16 +23,22 @@ def figures(history: History, probe: Probe) -> Iterator[tuple[str, Picture]]:
     now, baseline = history.now, history.baseline
     columns = history.columns(_FILMSTRIP_MAPS)
     steps = [snapshot.step for snapshot in columns]
-    shown = range(probe.num_shown)
+    shown = probe.shown
     pictures = [probe.pictures[index] for index in shown]
-    captions = [[_caption(probe, snapshot, row) for row in shown] for snapshot in columns]
-    titles = [f"target {_class_name(probe, target)}" for target in now.target[: len(shown)].tolist()]
+    captions = [[_caption(probe, snapshot, row, "\n") for row in shown] for snapshot in columns]
+    targets = [None if probe.regression else int(now.target[row]) for row in shown]
+    titles = [
+        title(target, _label(probe, row), probe.class_names, "\n") for target, row in zip(targets, shown, strict=True)
+    ]
+    masks = [of_images[shown] for of_images in probe.regions.values()]
     for method, maps in now.maps.items():
         limit = colour_limit(baseline.maps[method])
-        over_time = [snapshot.maps[method][: len(shown)] for snapshot in columns]
+        over_time = [snapshot.maps[method][shown] for snapshot in columns]
         drift = [spearman(maps_then, over_time[0]).tolist() for maps_then in over_time]
-        yield f"explain_filmstrip/{method}", filmstrip(pictures, titles, steps, over_time, captions, drift, limit)
-        for index, picture in enumerate(pictures):
+        levels = baseline.scale(method, "spearman") or (math.nan, math.nan)
+        strip = filmstrip(pictures, titles, steps, over_time, captions, drift, method, limit, *levels, masks)
+        yield f"explain_filmstrip/{method}", strip
+        for index, picture in zip(shown, pictures, strict=True):
             text = f"step {now.step} · {_caption(probe, now, index)}"
             yield f"explain_overlay/{method}/{index}", with_strip(overlay(picture, maps[index], limit), text)
             if now is not baseline:
@@ -41,7 +50,7 @@ def animations(history: History, probe: Probe) -> Iterator[tuple[str, bytes]]:
     """Tag and GIF file of each shown image: its overlays over the run."""
     for method, maps in history.baseline.maps.items():
         limit = colour_limit(maps)
-        for index in range(probe.num_shown):
+        for index in probe.shown:
             frames = [
                 with_strip(
                     overlay(probe.pictures[index], snapshot.maps[method][index], limit),
@@ -52,11 +61,13 @@ def animations(history: History, probe: Probe) -> Iterator[tuple[str, bytes]]:
             yield f"explain_gif/{method}/{index}", animation(frames)
 
 
-def _caption(probe: Probe, snapshot: Snapshot, row: int) -> str:
-    prediction = _class_name(probe, int(snapshot.prediction[row]))
-    return f"{prediction} · p={snapshot.target_probability[row].item():.2f}"
+def _caption(probe: Probe, snapshot: Snapshot, row: int, separator: str = " · ") -> str:
+    if probe.regression:
+        return quantity_caption(snapshot.logits[row, snapshot.target[row]].item())
+    probabilities = snapshot.explanation.probabilities[row]
+    prediction, target = int(snapshot.prediction[row]), int(snapshot.target[row])
+    return caption(prediction, target, _label(probe, row), probabilities, probe.class_names, separator)
 
 
-def _class_name(probe: Probe, index: int) -> str:
-    names = probe.class_names
-    return str(names[index]) if names is not None and index < len(names) else f"class {index}"
+def _label(probe: Probe, row: int) -> int | None:
+    return None if probe.labels is None else int(probe.labels[row])

@@ -14,8 +14,10 @@ from torch import Tensor
 from vit_explain_callback._files import read_tensors, write_tensors
 from vit_explain_callback.explanation import tensors_under
 from vit_explain_callback.visualization.overlay import Picture, range_of, resized, unnormalise
+from vit_explain_callback.visualization.selection import spread
 
 _SIDE = 224
+_ABOUT = ("class_names", "regression", "num_shown", "fingerprint")
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,11 @@ class Probe:
     Attributes:
         images: (B, C, H, W), as the model takes them; None where a probe was read from a run's folder.
         pictures: Every image as it is shown, (h, w, 3) uint8 all of one size.
-        labels: (B,) class indices, or None where they are not known.
+        labels: (B,) class indices, -1 where one is not known; None where none is.
         regions: Masks of the images by name, (B, H, W) boolean.
         class_names: Name of each class, or None to show indices.
-        num_shown: Images drawn, the first of them.
+        regression: Whether the outputs are quantities, and not the logits of classes.
+        num_shown: Images drawn at most.
         fingerprint: Equal for the same images and labels in another process.
     """
 
@@ -37,6 +40,7 @@ class Probe:
     labels: Tensor | None = None
     regions: Mapping[str, Tensor] = field(default_factory=dict)
     class_names: Sequence[str] | None = None
+    regression: bool = False
     num_shown: int = 6
     fingerprint: str | None = None
 
@@ -48,6 +52,7 @@ class Probe:
         *,
         regions: Mapping[str, Tensor] | None = None,
         class_names: Sequence[str] | None = None,
+        regression: bool = False,
         normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
         num_shown: int = 6,
     ) -> Probe:
@@ -58,9 +63,10 @@ class Probe:
             labels: (B,) class indices.
             regions: Masks of the images by name, (B, H, W) boolean.
             class_names: Name of each class.
+            regression: Whether the outputs are quantities.
             normalisation: Mean and standard deviation of each channel, undone for display. Without them the range of
                 the images is stretched.
-            num_shown: Images drawn, the first of them.
+            num_shown: Images drawn at most, spread over the classes.
 
         Raises:
             ValueError: If a region does not hold one mask for each image, or channels do not match.
@@ -72,7 +78,13 @@ class Probe:
         size = [round(side * _SIDE / max(height, width)) for side in (height, width)]
         pictures = [resized(unnormalise(image, mean, std), *size) for image in images]
         shown = min(num_shown, len(images))
-        return cls(images, pictures, labels, regions, class_names, shown, fingerprint(images, labels))
+        return cls(images, pictures, labels, regions, class_names, regression, shown, fingerprint(images, labels))
+
+    @property
+    def shown(self) -> list[int]:
+        """Indices of the images that are drawn, spread over the classes."""
+        labels = torch.zeros(len(self), dtype=torch.long) if self.labels is None else self.labels
+        return spread(labels, self.num_shown)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -84,7 +96,12 @@ class Probe:
         if self.labels is not None:
             tensors["labels"] = self.labels
         names = None if self.class_names is None else [str(name) for name in self.class_names]
-        about = {"class_names": names, "num_shown": self.num_shown, "fingerprint": self.fingerprint}
+        about = {
+            "class_names": names,
+            "regression": self.regression,
+            "num_shown": self.num_shown,
+            "fingerprint": self.fingerprint,
+        }
         write_tensors(path, tensors, {name: json.dumps(value) for name, value in about.items()})
 
     @classmethod
@@ -97,7 +114,7 @@ class Probe:
         """
         tensors, metadata = read_tensors(path)
         try:
-            about = {name: json.loads(metadata[name]) for name in ("class_names", "num_shown", "fingerprint")}
+            about = {name: json.loads(metadata[name]) for name in _ABOUT}
             pictures = list(tensors["pictures"].numpy())
         except (KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"Expected {path} to be written by `Probe.save`, but it lacks {error}.") from error

@@ -60,7 +60,7 @@ class Run:
         rows: list[dict[str, float]] = []
         for snapshot in self.snapshots:
             history.add(snapshot)
-            rows.append({"step": snapshot.step, **scalars(history, self.probe.labels, self.probe.regions)})
+            rows.append({"step": snapshot.step, **scalars(history, self.probe)})
         return rows
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,29 +12,24 @@ from vit_explain_callback.metrics.localisation import region_statistics
 from vit_explain_callback.metrics.reference import on_scale
 from vit_explain_callback.metrics.shape import map_statistics, sink_lift
 from vit_explain_callback.tracking.history import History
+from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.snapshot import Snapshot
 
 BLOCK_METRICS = ("spearman", "jensen_shannon")
 ATTENTION_STATISTICS = ("entropy", "lowest_head_entropy", "distance", "class_self", "sink_share")
 
 
-def scalars(history: History, labels: Tensor | None, regions: Mapping[str, Tensor]) -> dict[str, float]:
+def scalars(history: History, probe: Probe) -> dict[str, float]:
     """Every scalar of the latest snapshot, averaged over the images for which it is known; NaN if there are none.
 
     The baseline is compared with itself.
 
     Args:
         history: The snapshots, the latest one last.
-        labels: (B,), or None where they are not known.
-        regions: Masks of the probe images by name, (B, H, W).
+        probe: The images; their labels and regions.
     """
-    now, baseline = history.now, history.baseline
-    values = {
-        "probe/target_probability": _mean(now.target_probability),
-        "probe/changed_predictions": _mean((now.prediction != baseline.prediction).double()),
-    }
-    if labels is not None:
-        values["probe/accuracy"] = _mean((now.prediction == labels).double())
+    now, baseline, regions = history.now, history.baseline, probe.regions
+    values = _outputs(now, baseline, probe)
     for method, maps in now.maps.items():
         values |= {f"map_stats/{method}/{stat}": _mean(v) for stat, v in map_statistics(maps).items()}
         if now.blocks is not None:
@@ -43,7 +38,7 @@ def scalars(history: History, labels: Tensor | None, regions: Mapping[str, Tenso
             found = region_statistics(maps, masks)
             values |= {f"region/{region}/{method}/{stat}": _mean(v) for stat, v in found.items()}
         for metric in METRICS:
-            values |= _drift(history, method, metric)
+            values |= _drift(history, method, metric, probe.regression)
     if now.blocks is not None:
         values |= _blocks(now, baseline)
     if now.reliability is not None:
@@ -63,7 +58,21 @@ def final_tags(methods: Sequence[str], regions: Iterable[str], checked: bool) ->
     return tags
 
 
-def _drift(history: History, method: str, metric: str) -> dict[str, float]:
+def _outputs(now: Snapshot, baseline: Snapshot, probe: Probe) -> dict[str, float]:
+    """What the model makes of the images: quantities, or classes and their probabilities."""
+    if probe.regression:
+        return {"probe/output": _mean(now.logits.gather(1, now.target[:, None]))}
+    values = {
+        "probe/target_probability": _mean(now.target_probability),
+        "probe/changed_predictions": _mean((now.prediction != baseline.prediction).double()),
+    }
+    if probe.labels is not None:
+        known = probe.labels >= 0
+        values["probe/accuracy"] = _mean((now.prediction == probe.labels).double()[known])
+    return values
+
+
+def _drift(history: History, method: str, metric: str, regression: bool) -> dict[str, float]:
     now = history.now
     tail = f"{method}/{metric}"
     fixed = history.baseline.scale(method, metric)
@@ -78,9 +87,10 @@ def _drift(history: History, method: str, metric: str) -> dict[str, float]:
             f"{name}_spread/{tail}/p10": low,
             f"{name}_spread/{tail}/median": middle,
             f"{name}_spread/{tail}/p90": high,
-            f"{name}_split/{tail}/unchanged": _mean(by_image[~changed]),
-            f"{name}_split/{tail}/changed": _mean(by_image[changed]),
         }
+        if not regression:
+            values[f"{name}_split/{tail}/unchanged"] = _mean(by_image[~changed])
+            values[f"{name}_split/{tail}/changed"] = _mean(by_image[changed])
         if fixed is not None:
             values[f"{name}_scaled/{tail}"] = on_scale(mean, *fixed, UNCHANGED[metric])
     if (current := now.scale(method, metric)) is not None:

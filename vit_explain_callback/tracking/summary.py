@@ -29,8 +29,8 @@ def summary(history: History, probe: Probe) -> str:
     Returns:
         At most 15 lines.
     """
-    labels, regions, class_names = probe.labels, probe.regions, probe.class_names
-    lines = [_heading(history), _predictions(history, labels)]
+    regions, class_names = probe.regions, probe.class_names
+    lines = [_heading(history), _predictions(history, probe)]
     last = [*_blocks(history), "Drift says that maps changed, not that the change is for the worse."]
     parts = [_method(history, method, regions, class_names) for method in history.baseline.maps]
     for index, part in enumerate(parts):
@@ -48,12 +48,16 @@ def _heading(history: History) -> str:
     return f"Explanation drift of {images} probe images over {history.count} snapshots, {steps}"
 
 
-def _predictions(history: History, labels: Tensor | None) -> str:
-    now, baseline = history.now, history.baseline
+def _predictions(history: History, probe: Probe) -> str:
+    now, baseline, labels = history.now, history.baseline, probe.labels
+    if probe.regression:
+        before, after = (one.logits.gather(1, one.target[:, None]).mean().item() for one in (baseline, now))
+        return f"mean output {before:.3g} → {after:.3g}"
     changed = int((now.prediction != baseline.prediction).sum())
     parts = [f"predictions: {changed} of {len(now.target)} changed"]
     if labels is not None:
-        before, after = ((snapshot.prediction == labels).double().mean().item() for snapshot in (baseline, now))
+        known = labels >= 0
+        before, after = ((one.prediction == labels)[known].double().mean().item() for one in (baseline, now))
         parts.append(f"accuracy {before:.2f} → {after:.2f}")
     before, after = (snapshot.target_probability.mean().item() for snapshot in (baseline, now))
     return ", ".join([*parts, f"target probability {before:.2f} → {after:.2f}"])
@@ -104,7 +108,7 @@ def _when(history: History, method: str) -> str:
 
 
 def _faithfulness(history: History, method: str) -> str:
-    if not history.checked:
+    if not history.checked or method not in history.checked[0].gains:
         return ""
     before, after = (known.gains[method].nanmean().item() for known in (history.checked[0], history.checked[-1]))
     gains = history.checked[-1].gains

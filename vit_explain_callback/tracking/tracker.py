@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -36,7 +37,8 @@ class ExplanationTracker:
         folder: Where raw maps go, as `step_*.safetensors` beside `probe.safetensors`, which `load_run` reads; None
             keeps nothing on the disk.
         writers: Where scalars and pictures go. A writer that fails does not stop the run.
-        target: Class whose logit the gradients are of, an int or (B,); None is the prediction at the baseline.
+        target: Class whose logit the gradients are of, an int or (B,); None, and -1 for an image, is the prediction at
+            the baseline.
         check_every: Snapshots between those that also measure noise and faithfulness; None: none does. The first and
             the last always do.
         removal: How faithfulness takes patches away, `"mean_colour"` or `"tokens"`.
@@ -111,7 +113,7 @@ class ExplanationTracker:
         Raises:
             Exception: What the model raised on any process.
         """
-        target = self.history.baseline.target if self.history.count else self._target
+        target = self.history.baseline.target if self.history.count else self._first_target()
         explanation = explain_together(
             self._ranks, self._model(), self._images, target, self._batch_size, self._block_statistics
         )
@@ -126,7 +128,7 @@ class ExplanationTracker:
 
     def scalars(self) -> dict[str, float]:
         """Every scalar of the latest snapshot by tag."""
-        return scalars(self.history, self.probe.labels, self.probe.regions)
+        return scalars(self.history, self.probe)
 
     def finish(self) -> str:
         """Check the latest snapshot, unless that is done, and write what is known at the end only.
@@ -171,7 +173,15 @@ class ExplanationTracker:
 
     def _reliability(self, explanation: Explanation) -> Reliability:
         maps, target = explanation.maps, explanation.target
-        return check_together(self._ranks, self._model(), self._images, maps, target, self._batch_size, self._removal)
+        removal = None if self.probe.regression else self._removal
+        return check_together(self._ranks, self._model(), self._images, maps, target, self._batch_size, removal)
+
+    def _first_target(self) -> int | Tensor | None:
+        target = self._target
+        if not isinstance(target, Tensor) or (target >= 0).all():
+            return target
+        logits = self._model().logits(self._images, self._batch_size).cpu()
+        return torch.where(target < 0, logits.argmax(dim=1), target)
 
     def _model(self) -> Explainer:
         if self.explainer is None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vit_explain_callback.metrics.drift import METRICS
-from vit_explain_callback.visualization.grid import png
+from vit_explain_callback.visualization.encode import png, rendered
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """Points (step, value) by tag."""
@@ -30,7 +30,7 @@ def drift_figure(curves: Curves, method: str) -> bytes:
                 axes.axhline(points[0][1], color="#555555", linestyle=style, linewidth=1, label=bar)
         _finish(axes, metric.replace("_", " "))
     figure.axes[0].legend(fontsize=7, frameon=False)
-    return png(figure)
+    return png(rendered(figure))
 
 
 def line_figure(curves: Curves, titled: Mapping[str, Mapping[str, str]]) -> bytes:
@@ -43,7 +43,7 @@ def line_figure(curves: Curves, titled: Mapping[str, Mapping[str, str]]) -> byte
             axes.plot([step for step, _ in points], [value for _, value in points], marker=".", label=label)
         _finish(axes, title)
         axes.legend(fontsize=7, frameon=False)
-    return png(figure)
+    return png(rendered(figure))
 
 
 def block_figure(curves: Curves, titled: Mapping[str, str]) -> bytes:
@@ -63,7 +63,7 @@ def block_figure(curves: Curves, titled: Mapping[str, str]) -> bytes:
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel("block", fontsize=8)
-    return png(figure)
+    return png(rendered(figure))
 
 
 def _finish(axes: Axes, title: str) -> None:

@@ -1,22 +1,34 @@
-"""The filmstrip: how each image's map changed over training, in one picture."""
+"""The filmstrip: how each image's map changed over training, in one picture.
+
+TensorBoard shows a picture 350 pixels wide until it is clicked, and takes the nearest pixel: every second one of a
+picture of 700, which is the width of a strip of an image and four maps, with no line thinner than two pixels.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vit_explain_callback.visualization.overlay import STRIP_HEIGHT, Picture, colour_bar, overlay, resized, write
+from vit_explain_callback.metrics.maps import is_degenerate
+from vit_explain_callback.visualization.captions import DEGENERATE, step_headings
+from vit_explain_callback.visualization.overlay import Picture, outlined, overlay, resized
+from vit_explain_callback.visualization.text import PAPER, colour_bar, fitting, write
 
-_CELL = 128
-_GAP = 4
-_CURVE = 24  # height of the curve under a row
-_CURVE_COLOUR = (179, 40, 70)
-_FAINT = (216, 216, 216)
+_CELL = 132  # wide
+_GAP = 10
+_WIDTH = 5 * _CELL + 4 * _GAP
+_LARGE, _SMALL = 21, 15
+_LINE = 25  # of large text
+_CURVE = 50
+_CURVE_COLOUR = (90, 26, 176)
+_FAINT = (205, 205, 205)
+_DASHED = (110, 110, 110)
+_DASHES = {"noise": 3, "unrelated": 9}  # pixels
 
 
 def filmstrip(
@@ -26,68 +38,132 @@ def filmstrip(
     maps: Sequence[Tensor],
     captions: Sequence[Sequence[str]],
     correlations: Sequence[Sequence[float]],
+    method: str,
     limit: float,
+    noise: float = math.nan,
+    unrelated: float = math.nan,
+    masks: Sequence[Tensor] = (),
 ) -> Picture:
     """Draw a filmstrip: rows are images; columns are the image itself, the baseline, later snapshots, and now.
 
     Args:
         pictures: The shown images, all of one size (H, W, 3).
-        titles: A line under each image.
-        steps: Of each column of maps, the baseline's first.
-        maps: Of each column, (B, grid_h, grid_w), beginning with those of the shown images.
-        captions: A line under each map: `captions[column][row]`.
-        correlations: Of each map with the baseline's, in [-1, 1], `correlations[column][row]`: the curve under each
-            row, from 1 at its top to 0 and less at its bottom.
-        limit: Upper end of the colour scale, in multiples of uniform relevance.
+        titles: Text under each image, of one line or two.
+        steps: Of the T columns of maps, baseline first.
+        maps: Maps of each column, (B, grid_h, grid_w), those of the shown images first.
+        captions: Text under each map, of one line or two: `captions[column][row]`.
+        correlations: Rank correlation of each map with the baseline's, in [-1, 1], `correlations[column][row]`: the
+            curve under each row, from 1 at its top to 0 and less at its bottom.
+        method: Name of the method whose maps are drawn.
+        limit: End of the colour scale, in multiples of uniform relevance.
+        noise: Rank correlation under a change that should not matter; NaN if it is not known.
+        unrelated: Rank correlation between different images; NaN if it is not known.
+        masks: Regions whose contours are drawn, each (B, h, w) boolean.
 
     Returns:
         The picture, (height, width, 3).
     """
-    height, width, _ = pictures[0].shape
-    cell_height, cell_width = (max(1, round(side * _CELL / max(height, width))) for side in (height, width))
-    row_height = cell_height + STRIP_HEIGHT + _CURVE
-    columns = 1 + len(maps)
-    size = (columns * (cell_width + _GAP) - _GAP, STRIP_HEIGHT * 2 + len(pictures) * (row_height + _GAP))
-    canvas = Image.new("RGB", size, (255, 255, 255))
-
-    def paste(cell: Picture, text: str, column: int, row: int) -> None:
-        x, y = column * (cell_width + _GAP), STRIP_HEIGHT + row * (row_height + _GAP)
-        canvas.paste(Image.fromarray(cell), (x, y))
-        write(canvas, text, (x + 2, y + cell_height + 1), cell_width - 2)
-
-    for column, heading in enumerate(_headings(steps)):
-        write(canvas, heading, (column * (cell_width + _GAP) + 2, 1), cell_width - 2)
+    strip = _Strip(pictures[0].shape, len(pictures), len(maps))
+    levels = {name: value for name, value in (("noise", noise), ("unrelated", unrelated)) if math.isfinite(value)}
+    for column, heading in enumerate(step_headings(steps), start=1):
+        strip.heading(heading, column)
     for row, picture in enumerate(pictures):
-        small = resized(picture, cell_height, cell_width)
-        paste(small, titles[row], 0, row)
-        for column, maps_then in enumerate(maps):
-            paste(overlay(small, maps_then[row], limit), captions[column][row], column + 1, row)
-        bottom = STRIP_HEIGHT + (row + 1) * (row_height + _GAP) - _GAP
-        write(canvas, "rank correlation", (2, bottom - _CURVE), cell_width - 2)
-        centres = [(column + 1.5) * (cell_width + _GAP) for column in range(len(maps))]
-        _curve(canvas, centres, [column[row] for column in correlations], bottom - _CURVE + 3, bottom - 5)
-    canvas.paste(Image.fromarray(colour_bar(limit, size[0])), (0, size[1] - STRIP_HEIGHT))
-    return np.asarray(canvas)
+        small = resized(picture, strip.cell_height, strip.cell_width)
+        regions = [mask[row] for mask in masks]
+        strip.cell(_with_contours(small, regions), titles[row], 0, row)
+        for column, relevance in enumerate(maps, start=1):
+            drawn = _with_contours(overlay(small, relevance[row], limit), regions)
+            strip.cell(drawn, captions[column - 1][row], column, row)
+            if is_degenerate(relevance[row][None]).item():
+                strip.note(DEGENERATE, column, row)
+        strip.curve([column[row] for column in correlations], levels, row)
+    strip.legend(method, limit, any(bool((each < 0).any()) for each in maps), levels)
+    return np.asarray(strip.canvas)
 
 
-def _curve(canvas: Image.Image, xs: Sequence[float], values: Sequence[float], top: int, bottom: int) -> None:
-    """Draw values against x, with 1 at `top` and 0 or less at `bottom`; what is not finite leaves a gap."""
-    pen = ImageDraw.Draw(canvas)
-    pen.line([(xs[0], top), (xs[-1], top)], fill=_FAINT)
-    pen.line([(xs[0], bottom), (xs[-1], bottom)], fill=_FAINT)
-    places = [
-        (x, bottom - min(max(value, 0.0), 1.0) * (bottom - top)) if math.isfinite(value) else None
-        for x, value in zip(xs, values, strict=True)
-    ]
-    for start, end in pairwise(places):
-        if start and end:
-            pen.line([start, end], fill=_CURVE_COLOUR, width=2)
-    for place in filter(None, places):
-        pen.ellipse([place[0] - 2, place[1] - 2, place[0] + 2, place[1] + 2], fill=_CURVE_COLOUR)
+class _Strip:
+    """The canvas of a filmstrip, and where everything stands on it."""
+
+    def __init__(self, shape: Sequence[int], rows: int, columns: int) -> None:
+        self.cell_width, self.cell_height = _CELL, max(1, round(_CELL * shape[0] / shape[1]))
+        self._row_height = self.cell_height + 2 * _LINE + _CURVE + _GAP
+        self._head = 2 * _LINE
+        width = max(_WIDTH, (columns + 1) * (_CELL + _GAP) - _GAP)
+        size = (width, self._head + rows * self._row_height + 2 * _LINE)
+        self.canvas = Image.new("RGB", size, PAPER)
+        self._pen = ImageDraw.Draw(self.canvas)
+
+    def heading(self, text: str, column: int) -> None:
+        """Write one line or two over a column."""
+        lines = text.split("\n")
+        for line, words in enumerate(lines, start=2 - len(lines)):
+            self._large(words, (self._left(column), line * _LINE), self.cell_width)
+
+    def cell(self, picture: Picture, text: str, column: int, row: int) -> None:
+        """Paste a picture, with one line or two under it, the first one large."""
+        left, top = self._left(column), self._top(row)
+        self.canvas.paste(Image.fromarray(picture), (left, top))
+        first, _, second = text.partition("\n")
+        under = top + self.cell_height + 1
+        self._large(first, (left, under), self.cell_width)
+        write(self.canvas, second, (left, under + _LINE), self.cell_width, _SMALL)
+
+    def note(self, text: str, column: int, row: int) -> None:
+        """Write on a picture."""
+        write(self.canvas, text, (self._left(column) + 2, self._top(row) + 4), self.cell_width - 2, _SMALL)
+
+    def curve(self, values: Sequence[float], levels: Mapping[str, float], row: int) -> None:
+        """Draw values against the columns with their scale, from 1 to 0 or less; what is not finite leaves a gap."""
+        top = self._top(row) + self.cell_height + 2 * _LINE + 8
+        bottom = top + _CURVE - 20
+        xs = [self._left(column) + self.cell_width / 2 for column in range(1, len(values) + 1)]
+        start, end = self._left(1), xs[-1] + self.cell_width / 2
+
+        def height(value: float) -> float:
+            return bottom - min(max(value, 0.0), 1.0) * (bottom - top)
+
+        for value, text in ((1.0, "1"), (0.0, "0")):
+            self._pen.line([(start, height(value)), (end, height(value))], fill=_FAINT, width=2)
+            write(self.canvas, text, (start - 4, height(value)), _LARGE, _SMALL, "rm")
+        write(self.canvas, "rank corr.", (0, (top + bottom) / 2), self.cell_width - _LARGE, _SMALL, "lm")
+        for name, value in levels.items():
+            self._dashed(start, end, height(value), _DASHES[name])
+        places = [(x, height(value)) if math.isfinite(value) else None for x, value in zip(xs, values, strict=True)]
+        for one, other in pairwise(places):
+            if one and other:
+                self._pen.line([one, other], fill=_CURVE_COLOUR, width=3)
+        for x, y in filter(None, places):
+            self._pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=_CURVE_COLOUR)
+
+    def legend(self, method: str, limit: float, signed: bool, levels: Iterable[str]) -> None:
+        """Write what is drawn: the method with its colours, and the lines of the curves."""
+        y = self.canvas.height - 2 * _LINE + 4
+        middle = self.canvas.width // 2
+        self._large(method, (0, y), middle - _GAP)
+        bar = colour_bar(limit, self.canvas.width - middle, signed, _SMALL)
+        self.canvas.paste(Image.fromarray(bar), (middle, y))
+        write(self.canvas, "● rank correlation with the baseline", (0, y + _LINE), middle, _SMALL)
+        for place, name in enumerate(levels):
+            x = middle * (1 + place / 2)
+            self._dashed(x, x + 36, y + _LINE + 10, _DASHES[name])
+            write(self.canvas, name, (x + 44, y + _LINE), middle / 2 - 44, _SMALL)
+
+    def _large(self, text: str, place: tuple[float, float], width: float) -> None:
+        """Write in large letters, or in small ones where only they leave the text whole."""
+        write(self.canvas, text, place, width, _LARGE if fitting(text, width, _LARGE) == text else _SMALL)
+
+    def _dashed(self, start: float, end: float, y: float, dash: int) -> None:
+        for place in range(round(start), round(end), 2 * dash):
+            self._pen.line([(place, y), (min(place + dash, end), y)], fill=_DASHED, width=2)
+
+    def _left(self, column: int) -> int:
+        return column * (self.cell_width + _GAP)
+
+    def _top(self, row: int) -> int:
+        return self._head + row * self._row_height
 
 
-def _headings(steps: Sequence[int]) -> list[str]:
-    names = [f"step {step}" for step in steps]
-    names[-1] += " (now)"
-    names[0] = f"baseline ({names[0]})" if len(steps) > 1 else names[0]
-    return ["image", *names]
+def _with_contours(picture: Picture, masks: Sequence[Tensor]) -> Picture:
+    for mask in masks:
+        picture = outlined(picture, mask)
+    return picture

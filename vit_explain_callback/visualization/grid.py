@@ -1,25 +1,28 @@
-"""Figures: pictures in rows and columns under headings, with the colour scale of the maps."""
+"""A grid of pictures: rows and columns under headings, with the colour scale of the maps, as a matplotlib figure."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vit_explain_callback.visualization.overlay import MAP_COLOURS, Picture
+from vit_explain_callback.visualization.overlay import Picture
+from vit_explain_callback.visualization.text import colour_ramp
 
-_LINE = 0.2  # inches that a line of text takes
+# Inches.
+_WIDTH = 2.0
+_LINE = 0.2
+_LETTER = 0.075
 _MARGIN = 0.08
+_BAR = (2.0, 0.1)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture of a figure.
+    """A picture of a grid.
 
     Attributes:
         picture: (H, W, 3).
@@ -33,67 +36,74 @@ class Cell:
 def figure(
     cells: Sequence[Sequence[Cell | None]],
     headings: Sequence[str],
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] = (),
     scale: str = "",
-    width: float = 2.0,
+    signed: bool = False,
 ) -> Figure:
-    """Draw a figure; pyplot and a display are not needed.
+    """Draw a grid of pictures of one shape; pyplot and a display are not needed.
 
     Args:
         cells: `cells[row][column]`; None leaves a place empty.
         headings: Text over each column, of one line or more.
-        labels: Text to the left of each row, or None.
-        scale: What the upper end of the colour bar stands for, as in "the limit over each column".
-        width: Of a column in inches.
+        labels: Text to the left of each row; none for no such text.
+        scale: What the upper end of the colour scale stands for, as in "the limit over each column".
+        signed: Whether the colour scale goes below 0.
 
     Returns:
         The figure, for `savefig`.
     """
-    height, across, _ = next(cell.picture.shape for row in cells for cell in row if cell is not None)
-    tall = width * height / across
-    captions = max((cell.caption.count("\n") + 1 for row in cells for cell in row if cell and cell.caption), default=0)
-    row_height = tall + captions * _LINE + _MARGIN
-    left = (
-        0.0 if labels is None else 0.5 * _LINE + 0.075 * max(len(line) for text in labels for line in text.split("\n"))
-    )
-    top = _LINE * (1 + max(text.count("\n") for text in headings)) + _MARGIN
-    bottom = 2.4 * _LINE
-    total_width = left + len(headings) * (width + _MARGIN)
-    total_height = top + len(cells) * row_height + bottom
-    drawn = Figure(figsize=(total_width, total_height), dpi=110)
-
-    def write(x: float, y: float, text: str, **how: Any) -> None:
-        drawn.text(x / total_width, 1 - y / total_height, text, fontsize=8.5, **how)
-
+    height, width, _ = next(cell.picture.shape for row in cells for cell in row if cell is not None)
+    tall = _WIDTH * height / width
+    row_height = tall + _LINE * max(_lines(cell.caption) for row in cells for cell in row if cell) + _MARGIN
+    left = 0.5 * _LINE + _LETTER * max(len(line) for text in labels for line in text.split("\n")) if labels else 0.0
+    top = _LINE * max(_lines(text) for text in headings) + _MARGIN
+    size = (left + len(headings) * (_WIDTH + _MARGIN), top + len(cells) * row_height + 2.4 * _LINE)
+    page = _Page(Figure(figsize=size, dpi=110), size)
     for column, text in enumerate(headings):
-        write(left + column * (width + _MARGIN) + width / 2, top - _MARGIN / 2, text, ha="center", va="bottom")
+        middle = left + column * (_WIDTH + _MARGIN) + _WIDTH / 2
+        page.write(middle, top - _MARGIN / 2, text, ha="center", va="bottom")
     for row, line in enumerate(cells):
         y = top + row * row_height
-        if labels is not None:
-            write(left - _LINE / 2, y + tall / 2, labels[row], ha="right", va="center")
+        if labels:
+            page.write(left - _LINE / 2, y + tall / 2, labels[row], ha="right", va="center")
         for column, cell in enumerate(line):
-            if cell is None:
-                continue
-            x = left + column * (width + _MARGIN)
-            place = (x / total_width, 1 - (y + tall) / total_height, width / total_width, tall / total_height)
-            axes = drawn.add_axes(place)
-            axes.imshow(cell.picture, aspect="auto")
-            axes.set_axis_off()
-            write(x + width / 2, y + tall + _MARGIN / 2, cell.caption, ha="center", va="top")
-    length = min(2.0, total_width / 3)
-    bar = drawn.add_axes(
-        (left / total_width + 0.01, 1.3 * _LINE / total_height, length / total_width, 0.1 / total_height)
-    )
-    bar.imshow(np.linspace(0, 1, 256)[None], aspect="auto", cmap=matplotlib.colormaps[MAP_COLOURS])
-    bar.set_axis_off()
-    under = total_height - 1.3 * _LINE + 0.02
-    write(left + 0.01 * total_width, under, "0", ha="left", va="top")
-    write(left + 0.01 * total_width + length, under, scale, ha="right" if len(scale) < 24 else "center", va="top")
-    return drawn
+            if cell is not None:
+                x = left + column * (_WIDTH + _MARGIN)
+                page.axes(x, y, _WIDTH, tall).imshow(cell.picture, aspect="auto")
+                page.write(x + _WIDTH / 2, y + tall + _MARGIN / 2, cell.caption, ha="center", va="top")
+    _colour_scale(page, left + _MARGIN, scale, signed)
+    return page.figure
 
 
-def png(drawn: Figure) -> bytes:
-    """The figure as a PNG file."""
-    file = io.BytesIO()
-    drawn.savefig(file, format="png")
-    return file.getvalue()
+@dataclass(frozen=True)
+class _Page:
+    """A figure addressed in inches from its top left corner."""
+
+    figure: Figure
+    size: tuple[float, float]
+
+    def write(self, x: float, y: float, text: str, **how: Any) -> None:
+        """Write text as it is: a dollar in a name begins no formula."""
+        width, height = self.size
+        self.figure.text(x / width, 1 - y / height, text, fontsize=8.5, parse_math=False, **how)
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes without frame and ticks."""
+        across, down = self.size
+        axes = self.figure.add_axes((x / across, 1 - (y + height) / down, width / across, height / down))
+        axes.set_axis_off()
+        return axes
+
+
+def _colour_scale(page: _Page, left: float, text: str, signed: bool) -> None:
+    width, height = page.size
+    length, thick = min(_BAR[0], width / 3), _BAR[1]
+    y = height - 1.3 * _LINE - thick
+    page.axes(left, y, length, thick).imshow(colour_ramp(256, 1, signed), aspect="auto")
+    under = y + thick + 0.02
+    page.write(left, under, f"− {text}" if signed else "0", ha="left", va="top")
+    page.write(left + length, under, text, ha="right" if len(text) < 24 else "center", va="top")
+
+
+def _lines(text: str) -> int:
+    return text.count("\n") + 1 if text else 0

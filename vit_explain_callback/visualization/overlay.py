@@ -1,29 +1,28 @@
-"""Pictures of maps: images for display, overlays, differences, and the strip of text that goes with them.
+"""Pictures of maps: images for display, overlays, differences, contours of regions.
 
-Pictures are uint8 arrays (H, W, 3). Maps are drawn as multiples of uniform: divided by their sum and multiplied by the
-number of patches. Colour limits are the caller's, so that they can be shared over time.
+Pictures are uint8 arrays (H, W, 3). Maps are drawn in multiples of uniform relevance: divided by the mean of their
+magnitudes. Colour limits are the caller's, so that they can be shared over time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
+
+from vit_explain_callback.metrics.maps import is_degenerate
+from vit_explain_callback.visualization.colours import backdrop, blend
 
 Picture: TypeAlias = NDArray[np.uint8]
 
-MAP_COLOURS = "inferno"
-DIFFERENCE_COLOURS = "RdBu_r"
-STRIP_HEIGHT = 18
-_INK = (32, 32, 32)
-_PAPER = 255
+_THICKNESS = 2  # pixels of each line of a contour
+_LINE = (0, 120, 90)
+_HALO = (255, 255, 255)
 
 
 def unnormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Picture:
@@ -50,49 +49,6 @@ def range_of(images: Tensor) -> tuple[list[float], list[float]]:
     return [-low * scale] * images.shape[1], [scale] * images.shape[1]
 
 
-def colour_limit(maps: Tensor) -> float:
-    """Upper end of the colour scale for maps (B, grid_h, grid_w) like these: the 99th percentile, at least 2 x uniform.
-
-    Robust against the single bright patches of artifact tokens. Maps with no sum to divide by are left out.
-    """
-    values = _times_uniform(maps).flatten()
-    values = values[values.isfinite()]
-    return max(2.0, values.quantile(0.99).item()) if len(values) else 2.0
-
-
-def overlay(picture: Picture, relevance: Tensor, limit: float, alpha: float = 0.6) -> Picture:
-    """Lay a map (grid_h, grid_w) over the greyscale picture: one flat colour a patch, from 0 to `limit` × uniform.
-
-    A map that is zero or not finite is shown as the plain grey picture.
-    """
-    values = _times_uniform(relevance) / limit
-    return _blend(picture, values, MAP_COLOURS, alpha)
-
-
-def difference(picture: Picture, relevance: Tensor, reference: Tensor, limit: float, alpha: float = 0.7) -> Picture:
-    """Lay `relevance` − `reference` over the greyscale picture: red gained, blue lost, ends at ± `limit` × uniform."""
-    values = (_times_uniform(relevance) - _times_uniform(reference)) / limit
-    return _blend(picture, values / 2 + 0.5, DIFFERENCE_COLOURS, alpha)
-
-
-def with_strip(picture: Picture, text: str) -> Picture:
-    """The picture with a line of text under it, cut to its width."""
-    height, width, _ = picture.shape
-    canvas = Image.new("RGB", (width, height + STRIP_HEIGHT), (_PAPER,) * 3)
-    canvas.paste(Image.fromarray(picture), (0, 0))
-    write(canvas, text, (3, height + 2), width - 6)
-    return np.asarray(canvas)
-
-
-def write(canvas: Image.Image, text: str, place: tuple[int, int], width: int) -> None:
-    """Write one line at `place` = (x, y), shortened with an ellipsis to `width` pixels."""
-    if _font().getlength(text) > width:
-        while text and _font().getlength(text + "…") > width:
-            text = text[:-1]
-        text += "…"
-    ImageDraw.Draw(canvas).text(place, text, fill=_INK, font=_font())
-
-
 def resized(picture: Picture, height: int, width: int) -> Picture:
     """The picture at another size; enlarged pixels stay sharp."""
     larger = height >= picture.shape[0]
@@ -100,39 +56,68 @@ def resized(picture: Picture, height: int, width: int) -> Picture:
     return np.asarray(Image.fromarray(picture).resize((width, height), method))
 
 
-def colour_bar(limit: float, width: int, colours: str = MAP_COLOURS) -> Picture:
-    """A horizontal bar of the map colours with its ends named, `STRIP_HEIGHT` high."""
-    canvas = Image.new("RGB", (width, STRIP_HEIGHT), (_PAPER,) * 3)
-    bar = _coloured(np.linspace(0, 1, 120)[None].repeat(STRIP_HEIGHT - 6, axis=0), colours)
-    write(canvas, "0", (3, 2), 12)
-    canvas.paste(Image.fromarray((bar * 255).astype(np.uint8)), (15, 3))
-    write(canvas, f"{limit:.3g} x uniform", (140, 2), width - 143)
-    return np.asarray(canvas)
+def times_uniform(maps: Tensor) -> Tensor:
+    """Maps (B, grid_h, grid_w) in multiples of uniform relevance, float64 on the CPU: P × map / Σ|map|.
+
+    Those that are degenerate (see `metrics.maps`) become NaN.
+    """
+    values = maps.detach().cpu().double()
+    values = values / values.abs().mean(dim=(1, 2), keepdim=True)
+    return values.masked_fill(is_degenerate(maps).cpu()[:, None, None], torch.nan)
 
 
-def _times_uniform(maps: Tensor) -> Tensor:
-    """Maps (…, grid_h, grid_w) in multiples of uniform relevance; NaN where the sum is zero or not finite."""
-    maps = maps.detach().cpu().double()
-    return maps / maps.sum(dim=(-2, -1), keepdim=True) * maps.shape[-2] * maps.shape[-1]
+def colour_limit(maps: Tensor) -> float:
+    """End of the colour scale for maps (B, grid_h, grid_w) like these, in multiples of uniform relevance.
+
+    The 99th percentile of the magnitudes, at least 2: robust against the single bright patches of artifact tokens.
+    Degenerate maps are left out.
+    """
+    values = times_uniform(maps).abs().flatten()
+    values = values[values.isfinite()]
+    return max(2.0, float(np.quantile(values.numpy(), 0.99))) if len(values) else 2.0
 
 
-def _blend(picture: Picture, values: Tensor, colours: str, alpha: float) -> Picture:
+def overlay(picture: Picture, relevance: Tensor, limit: float) -> Picture:
+    """Lay a map (grid_h, grid_w) over a picture in light grey: one colour a patch, the more opaque the stronger.
+
+    Positive relevance is purple and negative orange, both from 0 to `limit` × uniform; see `colours`. A degenerate map
+    leaves the plain grey picture.
+    """
+    return _laid_over(picture, times_uniform(relevance[None])[0] / limit)
+
+
+def difference(picture: Picture, relevance: Tensor, reference: Tensor, limit: float) -> Picture:
+    """Lay `relevance` − `reference` over the grey picture: purple gained, orange lost, ends at ± `limit` × uniform."""
+    now, before = times_uniform(torch.stack([relevance, reference]))
+    return _laid_over(picture, (now - before) / limit)
+
+
+def outlined(picture: Picture, mask: Tensor) -> Picture:
+    """Draw the contour of a region given by its mask (h, w), boolean: a dark line within it, a bright one around it."""
     height, width, _ = picture.shape
-    grey = np.asarray(Image.fromarray(picture).convert("L"), dtype=np.float64)[..., None] / 255
-    if not values.isfinite().all():
-        return (grey.repeat(3, axis=2) * 255).round().astype(np.uint8)
+    inside = _enlarged(mask.cpu().numpy().astype(bool), height, width)
+    result = picture.copy()
+    result[_grown(inside, _THICKNESS) & ~inside] = _HALO
+    result[_grown(~inside, _THICKNESS, beyond=True) & inside] = _LINE
+    return result
+
+
+def _laid_over(picture: Picture, values: Tensor) -> Picture:
+    height, width, _ = picture.shape
+    return blend(backdrop(picture), _enlarged(values.nan_to_num(0).numpy(), height, width))
+
+
+def _enlarged(values: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    """Values (h, w) at the size of a picture, each as a flat block."""
     rows = np.arange(height) * values.shape[0] // height
     columns = np.arange(width) * values.shape[1] // width
-    coloured = _coloured(values.clamp(0, 1).numpy(), colours)[rows][:, columns]
-    blended: Picture = ((alpha * coloured + (1 - alpha) * grey) * 255).round().astype(np.uint8)
-    return blended
+    enlarged: NDArray[Any] = values[rows][:, columns]
+    return enlarged
 
 
-def _coloured(values: NDArray[np.float64], colours: str) -> NDArray[np.float64]:
-    """Values in [0, 1], of any shape, as RGB in [0, 1] along a new last axis."""
-    return np.asarray(matplotlib.colormaps[colours](values))[..., :3]
-
-
-@cache
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=12)
+def _grown(mask: NDArray[np.bool_], pixels: int, beyond: bool = False) -> NDArray[np.bool_]:
+    """A mask (H, W) and all within so many steps up, down, left and right of it; `beyond` is what lies outside."""
+    for _ in range(pixels):
+        padded = np.pad(mask, 1, constant_values=beyond)
+        mask = mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    return mask

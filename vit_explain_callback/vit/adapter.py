@@ -29,9 +29,14 @@ class Adapter(Protocol):
         regression: Whether its outputs are quantities, and not the logits of classes.
     """
 
-    model: nn.Module
-    vit: str | None
-    regression: bool
+    @property
+    def model(self) -> nn.Module: ...  # noqa: D102
+
+    @property
+    def vit(self) -> str | None: ...  # noqa: D102
+
+    @property
+    def regression(self) -> bool: ...  # noqa: D102
 
     def evaluating(self, guarded: bool) -> AbstractContextManager[Twin]:
         """A twin to run; a `guarded` one may write to its parameters."""

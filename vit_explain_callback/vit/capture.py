@@ -75,6 +75,8 @@ class AttentionRecorder(TorchFunctionMode):
             backbone.
         state: Addresses of memory, that of buffers say, to which nothing with a gradient is written under
             `torch.no_grad()` all the same.
+        begins_graph: Whether an attention's output asks for gradients where nothing before it does; by default where
+            gradients are kept.
 
     Attributes:
         calls: The operations so far, in the order in which they ran.
@@ -88,10 +90,17 @@ class AttentionRecorder(TorchFunctionMode):
         [('blocks.0.attn', (1, 3, 197, 197)), ('blocks.1.attn', (1, 3, 197, 197))]
     """
 
-    def __init__(self, module: nn.Module, through_no_grad: bool = False, state: Collection[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        through_no_grad: bool = False,
+        state: Collection[int] = frozenset(),
+        begins_graph: bool | None = None,
+    ) -> None:
         super().__init__()
         self._through_no_grad = through_no_grad
         self._state = state
+        self._begins_graph = through_no_grad if begins_graph is None else begins_graph
         self._switched_off = 0  # how many `torch.no_grad()` of the model's own the forward is in
         self.calls: list[AttentionCall] = []
         self._names = {child: name for name, child in module.named_modules()}
@@ -179,7 +188,7 @@ class AttentionRecorder(TorchFunctionMode):
 
     def _in_graph(self, output: Tensor) -> Tensor:
         """The output, or where the graph has not begun yet, as with images in bytes, a leaf with which it begins."""
-        begins = self._through_no_grad and not output.requires_grad
+        begins = self._begins_graph and not output.requires_grad
         return output.detach().requires_grad_() if begins else output
 
 

@@ -267,6 +267,13 @@ _MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
 ]
 
 
+def shallow_twin(value: Any) -> Any:
+    """A copy of any object whose attributes are copied as a twin's are."""
+    made, twin = copy.copy(value), Twin(nn.Identity())
+    made.__dict__.update({name: twin._copy(part) for name, part in vars(value).items()})
+    return made
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """What `torch.compile`, `DistributedDataParallel`, `DataParallel` or Fabric was wrapped around, or the module."""
     inner: Any = module.module if isinstance(module, DataParallel | DistributedDataParallel) else None

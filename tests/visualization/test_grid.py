@@ -1,0 +1,33 @@
+"""Grids of pictures: text as it is, cells in their places."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vit_explain_callback.visualization.encode import rendered
+from vit_explain_callback.visualization.grid import Cell, figure
+
+PICTURES = [np.full((10, 15, 3), value, dtype=np.uint8) for value in (10, 90, 200)]
+
+
+def test_pictures_stand_in_rows_and_columns() -> None:
+    cells: list[list[Cell | None]] = [
+        [Cell(PICTURES[0], "one"), None],
+        [Cell(PICTURES[1]), Cell(PICTURES[2], "two\nlines")],
+    ]
+    grid = figure(cells, ["left", "right\nside"], ["first", "second"], scale="end")
+    assert len(grid.axes) == 4  # and the colour scale
+    texts = [text.get_text() for text in grid.texts]
+    assert {"one", "two\nlines", "left", "right\nside", "first", "second", "0", "end"} <= set(texts)
+    places = [axes.get_position() for axes in grid.axes[:3]]
+    assert places[0].x0 == places[1].x0 < places[2].x0
+    assert places[0].y0 > places[1].y0 == places[2].y0
+    picture = rendered(grid)
+    for value in (10, 90, 200):
+        assert (picture == value).all(axis=2).sum() > 20_000
+
+
+def test_a_dollar_begins_no_formula() -> None:
+    name = r"$\frac{1$"
+    grid = figure([[Cell(PICTURES[0], name)]], [name], [name], scale=name, signed=True)
+    assert rendered(grid).shape[2] == 3

@@ -1,0 +1,172 @@
+"""Handle batches of any form: pick rows of them, join them, find their images and labels."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import types
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+_IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs", "jpg", "png")
+_LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class", "cls")
+
+
+def picked(batch: Any, rows: list[int], count: int) -> Any:
+    """Some rows of a batch of any form, which holds `count` of them: what has as many rows is picked from.
+
+    Example:
+        >>> picked({"image": torch.arange(3), "size": (4, 4), "names": ["a", "b", "c"]}, [2, 0], 3)
+        {'image': tensor([2, 0]), 'size': (4, 4), 'names': ['c', 'a']}
+    """
+    if isinstance(batch, Tensor | np.ndarray):
+        return batch[rows] if batch.ndim > 0 and len(batch) == count else batch
+    if isinstance(batch, dict):
+        parts = {key: picked(part, rows, count) for key, part in batch.items()}
+        return type(batch)(parts) if type(batch) is dict else _like(batch, parts)
+    if isinstance(batch, list | tuple):
+        if len(batch) == count and not any(has_rows(part, count) for part in batch):
+            items: Any = [batch[row] for row in rows]
+        else:
+            items = [picked(part, rows, count) for part in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if hasattr(batch, "__dict__") and not isinstance(batch, type | types.FunctionType | random.Random):
+        return _like(batch, {}, {name: picked(part, rows, count) for name, part in vars(batch).items()})
+    return batch
+
+
+def _like(value: Any, items: dict[Any, Any], attributes: dict[str, Any] | None = None) -> Any:
+
+    made = copy.copy(value)
+    for key, part in items.items():
+        made[key] = part
+    for name, part in (attributes or {}).items():
+        object.__setattr__(made, name, part)
+    return made
+
+
+def has_rows(part: Any, count: int) -> bool:
+    """Whether a part of a batch holds tensors with `count` rows."""
+    if isinstance(part, Tensor | np.ndarray):
+        return part.ndim > 0 and len(part) == count
+    if isinstance(part, dict):
+        return any(has_rows(value, count) for value in part.values())
+    return isinstance(part, list | tuple) and any(has_rows(value, count) for value in part)
+
+
+def images_in(batch: Any) -> int:
+    """How many images a batch of any form holds: rows of its first tensor of four dimensions, or else of its first."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append)
+    rows = [tensor for tensor in found if tensor.ndim == 4] or [tensor for tensor in found if tensor.ndim > 0]
+    return len(rows[0]) if rows else 0
+
+
+def joined(batches: list[Any], num_images: int) -> Any:
+    """Batches of one form as one, those with images of the commonest size; None if there is none."""
+    if not batches:
+        return None
+    sizes = [_sizes_of_rows(batch) for batch in batches]
+    commonest = Counter(sizes).most_common(1)[0][0]
+    alike = [batch for batch, size in zip(batches, sizes, strict=True) if size == commonest]
+    needed = list(itertools.accumulate(map(images_in, alike)))
+    used = alike[: next((place + 1 for place, total in enumerate(needed) if total >= num_images), len(alike))]
+    return _cat(used, [images_in(batch) for batch in used])
+
+
+def _sizes_of_rows(batch: Any) -> tuple[Any, ...]:
+    found: list[tuple[int, ...]] = []
+    apply_to_collection(batch, Tensor, lambda part: found.append(tuple(part.shape[1:])) if part.ndim > 1 else 0)
+    return tuple(found)
+
+
+def _cat(parts: list[Any], rows: list[int]) -> Any:
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(parts) if first.ndim > 0 and len(first) == rows[0] else first
+    if isinstance(first, dict):
+        return type(first)({key: _cat([part[key] for part in parts], rows) for key in first})
+    if isinstance(first, list | tuple):
+        if len(first) == rows[0] and not has_rows(first, rows[0]):
+            return type(first)(item for part in parts for item in part)
+        items = [_cat(list(column), rows) for column in zip(*parts, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    return first
+
+
+class Watched:
+    """Keeps the images of validation batches as they go by, after every transfer hook, until there are enough.
+
+    Args:
+        num_images: Images to keep.
+    """
+
+    def __init__(self, num_images: int) -> None:
+        self._num_images = num_images
+        self._batches: list[Any] = []
+        self._count = 0
+
+    def take(self, batch: Any) -> None:
+        """Keep a copy of a batch on the CPU, unless there are enough."""
+        if self._count < self._num_images:
+            self._batches.append(apply_to_collection(batch, Tensor, lambda part: part.detach().to("cpu", copy=True)))
+            self._count += images_in(batch)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are enough."""
+        return self._count >= self._num_images
+
+    @property
+    def batch(self) -> Any:
+        """What was kept, as one batch; None if nothing was."""
+        return joined(self._batches, self._num_images)
+
+
+def images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Take images and class labels out of a batch: a tensor, an (images, labels, …) pair or a mapping; on the CPU.
+
+    Labels that are not one class index an image (soft labels, several labels, boxes) are left out; those of a
+    one-logit head may be floats, 0 and 1.
+
+    Raises:
+        TypeError: If the batch is of another kind.
+        ValueError: If a mapping has no image under a usual name, or the labels are not as many as the images.
+    """
+    images, labels = _parts(batch)
+    if not isinstance(images, Tensor):
+        raise TypeError(f"Expected a batch with its images as one tensor, but got {type(images).__name__}.")
+    images = images.detach().to("cpu", copy=True)
+    if isinstance(labels, Sequence) and all(isinstance(label, int) for label in labels):
+        labels = torch.tensor(labels)
+    if not isinstance(labels, Tensor) or labels.shape[1:] not in ((), (1,)) or (labels != labels.round()).any():
+        return images, None
+    labels = labels.detach().flatten().to("cpu", torch.int64, copy=True)
+    if len(labels) != len(images):
+        raise ValueError(f"Expected one label an image, but got {len(images)} images but {len(labels)} labels.")
+    return images, labels
+
+
+def _parts(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, Mapping):
+        images = next((batch[key] for key in _IMAGE_KEYS if key in batch), None)
+        if images is None:
+            raise ValueError(f"Expected a batch with images under one of {_IMAGE_KEYS}, but got {list(batch)}.")
+        return images, next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+    if isinstance(batch, Sequence) and len(batch) > 0:
+        return batch[0], batch[1] if len(batch) > 1 else None
+    raise TypeError(
+        f"Expected a batch that is a tensor, an (images, labels) pair or a mapping, but got {type(batch).__name__}. "
+        "Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
+    )

@@ -1,0 +1,64 @@
+"""Stand in for a trainer while a twin of its module runs: it can be asked, but nothing can be done with it."""
+
+from __future__ import annotations
+
+import copy
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SIMPLE = (bool, int, float, str, bytes, type(None), torch.device, Path, Enum)
+_GIVEN = {"datamodule", "val_dataloaders", "train_dataloader", "lightning_module"}
+
+
+class StandIn:
+    """Answers what a validation step asks of its trainer: numbers, words and the data module.
+
+    It has no loggers, optimizers or checkpoints, and to it there is one process.
+
+    Args:
+        trainer: Read, never written to.
+    """
+
+    training = testing = predicting = sanity_checking = False
+    validating = evaluating = True
+    logger = None
+    world_size, global_rank, local_rank, is_global_zero = 1, 0, 0, True
+
+    def __init__(self, trainer: Any) -> None:
+        self._real = trainer
+        self.loggers: list[Any] = []
+        self.callbacks: list[Any] = []
+        self.optimizers: list[Any] = []
+        self.strategy = _Alone()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        value = getattr(self._real, name)
+        if isinstance(value, _SIMPLE) or name in _GIVEN:
+            return value
+        if isinstance(value, dict):
+            return {key: part.clone() if isinstance(part, Tensor) else part for key, part in value.items()}
+        if name == "state":
+            return copy.copy(value)
+        raise AttributeError(f"`trainer.{name}` cannot be used while the model is explained")
+
+
+class _Alone:
+    """A strategy of one process."""
+
+    def all_gather(self, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+        return tensor
+
+    def reduce(self, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+        return tensor
+
+    def broadcast(self, value: Any, *_: Any, **__: Any) -> Any:
+        return value
+
+    def barrier(self, *_: Any, **__: Any) -> None:
+        return None

@@ -1,0 +1,135 @@
+"""Find what a run explains: its probe images, and how its module is run on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from vit_explain_callback._checks import check_classifier
+from vit_explain_callback.explainer import Explainer
+from vit_explain_callback.lightning._compat import LightningModule, Trainer
+from vit_explain_callback.lightning.batches import Watched, images_and_labels
+from vit_explain_callback.lightning.data import class_names, probe_batch
+from vit_explain_callback.lightning.settings import Settings
+from vit_explain_callback.lightning.step import LightningAdapter, evaluating, transferred, watch
+from vit_explain_callback.lightning.strategy import explained_module, forward_of
+from vit_explain_callback.tracking.distributed import Ranks
+from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.vit.adapter import Adapter, PlainAdapter
+from vit_explain_callback.vit.timm import find_vit, normalisation, refuse_other_timm_models
+from vit_explain_callback.vit.twin import is_sharded
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run explains.
+
+    Attributes:
+        explainer: Of its module.
+        probe: The images.
+    """
+
+    explainer: Explainer
+    probe: Probe
+
+    @classmethod
+    def of(
+        cls, settings: Settings, trainer: Trainer, module: LightningModule, ranks: Ranks, watched: Watched
+    ) -> Subject | None:
+        """Take the images that the user gives, or validation images; None where these must be watched first.
+
+        Raises:
+            TypeError: If there are no images to be found in a batch.
+            ValueError: If the module cannot be explained.
+            RuntimeError: If reading the images fails.
+        """
+        vit = settings.model.get("vit")
+        refuse_other_timm_models(module if vit is None else find_vit(module, vit))
+        if settings.given is not None:
+            images, labels = settings.given
+            return cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
+        # The first process collects, and gives the images to all.
+        work = partial(_collected, trainer, settings.num_images, watched)
+        batch, is_ready = ranks.together(lambda: work() if ranks.rank == 0 else (None, False))[0]
+        if batch is None:
+            return None
+        if settings.model.get("forward") is not None or is_sharded(module):
+            images, labels = images_and_labels(_on_device(trainer, module, batch, is_ready))
+            return cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
+        seen = watch(module, trainer, batch, vit, is_ready)
+        if seen.notice is not None:
+            rank_zero_warn(f"ViTExplainCallback: {seen.notice}")
+        return cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels)
+
+    @classmethod
+    def _made(
+        cls,
+        settings: Settings,
+        trainer: Trainer,
+        module: LightningModule,
+        adapter: Adapter,
+        images: Tensor,
+        labels: Tensor | None,
+    ) -> Subject:
+        display, wanted = settings.display, settings.num_images
+        if settings.given is None:
+            images, labels = images[:wanted], None if labels is None else labels[:wanted]
+            if len(images) < wanted:
+                rank_zero_warn(
+                    f"ViTExplainCallback: `num_images={wanted}`, but the validation set gave {len(images)}; these are "
+                    "used."
+                )
+        vit = find_vit(adapter.model, adapter.vit)
+        probe = Probe.of(
+            images,
+            labels,
+            regions=settings.regions,
+            class_names=display.class_names or class_names(trainer),
+            regression=adapter.regression,
+            normalisation=display.normalisation or normalisation(vit),
+            num_shown=display.num_shown,
+        )
+        options = settings.model
+        explainer = Explainer.of(
+            adapter,
+            settings.methods,
+            prefix_tokens=options.get("prefix_tokens"),
+            grid_size=options.get("grid_size"),
+        )
+        return cls(explainer, probe)
+
+
+def _collected(trainer: Trainer, num_images: int, watched: Watched) -> tuple[Any, bool]:
+    """A batch of validation images, and whether it has been through the transfer hooks; None if there is none yet."""
+    batch = watched.batch if watched.is_full else None
+    if batch is None:
+        batch = probe_batch(trainer, num_images)
+        if batch is not None:
+            return batch, False
+        batch = watched.batch
+    return batch, True
+
+
+def _on_device(trainer: Trainer, module: LightningModule, batch: Any, is_ready: bool) -> Any:
+    if is_ready:
+        return batch
+    if is_sharded(module):
+        return trainer.strategy.batch_to_device(batch, module.device)
+    with evaluating(module, trainer) as twin:
+        return transferred(twin.module, trainer, batch, module.device)
+
+
+def _called(settings: Settings, trainer: Trainer, module: LightningModule) -> Adapter:
+    """The module, run by calling it, its ViT or the user's `forward`."""
+    vit, forward = settings.model.get("vit"), settings.model.get("forward")
+    model = explained_module(module, vit, forward)
+    if is_sharded(module):
+        return PlainAdapter(model, vit if model is module else None, forward or forward_of(trainer))
+    if model is not module:
+        check_classifier(model)
+    path = "" if model is module else next(name for name, child in module.named_modules() if child is model)
+    return LightningAdapter(module, trainer, vit, part=path, forward=forward)
