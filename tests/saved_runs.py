@@ -37,6 +37,7 @@ def save_run(
     class_names: Sequence[str] | None = ("cat", "dog", "hare"),
     regions: Sequence[str] = (),
     blocks: int = 0,
+    regression: bool = False,
     seed: int = 0,
     maps: Mapping[str, Tensor] | None = None,
 ) -> Path:
@@ -52,13 +53,13 @@ def save_run(
     for index, mask in enumerate(masks.values()):
         mask[:, 8 : 24 + 8 * index, 8:32] = True
     known = None if labels is None else torch.tensor(labels)
-    probe = Probe(None, smooth_pictures(images, size), known, masks, class_names, min(6, images))
+    probe = Probe(None, smooth_pictures(images, size), known, masks, class_names, regression)
     probe.save(explanations / "probe.safetensors")
     for index, step in enumerate(steps):
         random = {name: torch.rand(images, *shape, generator=generator) ** 3 for name, shape in grids.items()}
         found = random if maps is None else {name: each[index] for name, each in maps.items()}
         logits = torch.randn(images, classes, generator=generator)
-        target = torch.tensor([0] * images if labels is None or classes == 1 else list(labels))
+        target = torch.tensor([0] * images if labels is None else labels).clamp(min=0)
         seen = _blocks(images, blocks, next(iter(grids.values())), generator) if blocks else None
         Snapshot(step, Explanation(found, logits, target, seen)).save(explanations / f"step_{step:08d}.safetensors")
     return folder

@@ -21,6 +21,7 @@ _PROBE = {
     "target probability": "probe/target_probability",
     "changed predictions": "probe/changed_predictions",
 }
+_OUTPUT = "probe/output"
 _LIFT = "region/{}/{}/lift"
 _BLOCK = re.compile(r"(.+)/block_(\d+)")
 
@@ -49,6 +50,8 @@ def charts(rows: Rows, methods: Sequence[str], regions: Sequence[str]) -> list[d
     probe = [{"name": name, "values": curve(rows, tag)} for name, tag in _PROBE.items()]
     found = [_drift(rows, method) for method in methods]
     found.append(_chart("Probe images", "share of the probe images; mean probability of the target", probe, [0, 1]))
+    output = [{"name": "output", "values": curve(rows, _OUTPUT)}]
+    found.append(_chart("Output", "mean over the probe images", output))
     found.append(_chart("Faithfulness", "symmetric relevance gain; the control is a random order", gains))
     for method in methods if regions else ():
         lifts: list[dict[str, Any]] = [

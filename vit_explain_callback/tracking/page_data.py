@@ -18,8 +18,10 @@ from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.tracking.charts import block_values, charts, curve, number
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run import Run
-from vit_explain_callback.visualization.overlay import colour_limit
-from vit_explain_callback.visualization.quantise import BACKDROP, CHANGE, MAP, quantised, times_uniform
+from vit_explain_callback.visualization.captions import class_name
+from vit_explain_callback.visualization.colours import FLOOR
+from vit_explain_callback.visualization.overlay import colour_limit, times_uniform
+from vit_explain_callback.visualization.quantise import colour_table, quantised
 
 _QUALITY = 90
 
@@ -52,13 +54,11 @@ def page_data(runs: Sequence[Shown]) -> dict[str, Any]:
         "images": len(probe),
         "size": [height, width],
         "pictures": [_encoded(Image.fromarray(picture), "JPEG") for picture in probe.pictures],
-        "labels": None if probe.labels is None else probe.labels.tolist(),
+        "labels": None if probe.labels is None else [None if label < 0 else label for label in probe.labels.tolist()],
         "classes": _classes(runs),
         "regions": {name: [_mask(mask, (height, width)) for mask in masks] for name, masks in probe.regions.items()},
-        "colours": {
-            name: {**scale, "table": _text(scale["table"])} for name, scale in (("map", MAP), ("change", CHANGE))
-        },
-        "backdrop": BACKDROP,
+        "colours": _text(colour_table()),
+        "floor": FLOOR,
         "runs": [_run(shown, methods) for shown in runs],
     }
 
@@ -66,11 +66,10 @@ def page_data(runs: Sequence[Shown]) -> dict[str, Any]:
 def _classes(runs: Sequence[Shown]) -> dict[int, str]:
     """Names of the classes that occur."""
     probe = runs[0].run.probe
-    names = probe.class_names or ()
-    found = [] if probe.labels is None else [probe.labels]
+    found = [] if probe.labels is None else [probe.labels[probe.labels >= 0]]
     found += [one for shown in runs for one in (shown.run.targets, shown.run.logits.argmax(dim=2).flatten())]
     used = sorted(set(torch.cat(found).tolist()))
-    return {index: str(names[index]) if index < len(names) else f"class {index}" for index in used}
+    return {index: class_name(index, probe.class_names) for index in used}
 
 
 def _run(shown: Shown, methods: Sequence[str]) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def _run(shown: Shown, methods: Sequence[str]) -> dict[str, Any]:
         "name": shown.name,
         "taken": shown.taken,
         "steps": run.steps,
-        "output": _numbers(logits[:, :, 0]) if logits.shape[2] == 1 else None,
+        "output": _numbers(logits[:, torch.arange(len(targets)), targets]) if run.probe.regression else None,
         "prediction": logits.argmax(dim=2).tolist(),
         "confidence": _numbers(probability.amax(dim=2)),
         "target": targets.tolist(),
@@ -97,7 +96,7 @@ def _method(maps: Tensor, probe: Probe) -> dict[str, Any]:
     """Of maps (T, B, grid_h, grid_w)."""
     return {
         "grid": list(maps.shape[2:]),
-        "limit": colour_limit(maps[0].abs()),
+        "limit": colour_limit(maps[0]),
         "signed": bool((maps < 0).any()),
         "maps": [_text(quantised(times_uniform(each))) for each in maps],
         "drift": [_numbers(spearman(each, maps[0])) for each in maps],

@@ -58,15 +58,11 @@ function renderNow() {
 /** The colours with their ends. */
 function legendOf() {
   if (state.mode === 'plain') return ['The image itself.'];
-  const signed = isSigned(several ? 1 : 0);
-  const [limit, scale] = [shown(run(0).limit), signed ? changeScale : mapScale];
-  const canvas = element('canvas', { className: 'scale', width: 256, height: 1, 'aria-hidden': 'true' });
-  const pixels = new Uint8ClampedArray(1024);
-  for (let i = 0; i < 256; i++) {
-    const place = 4 * placeOn(scale, signed ? i / 127.5 - 1 : i / 255);
-    pixels.set(scale.table.subarray(place, place + 4), 4 * i);
-  }
-  canvas.getContext('2d')?.putImageData(new ImageData(pixels, 256, 1), 0, 0);
+  const signed = state.mode in { baseline: 0, previous: 0, run: 0 } || runs.some((_, r) => run(r).signed);
+  const [limit, width] = [shown(run(0).limit), signed ? 511 : 256];
+  const canvas = element('canvas', { className: 'scale', width, height: 1, 'aria-hidden': 'true' });
+  const pixels = new Uint8ClampedArray(colours.subarray(colours.length - 4 * width));
+  canvas.getContext('2d')?.putImageData(new ImageData(pixels, width, 1), 0, 0);
   return [signed ? `−${limit} ` : '0 ', canvas, ` ${signed ? '+' : ''}${limit} ${MODES[state.mode].unit}`];
 }
 
@@ -214,7 +210,7 @@ function prepare() {
     part('sort', 'select'),
     [...SORTS].map(([value, { name }]) => [value, name]),
   );
-  const classes = [...new Set(data.labels || runs[0].target)].sort((a, b) => a - b);
+  const classes = [...new Set(images.map(classOfImage).filter((each) => each !== null))].sort((a, b) => a - b);
   fill(part('class', 'select'), [
     ['', 'all'],
     ...classes.map((each) => /** @type {[string, string]} */ ([String(each), data.classes[each]])),

@@ -37,22 +37,17 @@
  * @property {number} images
  * @property {[number, number]} size  height and width of the pictures
  * @property {string[]} pictures  JPEG in base64
- * @property {number[] | null} labels
+ * @property {(number | null)[] | null} labels
  * @property {Record<number, string>} classes  names
  * @property {Record<string, string[]>} regions  a PNG of the mask for each image, in base64
- * @property {{map: StoredScale, change: StoredScale}} colours  of maps, and of what has both signs
- * @property {{floor: number, saturation: number}} backdrop  the picture under a map, see visualization/quantise.py
+ * @property {string} colours  of the values from −1 to 1 in RGBA, in base64; see visualization/quantise.py
+ * @property {number} floor  the darkest grey of a picture under a map, from 0 to 1
  * @property {Run[]} runs
- */
-/**
- * A colour scale, see visualization/quantise.py.
- * @typedef {{table: string, scale: number, offset: number}} StoredScale  with its table in base64
- * @typedef {{table: Uint8Array, scale: number, offset: number}} Scale
  */
 /** @typedef {{width: number, height: number, colour: Uint8ClampedArray, faded: Uint8ClampedArray}} Picture */
 /**
  * A map as it is drawn: its values in shares of the limit, row by row.
- * @typedef {{values: Float32Array, grid: [number, number], scale: Scale}} Layer
+ * @typedef {{values: Float32Array, grid: [number, number]}} Layer
  */
 /**
  * `plain`: the picture alone; `alone`: the map alone, on white.
@@ -76,21 +71,14 @@ function bytesOf(text, start, count) {
   return bytes;
 }
 
-/** @param {StoredScale} stored @returns {Scale} */
-function scaleFrom(stored) {
-  return { ...stored, table: bytesOf(stored.table, 0, Math.floor((stored.table.length * 3) / 16) * 4) };
-}
-
-const mapScale = scaleFrom(data.colours.map);
-const changeScale = scaleFrom(data.colours.change);
+const colours = bytesOf(data.colours, 0, 4 * 511);
 
 /**
- * The place of a value, a share of the limit, in the table of a scale.
- * @param {Scale} scale
+ * The place of a value, a share of the limit, among the colours.
  * @param {number} value
  */
-function placeOn({ table, scale, offset }, value) {
-  return Math.min(Math.max(Math.round(offset + scale * value), 0), table.length / 4 - 1);
+function placeOf(value) {
+  return Math.round(255 * (Math.min(Math.max(value, -1), 1) + 1));
 }
 
 /**
@@ -115,7 +103,7 @@ function mapOf(method, snapshot, image) {
  * @param {number} width
  * @param {number} height
  */
-function patchIndices({ values, grid: [rows, columns], scale }, width, height) {
+function patchIndices({ values, grid: [rows, columns] }, width, height) {
   const indices = new Uint16Array(width * height);
   for (let y = 0, drawn = -1; y < height; y++) {
     const row = Math.floor((y * rows) / height);
@@ -125,7 +113,7 @@ function patchIndices({ values, grid: [rows, columns], scale }, width, height) {
     }
     drawn = row;
     for (let x = 0; x < width; x++) {
-      indices[y * width + x] = placeOn(scale, values[row * columns + Math.floor((x * columns) / width)]);
+      indices[y * width + x] = placeOf(values[row * columns + Math.floor((x * columns) / width)]);
     }
   }
   return indices;
@@ -137,7 +125,7 @@ function patchIndices({ values, grid: [rows, columns], scale }, width, height) {
  * @param {number} width
  * @param {number} height
  */
-function smoothIndices({ values, grid: [rows, columns], scale }, width, height) {
+function smoothIndices({ values, grid: [rows, columns] }, width, height) {
   /** @param {number} pixel @param {number} pixels @param {number} count */
   const between = (pixel, pixels, count) => {
     const place = Math.min(Math.max(((pixel + 0.5) * count) / pixels - 0.5, 0), count - 1);
@@ -153,24 +141,23 @@ function smoothIndices({ values, grid: [rows, columns], scale }, width, height) 
       const { first, second, share } = across[x];
       const above = values[upper + first] * (1 - share) + values[upper + second] * share;
       const below = values[lower + first] * (1 - share) + values[lower + second] * share;
-      indices[y * width + x] = placeOn(scale, above * (1 - down.share) + below * down.share);
+      indices[y * width + x] = placeOf(above * (1 - down.share) + below * down.share);
     }
   }
   return indices;
 }
 
 /**
- * Each colour of a table as what it adds to a pixel, colour · a, and what it leaves of it, 1 − a.
- * @param {Uint8Array} table
+ * Each colour as what it adds to a pixel, colour · a, and what it leaves of it, 1 − a.
  * @param {Look} look
  */
-function mixedColours(table, look) {
-  const strongest = table.reduce((most, value, i) => (i % 4 === 3 ? Math.max(most, value) : most), 0);
-  const mixed = new Float32Array(table.length);
-  for (let i = 0; i < table.length; i += 4) {
-    const strength = look.alone ? table[i + 3] / strongest : (table[i + 3] / 255) * look.strength;
-    for (let channel = i; channel < i + 3; channel++) mixed[channel] = table[channel] * strength;
-    mixed[i + 3] = 1 - strength;
+function mixedColours(look) {
+  const strength = look.alone ? 255 / colours[3] : look.strength; // at the ends of the scale a map alone is opaque
+  const mixed = new Float32Array(colours.length);
+  for (let i = 0; i < colours.length; i += 4) {
+    const opacity = (colours[i + 3] / 255) * strength;
+    for (let channel = i; channel < i + 3; channel++) mixed[channel] = colours[channel] * opacity;
+    mixed[i + 3] = 1 - opacity;
   }
   return mixed;
 }
@@ -192,7 +179,7 @@ function paint(canvas, picture, layer, look) {
   else pixels.set(look.plain ? picture.colour : picture.faded);
   if (layer && !look.plain) {
     const indices = (look.smooth ? smoothIndices : patchIndices)(layer, width, height);
-    const mixed = mixedColours(layer.scale.table, look);
+    const mixed = mixedColours(look);
     for (let i = 0, p = 0; i < indices.length; i++, p += 4) {
       const c = indices[i] * 4;
       pixels[p] = pixels[p] * mixed[c + 3] + mixed[c];
@@ -225,14 +212,10 @@ async function pixelsOf(kind, text) {
  */
 async function pictureOf(image) {
   const { data: colour, width, height } = await pixelsOf('jpeg', data.pictures[image]);
-  const { floor, saturation } = data.backdrop;
   const faded = new Uint8ClampedArray(colour);
   for (let p = 0; p < faded.length; p += 4) {
-    // Rec. 601 luma, rounded as Pillow does.
-    const grey = (colour[p] * 19595 + colour[p + 1] * 38470 + colour[p + 2] * 7471 + 0x8000) >> 16;
-    for (let c = p; c < p + 3; c++) {
-      faded[c] = floor * 255 + (1 - floor) * (grey + saturation * (colour[c] - grey));
-    }
+    const grey = 0.299 * colour[p] + 0.587 * colour[p + 1] + 0.114 * colour[p + 2];
+    faded.fill(255 * data.floor + (1 - data.floor) * grey, p, p + 3);
   }
   return { width, height, colour, faded };
 }

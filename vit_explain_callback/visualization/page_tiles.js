@@ -43,7 +43,7 @@ const SORTS = new Map([
   ['now', { name: 'changed most now', key: (image) => least(runs.map((_, r) => run(r).drift[snapshots[r]][image])) }],
   ['probe', { name: 'as in the probe batch', key: (image) => image }],
 ]);
-if (data.labels) SORTS.set('label', { name: 'label', key: (image) => data.labels?.[image] ?? 0 });
+if (data.labels) SORTS.set('label', { name: 'label', key: (image) => data.labels?.[image] ?? Infinity });
 if (!runs[0].output)
   SORTS.set('flipped', { name: 'changed predictions first', key: (image) => -Number(flipped(image)) });
 for (const name of Object.keys(data.regions)) {
@@ -95,11 +95,6 @@ function valuesOf(r, image, snapshot) {
   return comparable ? values.map((value, patch) => value - other[patch]) : null;
 }
 
-/** Whether 0 stands in the middle of the colours of a run. @param {number} r */
-function isSigned(r) {
-  return run(r).signed || state.mode === 'baseline' || state.mode === 'previous' || (state.mode === 'run' && r > 0);
-}
-
 const pictures = /** @type {Promise<Picture>[]} */ ([]);
 
 /**
@@ -115,7 +110,7 @@ async function draw(canvas, r, image, snapshot) {
   const values = valuesOf(r, image, snapshot);
   // One limit for all runs: that of the first.
   const shares = values && values.map((value) => value / run(0).limit);
-  const layer = shares && { values: shares, grid: run(r).grid, scale: isSigned(r) ? changeScale : mapScale };
+  const layer = shares && { values: shares, grid: run(r).grid };
   paint(canvas, picture, layer, { strength, smooth: part('smooth', 'input').checked, plain, alone });
 }
 
@@ -188,14 +183,15 @@ function factsOf(r, image) {
   return {
     prediction: `${data.classes[now]} ${percent(each.confidence[snapshot][image] ?? NaN)}`,
     change: now === first ? '' : `was ${data.classes[first]}`,
-    wrong: data.labels !== null && data.labels[image] !== now,
+    wrong: ![now, null, undefined].includes(data.labels?.[image]),
   };
 }
 
 // ---- Tiles ----------------------------------------------------------------------------------------------------------
 
 /** A title for an image. @param {number} image */
-const titleOf = (image) => `${image}${data.labels ? ` · ${data.classes[data.labels[image]]}` : ''}`;
+const titleOf = (image) =>
+  [image, data.classes[data.labels?.[image] ?? -1]].filter((text) => text !== undefined).join(' · ');
 
 const tiles = images.map((image) => {
   const frames = runs.map((_, r) => frameOf(r, image));
@@ -238,6 +234,9 @@ function describeTile(tile) {
   });
 }
 
+/** The label of an image; its target where there are no labels. @param {number} image */
+const classOfImage = (image) => (data.labels || runs[0].target)[image];
+
 /** Put the tiles in order, and leave out those that the filters do. */
 function arrange() {
   const sort = SORTS.get(part('sort', 'select').value) || { key: (/** @type {number} */ image) => image };
@@ -246,8 +245,7 @@ function arrange() {
   const order = [...images].sort((a, b) => keys[a] - keys[b] || a - b);
   const passing = order.filter(
     (image) =>
-      (only === '' || String((data.labels || runs[0].target)[image]) === only) &&
-      (!part('flipped', 'input').checked || flipped(image)),
+      (only === '' || String(classOfImage(image)) === only) && (!part('flipped', 'input').checked || flipped(image)),
   );
   const list = part('tiles', 'ul');
   const items = passing.map((image) => tiles[image].item);

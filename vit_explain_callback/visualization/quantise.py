@@ -1,44 +1,22 @@
-"""Maps and colours in eight bits, as the page stores them.
-
-A colour scale is a `table` of RGBA bytes, A being the strength with which a colour lies on the picture, and the `scale`
-and `offset` of a value's place in it: round(offset + scale · value / limit), cut to the table's ends. The picture under
-it is floor + (1 − floor) · grey, with `saturation` of its colours left.
-"""
+"""Maps and colours in eight bits, as the page stores them."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import matplotlib
 import numpy as np
 from torch import Tensor
 
-from vit_explain_callback.visualization.overlay import DIFFERENCE_COLOURS, MAP_COLOURS
+from vit_explain_callback.visualization.colours import NEGATIVE, POSITIVE
 
 
-def _table(colours: str, strength: float) -> bytes:
-    table = (np.asarray(matplotlib.colormaps[colours](np.arange(256))) * 255).round()
-    table[:, 3] = round(strength * 255)
-    return table.astype(np.uint8).tobytes()
+def colour_table() -> bytes:
+    """The colours of −1, −254/255, …, 1 as RGBA bytes; A is the opacity. The value v has the place round(255 (v + 1)).
 
-
-# As `overlay` and `difference` draw by default.
-MAP: dict[str, Any] = {"table": _table(MAP_COLOURS, 0.6), "scale": 256, "offset": -0.5}
-"""The colours of a map without negative values."""
-CHANGE: dict[str, Any] = {"table": _table(DIFFERENCE_COLOURS, 0.7), "scale": 128, "offset": 127.5}
-"""The colours of a difference, and of a map with both signs."""
-BACKDROP = {"floor": 0.0, "saturation": 0.0}
-"""The picture under a map."""
-
-
-def times_uniform(maps: Tensor) -> Tensor:
-    """Maps (…, grid_h, grid_w) divided by the mean of their absolute values, in float64: 1 = uniform.
-
-    Of a map without negative values, a value divided by the number of patches is the patch's share of the map. NaN
-    where the mean is zero or not finite.
+    Example:
+        >>> len(colour_table()) // 4, list(colour_table()[255 * 4 :][:4])
+        (511, [224, 112, 255, 0])
     """
-    maps = maps.detach().cpu().double()
-    return maps / maps.abs().mean(dim=(-2, -1), keepdim=True)
+    table = np.concatenate([NEGATIVE[:0:-1], POSITIVE])
+    return (table * 255).round().astype(np.uint8).tobytes()
 
 
 def quantised(maps: Tensor) -> bytes:
