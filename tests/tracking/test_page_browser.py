@@ -217,7 +217,7 @@ def test_the_slider_moves_every_tile_every_marker_and_every_number(tmp_path: Pat
     tab = opened(run)
     tab.locator("#scalars button").first.evaluate("button => button.click()")  # without scrolling to it
     drift = torch.stack([spearman(maps, saved_maps(run)[0]) for maps in saved_maps(run)])
-    names = ("cat", "dog", "hare")
+    names, paths = ("cat", "dog", "hare"), sorted((run / "explanations").glob("step_*"))
     seen: list[tuple[list[bytes], set[str]]] = []
     for step, text in enumerate(("step 0", "step 10", "step 20", "step 40")):
         step_to(tab, step)
@@ -226,9 +226,11 @@ def test_the_slider_moves_every_tile_every_marker_and_every_number(tmp_path: Pat
         for image in range(4):
             said = tab.evaluate(f"tiles[{image}].drift.textContent")
             assert said == f"ρ {drift[step, image]:.2f}".replace("-", "−")
-            assert names[int(predictions(run)[step, image])] in tab.evaluate(
-                f"tiles[{image}].texts[0].prediction.textContent"
-            )
+            prediction, label = int(predictions(run)[step, image]), (0, 1, 2, 0)[image]
+            probability = Snapshot.load(paths[step]).explanation.probabilities[image, prediction]
+            said, stated = tab.evaluate(f"tiles[{image}].texts[0].prediction.textContent").split(" · p ")
+            assert said == f"{'' if prediction == label else '✗ '}{names[prediction]}"
+            assert float(stated) == pytest.approx(float(probability), abs=0.006)
         assert len(marker(tab)) == 1
         assert f"at {text.split()[1]}:" in tab.locator("#scalar svg[role=img]").get_attribute("aria-label")
         assert tab.locator("#blocks .cell").evaluate("cell => cell.style.left") == f"{step * 25}%"

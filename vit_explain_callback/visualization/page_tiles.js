@@ -69,8 +69,6 @@ const least = (values) =>
   values.reduce((/** @type {number} */ low, value) => Math.min(low, value ?? Infinity), Infinity);
 /** @param {number} image */
 const flipped = (image) => runs.some((each, r) => each.prediction[snapshots[r]][image] !== each.prediction[0][image]);
-/** @param {number} share */
-const percent = (share) => `${Math.round(share * 100)} %`;
 
 // ---- Maps -----------------------------------------------------------------------------------------------------------
 
@@ -178,12 +176,12 @@ function patchText(r, image, patch) {
 /** What is said of an image in a run. @param {number} r @param {number} image */
 function factsOf(r, image) {
   const [each, snapshot] = [runs[r], snapshots[r]];
-  if (each.output) return { prediction: `output ${shown(each.output[snapshot][image])}`, change: '', wrong: false };
+  if (each.output) return { prediction: `output ${shown(each.output[snapshot][image])}`, change: '' };
   const [now, first] = [each.prediction[snapshot][image], each.prediction[0][image]];
+  const wrong = ![now, null, undefined].includes(data.labels?.[image]);
   return {
-    prediction: `${data.classes[now]} ${percent(each.confidence[snapshot][image] ?? NaN)}`,
+    prediction: `${wrong ? '✗ ' : ''}${data.classes[now]} · p ${shown(each.confidence[snapshot][image], 2)}`,
     change: now === first ? '' : `was ${data.classes[first]}`,
-    wrong: ![now, null, undefined].includes(data.labels?.[image]),
   };
 }
 
@@ -228,8 +226,8 @@ function describeTile(tile) {
   const values = runs.map((_, r) => shown(run(r).drift[snapshots[r]][tile.image], 2));
   say(tile.drift, `ρ ${values.join(' | ')}`);
   tile.texts.forEach((text, r) => {
-    const { prediction, change, wrong } = factsOf(r, tile.image);
-    say(text.prediction, prediction + (wrong ? ' ✗' : ''));
+    const { prediction, change } = factsOf(r, tile.image);
+    say(text.prediction, prediction);
     say(text.change, change);
   });
 }
