@@ -118,7 +118,7 @@ def _mask(mask: Tensor, size: tuple[int, int]) -> str:
 
 def _encoded(picture: Image.Image, kind: str) -> str:
     file = io.BytesIO()
-    # Colours at full resolution: what another decoder makes of them differs by rounding only.
+    # Colours at full resolution: the edges of drawings stay sharp.
     picture.save(file, kind, **({"quality": _QUALITY, "subsampling": 0} if kind == "JPEG" else {}))
     return _text(file.getvalue())
 
