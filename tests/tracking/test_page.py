@@ -246,3 +246,5 @@ def test_sixty_snapshots_of_sixteen_images_take_less_than_three_megabytes(tmp_pa
 def test_unusual_runs_have_a_page(unusual: dict[str, Any], tmp_path: Path) -> None:
     data = data_of(page(save_run(tmp_path / "run", **unusual)))
     assert (data["runs"][0]["output"] is not None) == unusual.get("regression", False)
+    if "labels" in unusual:
+        assert data["labels"] == (None if unusual["labels"] is None else [0, None, 2, None])

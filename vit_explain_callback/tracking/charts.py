@@ -64,9 +64,9 @@ def charts(rows: Rows, methods: Sequence[str], regions: Sequence[str]) -> list[d
 
 def block_values(rows: Rows) -> dict[str, list[list[float | None]]]:
     """Scalars of the blocks by name: a row a block, first block first, with a value a snapshot."""
-    found = sorted(match.groups() for tag in rows[-1] if (match := _BLOCK.fullmatch(tag)))
+    found = [match.groups() for tag in rows[-1] if (match := _BLOCK.fullmatch(tag))]
     values: dict[str, list[list[float | None]]] = {}
-    for name, block in found:
+    for name, block in sorted(found, key=lambda each: (each[0], int(each[1]))):
         values.setdefault(name, []).append(curve(rows, f"{name}/block_{block}"))
     return values
 
