@@ -1,14 +1,19 @@
-"""Write files that appear whole or not at all, and read safetensors files."""
+"""Write files that appear whole or not at all; read safetensors files, and check what they hold."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @contextmanager
@@ -61,3 +66,50 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:
         raise ValueError(f"Expected {path} to be a safetensors file, but it cannot be read: {error}") from error
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[str, ...]]) -> None:
+    """Check that a file held the tensors of some names, of any size but none empty.
+
+    Args:
+        path: The file, for the error.
+        tensors: What it held.
+        shapes: A letter for each dimension by name; a letter is of one size in all of them.
+
+    Raises:
+        ValueError: If one is missing or has another shape.
+    """
+    sizes: dict[str, int] = {}
+    for name, letters in shapes.items():
+        if name not in tensors:
+            raise ValueError(f"Expected {path} to hold `{name}`, but it does not.")
+        shape = tuple(tensors[name].shape)
+        wanted = [f"{letter} = {sizes[letter]}" if letter in sizes else letter for letter in letters]
+        same = len(shape) == len(letters) and 0 not in shape
+        if not same or any(sizes.setdefault(letter, size) != size for letter, size in zip(letters, shape, strict=True)):
+            raise ValueError(f"Expected `{name}` in {path} of shape ({', '.join(wanted)}), but got {shape}.")
+
+
+def check_dtype(path: Path, tensors: Mapping[str, Tensor], name: str, allowed: tuple[torch.dtype, ...]) -> None:
+    """Check the dtype of a tensor that a file held.
+
+    Raises:
+        ValueError: If it is none of `allowed`.
+    """
+    if tensors[name].dtype not in allowed:
+        raise ValueError(f"Expected `{name}` in {path} of dtype {allowed[0]} or alike, but got {tensors[name].dtype}.")
+
+
+def read_json(path: Path, metadata: Mapping[str, str], name: str) -> object:
+    """A value from the text that a file held.
+
+    Raises:
+        ValueError: If it is missing, or no JSON.
+    """
+    if name not in metadata:
+        raise ValueError(f"Expected {path} to hold `{name}`, but it does not.")
+    try:
+        value: object = json.loads(metadata[name])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Expected `{name}` in {path} to be JSON, but it is not: {error}.") from error
+    return value

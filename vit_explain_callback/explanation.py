@@ -5,14 +5,22 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vit_explain_callback._files import read_tensors, write_tensors
+from vit_explain_callback._files import (
+    FLOATS,
+    INTEGERS,
+    check_dtype,
+    check_tensors,
+    read_json,
+    read_tensors,
+    write_tensors,
+)
 from vit_explain_callback.metrics.attention import BlockStatistics
 from vit_explain_callback.visualization.captions import class_caption, range_caption
 from vit_explain_callback.visualization.encode import png, rendered
@@ -20,6 +28,7 @@ from vit_explain_callback.visualization.grid import Cell, figure
 from vit_explain_callback.visualization.overlay import Picture, colour_limit, overlay, range_of, unnormalise
 
 _NUM_SHOWN = 8
+_LARGEST = 1e6  # of a mean or deviation
 
 
 @dataclass(frozen=True)
@@ -145,19 +154,21 @@ class Explanation:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is another kind of file.
+            ValueError: If it is another kind of file, or one that was changed since.
         """
-        tensors, metadata = read_tensors(Path(path))
+        path = Path(path)
+        tensors, metadata = read_tensors(path)
         if "methods" not in metadata:
             raise ValueError(f"Expected {path} to be written by `Explanation.save`, but it was not.")
-        about = {name: json.loads(value) for name, value in metadata.items()}
+        methods = _names(path, metadata, "methods")
+        class_names = None if metadata.get("class_names") == "null" else _names(path, metadata, "class_names")
+        _check_tensors(path, tensors, methods)
         found = cls.from_tensors(tensors)
-        mean_std = about["normalisation"]
         return replace(
             found,
-            maps={name: found.maps[name] for name in about["methods"]},
-            normalisation=None if mean_std is None else (tuple(mean_std[0]), tuple(mean_std[1])),
-            class_names=about["class_names"],
+            maps={name: found.maps[name] for name in methods},
+            normalisation=_normalisation(path, metadata),
+            class_names=class_names,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -210,3 +221,60 @@ def tensors_under(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     """Those whose names begin with `group/`, without it."""
     prefix = f"{group}/"
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _names(path: Path, metadata: Mapping[str, str], key: str) -> list[str]:
+    names = read_json(path, metadata, key)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"Expected `{key}` in {path} to be a list of names, but got {metadata[key][:80]}.")
+    return names
+
+
+def _normalisation(path: Path, metadata: Mapping[str, str]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    value = read_json(path, metadata, "normalisation")
+    if value is None:
+        return None
+    if not _are_channels(value):
+        text = metadata["normalisation"][:80]
+        raise ValueError(f"Expected `normalisation` in {path} to be a mean and a deviation a channel, but got {text}.")
+    mean, std = (tuple(map(float, numbers)) for numbers in value)  # type: ignore[attr-defined]
+    return mean, std
+
+
+def _are_channels(value: object) -> bool:
+    """Whether these are two lists of as many finite numbers."""
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(each, list) and each for each in value):
+        return False
+    numbers = [*value[0], *value[1]]
+    known = all(isinstance(number, int | float) and abs(number) < _LARGEST for number in numbers)
+    return known and len(value[0]) == len(value[1])
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], methods: Sequence[str]) -> None:
+    """Check that what a file held makes an explanation.
+
+    Raises:
+        ValueError: If not; it names the file and the tensor.
+    """
+    grid = ("grid_h", "grid_w")
+    shapes: dict[str, tuple[str, ...]] = {"logits": ("B", "C"), "target": ("B",)}
+    shapes |= {f"map/{name}": ("B", *grid) for name in methods}
+    if any(name.startswith("block/") for name in tensors):
+        maps = ("rows", "columns")
+        shapes |= {
+            f"block/{field.name}": ("B", "L", *(grid if field.name in maps else ()))
+            for field in fields(BlockStatistics)
+        }
+    unknown = [name for name in tensors if name.startswith("block/") and name not in shapes]
+    if unknown:
+        raise ValueError(f"Expected {path} to hold statistics of blocks that are known, but got `{unknown[0]}`.")
+    if "images" in tensors:
+        shapes["images"] = ("B", "channels", "height", "width")
+    check_tensors(path, tensors, shapes)
+    for name in shapes:
+        check_dtype(path, tensors, name, INTEGERS if name == "target" else FLOATS)
+    target, classes = tensors["target"], tensors["logits"].shape[1]
+    if target.min() < 0 or target.max() >= classes:
+        raise ValueError(
+            f"Expected `target` in {path} to be classes in 0 … {classes - 1}, but got {target.tolist()[:8]}."
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,53 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data.transforms_factory import create_transform
 
+from tests.cli.photographs import ANIMALS, NAME, OWN, checkpoint, index, photograph
 from tests.models import randomised
 from vit_explain_callback import explain
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.photograph import View
 
-NAME = "vit_tiny_patch16_224"
-ANIMALS = ["cat", "dog", "hare", "fox", "owl"]
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models that the command makes by name are small; from the hub come random weights."""
-    create = timm.create_model
-
-    def create_small(name: str, pretrained: bool = False, **options: Any) -> Any:
-        shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-        model: Any = create(name, **((shape if name.startswith(("vit", "deit")) else {}) | options))
-        model.pretrained_cfg["input_size"] = (3, 32, 32)
-        return randomised(model, 7).eval() if pretrained else model
-
-    monkeypatch.setattr(timm, "create_model", create_small)
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a photograph, a checkpoint of five classes, and nothing else."""
-    monkeypatch.chdir(tmp_path)
-    photograph("both.png", 0)
-    save_file(checkpoint().state_dict(), "own.safetensors")
-    return tmp_path
-
-
-def checkpoint() -> Any:
-    return randomised(timm.create_model(NAME, num_classes=5), 3).eval()
-
-
-def photograph(path: str, seed: int, size: tuple[int, int] = (40, 48)) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
-
-
-OWN = ["--model", NAME, "--checkpoint", "own.safetensors", "--device", "cpu", "--class_names", *ANIMALS]
-
-
-def index(folder: str = "explanations") -> Any:
-    return json.loads((Path(folder) / "explanations.json").read_text(encoding="utf-8"))
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 def transformed(model: Any, path: str) -> torch.Tensor:

@@ -214,7 +214,8 @@ OTHER_PACKAGE = """
     import lightning.pytorch
     sys.modules["pytorch_lightning"] = lightning.pytorch
     from pathlib import Path
-    from tests.laws.test_training_never_notices import Configuration, ViTExplainCallback, differing, outcome
+    from tests.bits import differing
+    from tests.laws.test_training_never_notices import Configuration, ViTExplainCallback, outcome
     assert issubclass(ViTExplainCallback, lightning.pytorch.Callback)
     folder = Path(sys.argv[1])
     callback = ViTExplainCallback(every_n_steps=1, on_error="raise")

@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from tests.laws.user_project import Case, check
+from tests.laws.user_project import NAMED, Case, check, leave
 from tests.models import CLASSES
 from tests.runs import fit
 from tests.situations.project import LABELS, Project, loader, training
@@ -125,3 +125,12 @@ def test_the_best_checkpoint_is_that_of_the_users_metric(tmp_path: Path) -> None
         return keep.best_model_score
 
     assert best([], tmp_path / "without").equal(best([ViTExplainCallback()], tmp_path / "with"))
+
+
+def test_what_is_ours_stands_under_one_prefix(tmp_path: Path) -> None:
+    """So that no name of the user's can be taken."""
+    without = leave(Case(NO_THREAD, "names such as `probe/accuracy`"), tmp_path / "without", []).everything
+    found = leave(Case(NO_THREAD, "as above"), tmp_path / "with", [ViTExplainCallback()]).everything
+    for part in NAMED:
+        ours = found[part].keys() - without[part].keys()
+        assert [name for name in ours if not name.startswith("explain/")] == []

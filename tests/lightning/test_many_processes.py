@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.laws.test_training_never_notices import differing
+from tests.bits import differing
 from tests.models import tiny_vit
 from tests.runs import Pictures
 from vit_explain_callback import explain

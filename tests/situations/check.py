@@ -20,6 +20,7 @@ from vit_explain_callback import ViTExplainCallback
 
 PATCH, BLOCKS = 8, 3
 METHODS = ("rollout", "grad_rollout")
+FAILED = re.compile("failed|cannot (write|conclude)")
 
 
 @dataclass
@@ -82,7 +83,7 @@ def reference(situation: Situation, state: dict[str, Tensor] | None = None) -> n
 
 
 def check_said(situation: Situation, found: Run) -> None:
-    assert [text for text in found.said if "failed" in text or "cannot" in text] == []
+    assert [text for text in found.said if FAILED.search(text)] == []
     if situation.says is not None:
         assert len([text for text in found.said if re.search(situation.says, text)]) == 1, found.said
 
@@ -131,8 +132,13 @@ def check_maps(situation: Situation, snapshot: Any, model: nn.Module, fed: Tenso
     if situation.kind == "classes" and situation.labels is not None:
         known = [situation.labels[place] for place in places]
         assert [was for was, label in zip(target, known, strict=True) if label >= 0] == [k for k in known if k >= 0]
+    for module in model.modules():
+        if hasattr(module, "grad_checkpointing"):  # the oracle asks for gradients of what is inside
+            module.grad_checkpointing = False
     with torch.no_grad():
-        assert snapshot.logits.shape == model.eval()(fed.float()).shape, "other outputs than the loss is computed of"
+        assert snapshot.logits.shape == model.float().eval()(fed.float()).shape, (
+            "other outputs than the loss is computed of"
+        )
     matrices = oracle.matrices(model, fed, target)
     torch.testing.assert_close(
         snapshot.logits.double(), matrices.logits, rtol=situation.tolerance, atol=situation.tolerance

@@ -144,7 +144,7 @@ SITUATIONS = {
     ),
     "a stream that only works in a worker": STREAM,
     "a stream without a sanity check": replace(
-        STREAM, first_step=2, says="step 2", trainer={"num_sanity_val_steps": 0, "max_epochs": 2}
+        STREAM, first_step=2, says="first validation|step 2", trainer={"num_sanity_val_steps": 0, "max_epochs": 2}
     ),
     "worker_init_fn opens the data": Situation(
         source="pytorch#14612",

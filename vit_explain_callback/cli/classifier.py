@@ -64,6 +64,7 @@ class Classifier:
         checkpoint: Path | None = None,
         image_size: int | None = None,
         class_names: Sequence[str] | None = None,
+        prefix: str | None = None,
     ) -> Classifier:
         """A timm model with weights from the hub, or from a file of timm, Lightning or safetensors.
 
@@ -72,6 +73,7 @@ class Classifier:
             checkpoint: The file.
             image_size: Side of its images in pixels; default: the model's own.
             class_names: Name of each class; default: those of ImageNet if it has as many classes.
+            prefix: Of the model's names in the file, needed where it holds several models.
 
         Raises:
             OSError: If the weights cannot be fetched or found.
@@ -81,7 +83,7 @@ class Classifier:
         options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
         try:
             if checkpoint is not None:
-                model = with_weights(name, Weights.read(checkpoint), **options)
+                model = with_weights(name, Weights.read(checkpoint, prefix), **options)
             else:
                 with _quiet_hub():
                     model = timm.create_model(name, pretrained=True, **options)
@@ -125,8 +127,12 @@ class Classifier:
         try:
             with _quiet_hub():
                 # Before the model: it is smaller, and as likely to be missing.
-                processor: Any = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
-                model, found = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+                processor: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                    name, trust_remote_code=False
+                )
+                model, found = AutoModelForImageClassification.from_pretrained(
+                    name, output_loading_info=True, trust_remote_code=False
+                )
         except OSError as error:
             raise OSError(
                 f"{name} is neither a folder of an image classifier and its image processor nor to be had from the hub "

@@ -11,6 +11,7 @@ import torch
 
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.photograph import Photograph
+from vit_explain_callback.cli.results import ResultFolder, result_name
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method
@@ -43,7 +44,7 @@ def compare(
         The files.
 
     Raises:
-        OSError: If the photograph cannot be read.
+        OSError: If the photograph cannot be read, or a result not be written.
         ValueError: If the model cannot be explained or has no classifier, or a method has no such options.
     """
     photograph, image = Photograph.read(path, classifier.view)
@@ -55,10 +56,13 @@ def compare(
         logits = explainer.logits(images)[0]
         classes = logits.topk(min(2, len(logits))).indices.tolist()
     found = [explanation.cpu() for explanation in explainer.for_targets(images, list(classes))]
-    output.mkdir(parents=True, exist_ok=True)
-    files = [output / f"{path.stem}.compare.png", output / f"{path.stem}.sweep.gif"]
-    files[0].write_bytes(_figure(classifier, fused, photograph, found))
-    files[1].write_bytes(_sweep(classifier, sweep, photograph, found))
+    name = result_name(Path(path.stem))
+    folder = ResultFolder(output, [path])
+    files = [
+        folder.write(f"{name}.compare.png", _figure(classifier, fused, photograph, found)),
+        folder.write(f"{name}.sweep.gif", _sweep(classifier, sweep, photograph, found)),
+    ]
+    folder.write_index({})
     return files
 
 

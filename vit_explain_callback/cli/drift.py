@@ -63,6 +63,7 @@ def explain_series(
     batch_size: int | None = None,
     device: str = "cpu",
     check_every: int | None = 5,
+    prefix: str | None = None,
 ) -> None:
     """Write a snapshot of each checkpoint to `folder/explanations`; what is there already is kept.
 
@@ -79,19 +80,20 @@ def explain_series(
         batch_size: Images explained in one pass.
         device: Device to compute on.
         check_every: Checkpoints between those of which noise floor and faithfulness are measured, or None.
+        prefix: Of the model's names in the checkpoints, needed where they hold several models.
 
     Raises:
         FileNotFoundError: If a checkpoint is not there.
         ValueError: If one does not fit the model, or if the folder holds results of other images or methods.
     """
     folder = folder / "explanations"
-    steps = _steps([Weights.read(path) for path in checkpoints])
+    steps = _steps([Weights.read(path, prefix) for path in checkpoints])
     probe = Probe.of(images, normalisation=normalisation(timm.create_model(name)), num_shown=num_shown)
     kept = _kept(folder, probe, methods)
     series = list(zip(steps, checkpoints, strict=True))
 
     def explainer(path: Path) -> Explainer:
-        return Explainer(with_weights(name, Weights.read(path)).to(device), methods)
+        return Explainer(with_weights(name, Weights.read(path, prefix)).to(device), methods)
 
     missing = [path for step, path in series if step not in kept]
     if not missing:

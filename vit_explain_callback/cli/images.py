@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.photograph import Photograph, image_files
+from vit_explain_callback.cli.results import ResultFolder, result_name
+from vit_explain_callback.cli.terminal import complain, printable, say
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.metrics.maps import is_degenerate
 from vit_explain_callback.visualization.captions import DEGENERATE, class_caption
+from vit_explain_callback.visualization.encode import png
 from vit_explain_callback.visualization.overlay import Picture, colour_limit
 from vit_explain_callback.visualization.text import colour_bar, with_strip
 
-INDEX = "explanations.json"
 _TOP = 5
 _NARROWEST = 240  # pixels that the text under a picture needs
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def explain_gallery(
@@ -37,12 +41,13 @@ def explain_gallery(
     output: Path,
     classes: Sequence[int] = (),
     batch_size: int = 8,
-) -> list[str]:
-    """Write overlay and raw map of each image, method and class, and `explanations.json` when all is done.
+) -> dict[str, Any]:
+    """Write overlay and raw map of each image, method and class, and `explanations.json` at the end.
 
     The files are `NAME.METHOD.png` and `NAME.METHOD.npy`, for methods that depend on the class
     `NAME.METHOD.classINDEX.png` and so on. NAME is the image's own without its ending, for an image out of a folder
-    with the way to it from there; the second of the same name is `NAME-2`.
+    with the way to it from there; the second of the same name is `NAME-2`. Long names are cut, and what cannot be
+    printed in them becomes `_`. What one image stands in the way of is said, and the others are explained.
 
     Args:
         classifier: Model, transform and names.
@@ -53,43 +58,64 @@ def explain_gallery(
         batch_size: Images in one pass, and in memory.
 
     Returns:
-        A line for each image that could not be read.
+        What `explanations.json` holds: `model`, `methods`, an entry of `images` for each that was explained, and a line
+        of `failed` for each that was not.
 
     Raises:
         FileNotFoundError: If there is no image.
+        OSError: If the folder cannot be written.
         ValueError: If the model cannot be explained.
     """
     named = _named_files(sources, output)
     if not named:
-        raise FileNotFoundError(f"There is no image in {', '.join(map(str, sources))}.")
+        raise FileNotFoundError(f"There is no image in {', '.join(map(str, sources))} that is not in {output}.")
     explainer = Explainer(classifier.model, methods)
-    output.mkdir(parents=True, exist_ok=True)
+    folder = ResultFolder(output, [path for _, path in named])
+    images: list[dict[str, Any]] = []
     failed: list[str] = []
-    about = {"model": classifier.name, "methods": [method.name for method in explainer.methods]}
-    with (
-        _index(output / INDEX, about, failed) as index,
-        tqdm(total=len(named), unit="image", file=sys.stderr, disable=len(named) < 2) as progress,
-    ):
-        for names, photographs, images in _batches(classifier, named, batch_size, progress, failed):
-            found = explainer.for_targets(images, list(classes) or [None], batch_size)
-            found = [explanation.cpu() for explanation in found]
-            for place, (name, photograph) in enumerate(zip(names, photographs, strict=True)):
-                index(_write(classifier, explainer.methods, name, photograph, found, place, output))
+    index = {
+        "model": classifier.name,
+        "methods": [method.name for method in explainer.methods],
+        "images": images,
+        "failed": failed,
+    }
+    silent = len(named) < 2 or sys.stderr is None
+    try:
+        with tqdm(total=len(named), unit="image", file=sys.stderr, disable=silent) as progress:
+            for entry in _explained(classifier, explainer, named, classes, batch_size, folder):
+                with progress.external_write_mode():
+                    if isinstance(entry, str):
+                        failed.append(entry)
+                        complain(entry)
+                    else:
+                        images.append(entry)
+                        if len(images) == 1:
+                            _show(output / entry["explanations"][0]["overlay"])
                 progress.update()
-    return failed
+    except BaseException:
+        if images:
+            folder.write_index(index)  # what is done stays known
+        raise
+    folder.write_index(index)
+    return index
+
+
+def _show(picture: Path) -> None:
+    with suppress(OSError):  # the table says it again, and raises, when nothing can be lost any more
+        say(str(picture))
 
 
 def _named_files(sources: Sequence[Path], output: Path) -> list[tuple[str, Path]]:
     """Each image with the name of its results."""
     named: list[tuple[str, Path]] = []
     taken: set[str] = set()
-    own = output.resolve()
+    own = Path(os.path.realpath(output))
     for source in sources:
-        if source.is_dir():
-            files = [path for path in image_files(source) if own not in path.resolve().parents]
-            names = [path.relative_to(source).with_suffix("").as_posix() for path in files]
+        if os.path.isdir(source):
+            files = [path for path in image_files(source) if own not in Path(os.path.realpath(path)).parents]
+            names = [result_name(path.relative_to(source).with_suffix("")) for path in files]
         else:
-            files, names = [source], [source.stem]
+            files, names = [source], [result_name(Path(source.stem))]
         for path, name in zip(files, names, strict=True):
             free, count = name, 1
             while free.casefold() in taken:  # some file systems do not tell A from a
@@ -100,10 +126,37 @@ def _named_files(sources: Sequence[Path], output: Path) -> list[tuple[str, Path]
     return named
 
 
+def _explained(
+    classifier: Classifier,
+    explainer: Explainer,
+    named: Sequence[tuple[str, Path]],
+    classes: Sequence[int],
+    batch_size: int,
+    folder: ResultFolder,
+) -> Iterator[dict[str, Any] | str]:
+    """The entry of each image, once its files are written, or what is wrong with it."""
+    for batch in _batches(classifier, named, batch_size):
+        if isinstance(batch, str):
+            yield batch
+            continue
+        names, photographs, images = batch
+        found = explainer.for_targets(images, list(classes) or [None], batch_size)
+        found = [explanation.cpu() for explanation in found]
+        for place, (name, photograph) in enumerate(zip(names, photographs, strict=True)):
+            image = _ExplainedImage(classifier, photograph, found, place)
+            try:
+                entry: dict[str, Any] | str = image.write(name, explainer.methods, folder)
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    raise
+                entry = f"{photograph.path}: {error}"
+            yield entry
+
+
 def _batches(
-    classifier: Classifier, named: Sequence[tuple[str, Path]], size: int, progress: Any, failed: list[str]
-) -> Iterator[tuple[list[str], list[Photograph], Tensor]]:
-    """Read images of one shape, `size` at a time; what cannot be read is said at once and added to `failed`."""
+    classifier: Classifier, named: Sequence[tuple[str, Path]], size: int
+) -> Iterator[tuple[list[str], list[Photograph], Tensor] | str]:
+    """Read images of one shape, `size` at a time; a line for what cannot be read."""
     waiting: list[tuple[str, Photograph, Tensor]] = []
 
     def batch() -> tuple[list[str], list[Photograph], Tensor]:
@@ -115,9 +168,10 @@ def _batches(
         try:
             photograph, image = Photograph.read(path, classifier.view)
         except OSError as error:
-            failed.append(str(error))
-            progress.write(f"vit-explain: {error}", file=sys.stderr)
-            progress.update()
+            yield str(error)
+            continue
+        except ValueError as error:  # a shape that the model's transform cannot take
+            yield f"{path}: {error}"
             continue
         if waiting and (len(waiting) == size or waiting[0][2].shape != image.shape):
             yield batch()
@@ -126,59 +180,71 @@ def _batches(
         yield batch()
 
 
-def _write(
-    classifier: Classifier,
-    methods: Sequence[Method],
-    name: str,
-    photograph: Photograph,
-    found: Sequence[Explanation],
-    place: int,
-    output: Path,
-) -> dict[str, Any]:
-    """Write the files of one image; its entry in the index."""
-    first = found[0]
-    probabilities = first.probabilities[place]
+class _ExplainedImage:
+    """One image of a batch, with what was found for each target class."""
 
-    def described(index: int) -> dict[str, Any]:
-        return {
-            "index": index,
-            "name": classifier.class_name(index),
-            "probability": round(probabilities[index].item(), 6),
-        }
+    def __init__(
+        self, classifier: Classifier, photograph: Photograph, found: Sequence[Explanation], place: int
+    ) -> None:
+        self._classifier, self._photograph = classifier, photograph
+        self._probabilities = found[0].probabilities[place]
+        self._maps = [
+            (int(each.target[place]), {name: maps[place] for name, maps in each.maps.items()}) for each in found
+        ]
 
-    top = [described(index) for index in probabilities.topk(min(_TOP, len(probabilities))).indices.tolist()]
-    targets = [int(explanation.target[place]) for explanation in found]
-    files: list[dict[str, Any]] = []
-    for method in methods:
-        of_class = method.needs_target
-        for target, explanation in list(zip(targets, found, strict=True))[: None if of_class else 1]:
-            relevance = explanation.maps[method.name][place]
-            degenerate = bool(is_degenerate(relevance[None]))
-            limit = colour_limit(relevance[None])
-            stem = f"{name}.{method.name}" + (f".class{target}" if of_class else "")
-            (output / stem).parent.mkdir(parents=True, exist_ok=True)
-            shown = target if of_class else top[0]["index"]
-            about = "target" if of_class else "predicted"
-            line = f"{about} {class_caption(shown, probabilities, classifier.class_names)}"
-            lines = [line if classifier.num_classes else photograph.path.name, method.name]
-            if degenerate:
-                lines.append(f"{DEGENERATE}: nothing to show")
-            picture = _captioned(photograph.overlay(relevance, limit), lines, limit, bool((relevance < 0).any()))
-            Image.fromarray(picture).save(output / f"{stem}.png")
-            np.save(output / f"{stem}.npy", relevance.numpy())
-            files.append(
-                {
-                    "method": method.name,
-                    "target": target if of_class else None,
-                    "overlay": f"{stem}.png",
-                    "map": f"{stem}.npy",
-                    "limit": None if degenerate else limit,
-                }
-            )
-    entry: dict[str, Any] = {"file": str(photograph.path), "size": photograph.size, "seen": photograph.seen}
-    if classifier.num_classes:
-        entry |= {"prediction": top[0], "top5": top, "targets": [described(target) for target in targets]}
-    return entry | {"explanations": files}
+    def write(self, name: str, methods: Sequence[Method], folder: ResultFolder) -> dict[str, Any]:
+        """Write overlay and map of each method and class; the image's entry in the index.
+
+        Raises:
+            OSError: If a file cannot be written.
+        """
+        files: list[dict[str, Any]] = []
+        for method in methods:
+            for target, maps in self._maps if method.needs_target else self._maps[:1]:
+                of_class = target if method.needs_target else None
+                stem = f"{name}.{method.name}" + ("" if of_class is None else f".class{of_class}")
+                relevance = maps[method.name]
+                degenerate = bool(is_degenerate(relevance[None]))
+                limit = colour_limit(relevance[None])
+                lines = [self._caption(of_class), method.name]
+                if degenerate:
+                    lines.append(f"{DEGENERATE}: nothing to show")
+                signed = bool((relevance < 0).any())
+                picture = _captioned(self._photograph.overlay(relevance, limit), lines, limit, signed)
+                folder.write(f"{stem}.png", png(picture))
+                folder.write(f"{stem}.npy", _npy(relevance))
+                paths = {"overlay": f"{stem}.png", "map": f"{stem}.npy", "limit": None if degenerate else limit}
+                files.append({"method": method.name, "target": of_class} | paths)
+        return self._entry() | {"explanations": files}
+
+    def _entry(self) -> dict[str, Any]:
+        photograph = self._photograph
+        entry: dict[str, Any] = {"file": str(photograph.path), "size": photograph.size, "seen": photograph.seen}
+        if self._classifier.num_classes:
+            top = self._top()
+            targets = [self._described(target) for target, _ in self._maps]
+            entry |= {"prediction": top[0] if top else None, "top5": top, "targets": targets}
+        return entry
+
+    def _top(self) -> list[dict[str, Any]]:
+        """The most probable classes, the first one first; none where the logits are not finite."""
+        if not self._probabilities.isfinite().all():
+            return []
+        count = min(_TOP, len(self._probabilities))
+        return [self._described(index) for index in self._probabilities.topk(count).indices.tolist()]
+
+    def _described(self, index: int) -> dict[str, Any]:
+        probability = round(self._probabilities[index].item(), 6)
+        return {"index": index, "name": self._classifier.class_name(index), "probability": probability}
+
+    def _caption(self, target: int | None) -> str:
+        if not self._classifier.num_classes:
+            return printable(self._photograph.path.name)
+        top = self._top()
+        if target is None and not top:
+            return "no prediction: the logits are not finite"
+        shown, role = (top[0]["index"], "predicted") if target is None else (target, "target")
+        return f"{role} {class_caption(shown, self._probabilities, self._classifier.class_names)}"
 
 
 def _captioned(picture: Picture, lines: Sequence[str], limit: float, signed: bool) -> Picture:
@@ -190,26 +256,7 @@ def _captioned(picture: Picture, lines: Sequence[str], limit: float, signed: boo
     return np.concatenate([picture, colour_bar(limit, picture.shape[1], signed)])
 
 
-@contextmanager
-def _index(path: Path, about: dict[str, Any], failed: Sequence[str]) -> Iterator[Any]:
-    """Write a JSON file entry by entry; it appears when it is whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(about, ensure_ascii=False)[:-1] + ', "images": [')
-            count = 0
-
-            def add(entry: dict[str, Any]) -> None:
-                nonlocal count
-                _add(file, entry, count)
-                count += 1
-
-            yield add
-            file.write(f'\n], "failed": {json.dumps(list(failed), ensure_ascii=False)}}}\n')
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _add(file: IO[str], entry: dict[str, Any], count: int) -> None:
-    file.write((",\n" if count else "\n") + json.dumps(entry, ensure_ascii=False))
+def _npy(relevance: Tensor) -> bytes:
+    file = io.BytesIO()
+    np.save(file, relevance.numpy())
+    return file.getvalue()

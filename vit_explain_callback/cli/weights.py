@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import pickle
+import re
 import sys
+import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+_STATES = ("state_dict_ema", "model_ema", "state_dict", "model")  # where timm looks, in its order
 
 
 @dataclass(frozen=True)
@@ -20,15 +28,21 @@ class Weights:
         path: The file.
         tensors: By name.
         step: Optimiser steps taken before it was written, if it says so, as Lightning's checkpoints do.
+        prefix: Of the names of the model to take, where the file holds several; None: the only one.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     step: int | None
+    prefix: str | None = None
 
     @classmethod
-    def read(cls, path: Path) -> Weights:
-        """Read any file that timm can read, without running code that it might hold.
+    def read(cls, path: Path, prefix: str | None = None) -> Weights:
+        """Read any file of tensors that timm reads, or a Lightning checkpoint, without running code that it might hold.
+
+        Args:
+            path: A safetensors file if it is named so, else one of `torch.save`.
+            prefix: Of the names of the model to take, as `student`; needed where there are several.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -37,10 +51,8 @@ class Weights:
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         try:
-            if path.suffix != ".ckpt":
-                return cls(path, timm.models.load_state_dict(str(path)), None)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            return cls(path, checkpoint["state_dict"], checkpoint.get("global_step"))
+            content = load_file(path) if path.suffix.lower() == ".safetensors" else _unpickled(path)
+            return cls(path, _state(content), _step(content), prefix)
         except Exception as error:
             raise ValueError(f"{path} cannot be read as weights: {error}") from error
 
@@ -48,14 +60,61 @@ class Weights:
         """The tensors by the names and in the shapes that `model` has for them, as far as timm can convert them.
 
         A prefix that the file gives to all of the model's names, as a LightningModule does, is taken off.
+
+        Raises:
+            ValueError: If the file holds several such models and no `prefix` says which, or what timm cannot convert.
         """
         own = model.state_dict()
-        last = max(own, key=lambda name: name.count("."))  # a name that says much
-        prefixes = {name.removesuffix(last) for name in self.tensors if name.endswith(last)} | {""}
-        prefix = max(sorted(prefixes), key=lambda prefix: sum(prefix + name in self.tensors for name in own))
+        name = type(model).__name__
+        prefix = self._only_prefix(own, name) if self.prefix is None else self._stated_prefix(own)
         state = {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
         adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        return adapt(state, model) if adapt else state
+        if adapt is None:
+            return state
+        try:
+            converted: dict[str, Tensor] = adapt(state, model)
+        except Exception as error:
+            raise ValueError(f"{self.path} does not fit {name}: {error}") from error
+        return converted
+
+    def _prefixes(self, own: Mapping[str, Tensor]) -> list[str]:
+        """What stands before a model's names in this file, wherever one of its longest is found."""
+        last = max(own, key=lambda name: name.count("."))  # a name that says much
+        return sorted({name.removesuffix(last) for name in self.tensors if name.endswith(last)} | {""})
+
+    def _only_prefix(self, own: Mapping[str, Tensor], model: str) -> str:
+        prefixes = self._prefixes(own)
+        held = {prefix: [name for name in own if prefix + name in self.tensors] for prefix in prefixes}
+        fitting = {
+            prefix: [name for name in names if self.tensors[prefix + name].shape == own[name].shape]
+            for prefix, names in held.items()
+        }
+        best = max(prefixes, key=lambda prefix: (len(fitting[prefix]), len(held[prefix])))
+        rivals = [prefix for prefix in prefixes if prefix != best and len(fitting[prefix]) >= len(own) / 2]
+        others = [prefix for prefix in rivals if not self._same(held[best], best, prefix)]
+        if others:
+            names = " and ".join(repr(prefix) for prefix in sorted([best, *others]))
+            raise ValueError(
+                f"Expected {self.path} to hold one {model}, but it holds {1 + len(others)}, whose names begin with "
+                f"{names}: choose one, as in --prefix {next(filter(None, [best, *others])).rstrip('.')}."
+            )
+        return best
+
+    def _same(self, names: list[str], one: str, other: str) -> bool:
+        """Whether the tensors of two prefixes are equal, as of one model under two names."""
+        return all(
+            other + name in self.tensors and torch.equal(self.tensors[one + name], self.tensors[other + name])
+            for name in names
+        )
+
+    def _stated_prefix(self, own: Mapping[str, Tensor]) -> str:
+        prefix = f"{self.prefix}." if self.prefix and not self.prefix.endswith(".") else self.prefix or ""
+        if not any(name.startswith(prefix) for name in self.tensors):
+            known = ", ".join(each.rstrip(".") for each in self._prefixes(own) if each) or "none before such a model"
+            raise ValueError(
+                f"Expected `prefix` to begin names in {self.path}, but got {self.prefix!r}: it holds {known}."
+            )
+        return prefix
 
     def load_into(self, model: nn.Module) -> list[str]:
         """Load what fits, and give the names of the model's tensors that were left as they were.
@@ -95,3 +154,42 @@ def with_weights(name: str, weights: Weights, **options: Any) -> Any:
     if fresh:
         raise ValueError(f"{weights.path} does not hold all of {name}; {', '.join(fresh[:5])} … are missing.")
     return model
+
+
+def _unpickled(path: Path) -> object:
+    """The content of a file of `torch.save`, of tensors and plain values only.
+
+    Raises:
+        ValueError: If it holds anything else.
+    """
+    if tarfile.is_tarfile(path):  # torch itself refuses these since 2.6, after CVE-2025-32434
+        raise ValueError("it is of torch's format of 2016; load and save it with torch again")
+    try:
+        # Training checkpoints of timm hold their options in one.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise ValueError("it is no file of torch.save, or a broken one") from error
+        raise ValueError(
+            f"it holds more than tensors ({refused[1]}), which may run code and is not loaded. If you trust where it "
+            "comes from, load it in Python and save its state dictionary alone, torch.save(state_dict, FILE)"
+        ) from error
+
+
+def _state(content: object) -> dict[str, Tensor]:
+    """The tensors of the state dictionary in a checkpoint, by names without what wrappers put before them."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"expected tensors by name, but it holds a {type(content).__name__}")
+    state = next((content[key] for key in _STATES if isinstance(content.get(key), Mapping)), content)
+    named = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not named:
+        raise ValueError("it holds no tensors by name")
+    cleaned: dict[str, Tensor] = timm.models.clean_state_dict(named)
+    return cleaned
+
+
+def _step(content: object) -> int | None:
+    step = content.get("global_step") if isinstance(content, Mapping) else None
+    return step if isinstance(step, int) and step >= 0 else None

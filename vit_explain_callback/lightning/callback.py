@@ -185,7 +185,7 @@ class ViTExplainCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the trainer and its module."""
-        if self._fit is not None:
+        if self._fit is not None and stage == "fit":
             self._fit.release()
 
     def state_dict(self) -> dict[str, Any]:

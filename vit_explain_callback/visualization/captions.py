@@ -25,6 +25,7 @@ def class_name(index: int, class_names: Sequence[str] | None) -> str:
     """
     known = class_names is not None and 0 <= index < len(class_names)
     name = " ".join(str(class_names[index]).split()) if known and class_names is not None else ""
+    name = "".join(letter if letter.isprintable() else "?" for letter in name[: 100 * NAME_LENGTH])
     if len(name) > NAME_LENGTH:
         # Names of breeds and species differ at both ends.
         name = f"{name[: NAME_LENGTH // 2]}…{name[1 - NAME_LENGTH // 2 :]}"

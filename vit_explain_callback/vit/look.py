@@ -50,14 +50,23 @@ def look(model: nn.Module, run: Callable[[], object], vit: str | None = None) ->
     called: list[tuple[tuple[Any, ...], Any]] = []
     names = {module: name for name, module in model.named_modules()}
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = (part for part in (*args, *kwargs.values()) if isinstance(part, Tensor) and part.ndim == 4)
-        images.extend((names[module], part) for part in given)
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def noted(part: Any) -> Any:
+            if not isinstance(part, Tensor) or part.ndim != 4:
+                return part
+            if not recorder.calls:  # a copy, as it may be normalised in place
+                images.append((names[module], part.detach().clone()))
+            # The graph begins here, as no parameter of a twin asks for a gradient.
+            begins = part.is_floating_point() and not part.requires_grad
+            return part.detach().requires_grad_().clone() if begins else part
 
+        return tuple(map(noted, args)), {name: noted(part) for name, part in kwargs.items()}
+
+    recorder = AttentionRecorder(model, begins_graph=True)
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in names]
     handles.append(model.register_forward_hook(lambda _, args, output: called.append((args, output))))
     error: Exception | None = None
-    with torch.enable_grad(), AttentionRecorder(model, begins_graph=True) as recorder, LossWatcher() as watcher:
+    with torch.enable_grad(), recorder, LossWatcher() as watcher:
         try:
             run()
         except Exception as raised:

@@ -98,7 +98,8 @@ class Twin:
         made = type(value).__new__(type(value))
         self._remember(value, made)
         own_state = type(value).__getstate__ if _pickles_itself(type(value)) and not is_parametrized(value) else vars
-        state = {name: self._attribute(name, part) for name, part in own_state(value).items()}
+        attributes = {**own_state(value), **{name: part for name, part in vars(value).items() if name in _NO_ONE}}
+        state = {name: self._attribute(name, part) for name, part in attributes.items()}
         if own_state is vars:
             made.__dict__.update(state)
         else:

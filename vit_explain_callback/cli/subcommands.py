@@ -1,0 +1,179 @@
+"""Do what the parsed options ask for, and say what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from vit_explain_callback._files import write_text
+from vit_explain_callback.cli.classifier import Classifier
+from vit_explain_callback.cli.compare import compare
+from vit_explain_callback.cli.drift import explain_series, read_images
+from vit_explain_callback.cli.images import explain_gallery
+from vit_explain_callback.cli.parser import DISCARD_RATIO, HEAD_FUSIONS
+from vit_explain_callback.cli.results import INDEX
+from vit_explain_callback.cli.terminal import complain, say, table
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.fusion import HeadFusion
+from vit_explain_callback.methods.grad_rollout import GradRollout
+from vit_explain_callback.methods.names import method_from_name, resolve_methods
+from vit_explain_callback.methods.rollout import Rollout
+from vit_explain_callback.tracking.html import page
+
+_FAILED = 2
+_ROWS = 20  # of the table
+_PAGE = b"<title>Explanation drift"
+_HEAD = 10_000  # bytes in which it stands
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand that `args.command` names; its exit status.
+
+    Raises:
+        ImportError: If a package that is asked for is not installed.
+        OSError: If a file cannot be read or written.
+        RuntimeError: If the model or the device fails.
+        TypeError: If the model returns no logits.
+        ValueError: If an option cannot be used.
+    """
+    subcommands = {"images": _images, "compare": _compare, "drift": _drift, "report": _report}
+    return subcommands[args.command](args)
+
+
+def _images(args: argparse.Namespace) -> int:
+    classifier = _classifier(args)
+    methods = _chosen_methods(args.method, args.head_fusion, args.discard_ratio, bool(args.category_index))
+    classes = _classes(classifier, args.category_index)
+    index = explain_gallery(classifier, methods, args.sources, args.output, classes, args.batch_size)
+    images = index["images"]
+    for line in _summary(images, args.output):
+        say(line)
+    say(str(args.output / INDEX))
+    if args.open and images:
+        _open(args.output / _first_picture(images[0]) if len(images) == 1 else args.output)
+    return _FAILED if index["failed"] else 0
+
+
+def _summary(images: Sequence[dict[str, Any]], output: Path) -> list[str]:
+    """A table with a line for each image, the first ones if there are many."""
+    rows = [["image", "prediction", "p", "file"]]
+    for image in images[:_ROWS]:
+        predicted = image.get("prediction")
+        name, probability = (predicted["name"], f"{predicted['probability']:.2f}") if predicted else ("-", "-")
+        rows.append([Path(image["file"]).name, name, probability, str(output / _first_picture(image))])
+    left = len(images) - _ROWS
+    return [*table(rows), *([f"and {left} more"] if left > 0 else [])] if images else []
+
+
+def _first_picture(image: dict[str, Any]) -> str:
+    return str(image["explanations"][0]["overlay"])
+
+
+def _compare(args: argparse.Namespace) -> int:
+    classifier = _classifier(args)
+    fusions, ratios = args.head_fusion or list(HEAD_FUSIONS), args.discard_ratio or [0.0, DISCARD_RATIO]
+    methods = [
+        method
+        for name in args.method or ["grad_rollout", "rollout"]
+        for fusion in fusions
+        for ratio in ratios
+        for method in _chosen_methods([name], fusion, ratio, False)
+    ]
+    distinct = list({method.name: method for method in methods}.values())
+    files = compare(classifier, distinct, args.sources[0], args.output, _classes(classifier, args.category_index))
+    for file in files:
+        say(str(file))
+    if args.open:
+        _open(files[0])
+    return 0
+
+
+def _drift(args: argparse.Namespace) -> int:
+    model = timm.create_model(args.model)
+    images, unreadable = read_images(args.images, model, args.num_images)
+    for line in unreadable:
+        complain(f"left out {line}")
+    explain_series(
+        args.model,
+        args.checkpoints,
+        images,
+        resolve_methods(args.method),
+        args.output,
+        target=args.category_index,
+        num_shown=args.num_shown,
+        batch_size=args.batch_size,
+        device=args.device,
+        check_every=args.check_every or None,
+        prefix=args.prefix,
+    )
+    _write_page([args.output], args.output / "report.html", args.open)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    _write_page(args.runs, args.output or args.runs[0] / "report.html", args.open)
+    return 0
+
+
+def _write_page(runs: Sequence[Path], file: Path, show: bool) -> None:
+    html = page(runs)
+    if file.is_file() and _PAGE not in file.read_bytes()[:_HEAD]:
+        raise FileExistsError(f"{file} is no page of a run and is not written over: choose another --output.")
+    write_text(file, html)
+    say(str(file))
+    if show:
+        _open(file)
+
+
+def _open(path: Path) -> None:
+    if not webbrowser.open(path.resolve().as_uri()):
+        complain(f"there is no browser to show {path} in")
+
+
+def _classifier(args: argparse.Namespace) -> Classifier:
+    if args.hf is None:
+        name = args.model or "deit_tiny_patch16_224"
+        classifier = Classifier.from_timm(name, args.checkpoint, args.image_size, args.class_names, args.prefix)
+    else:
+        classifier = Classifier.from_hugging_face(args.hf, args.class_names)
+    device = _device(args.device, args.use_cuda)
+    try:
+        classifier.model.to(device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"Expected `device` to be one that is there, but got {device}: {error}") from error
+    return classifier
+
+
+def _device(asked: str | None, use_cuda: bool) -> str:
+    if asked is not None:
+        return asked
+    if torch.cuda.is_available():
+        return "cuda"
+    if use_cuda:
+        complain("there is no CUDA device; using the CPU")
+        return "cpu"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _classes(classifier: Classifier, asked: Sequence[str] | None) -> list[int]:
+    return list(dict.fromkeys(classifier.class_index(text) for text in asked or []))
+
+
+def _chosen_methods(
+    names: Sequence[str] | None, fusion: HeadFusion | None, ratio: float | None, of_class: bool
+) -> tuple[Method, ...]:
+    """The methods asked for; without names vit-explain's own choice, for names without options the options given."""
+    if not names:
+        discard = DISCARD_RATIO if ratio is None else ratio
+        return (GradRollout(fusion or "mean", discard) if of_class else Rollout(fusion or "max", discard),)
+    given: dict[str, Any] = {"head_fusion": fusion, "discard_ratio": ratio}
+    options = {name: value for name, value in given.items() if value is not None}
+    methods = [method_from_name(name) for name in names]
+    return resolve_methods([replace(m, **options) if m.name == m.kind else m for m in methods])
