@@ -109,17 +109,17 @@ def _drift(args: argparse.Namespace) -> int:
         check_every=args.check_every or None,
         prefix=args.prefix,
     )
-    _write_page(args.output, args.output / "report.html", args.open)
+    _write_page([args.output], args.output / "report.html", args.open)
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
-    _write_page(args.run_dir, args.output or args.run_dir / "report.html", args.open)
+    _write_page(args.runs, args.output or args.runs[0] / "report.html", args.open)
     return 0
 
 
-def _write_page(run: Path, file: Path, show: bool) -> None:
-    html = page(run)
+def _write_page(runs: Sequence[Path], file: Path, show: bool) -> None:
+    html = page(runs)
     if file.is_file() and _PAGE not in file.read_bytes()[:_HEAD]:
         raise FileExistsError(f"{file} is no page of a run and is not written over: choose another --output.")
     write_text(file, html)
