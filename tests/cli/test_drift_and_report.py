@@ -196,7 +196,7 @@ def test_a_page_holds_everything_and_needs_nothing(tmp_path: Path) -> None:
     assert html.count('alt="filmstrip"') == 2
     assert re.search("predicted &lt;(cat|dog|hare|fox|owl)&gt;", html)
     assert not any(name in html for name in names)
-    verdict = (run / "explanations/verdict.txt").read_text(encoding="utf-8").splitlines()
+    verdict = (run / "explanations/summary.txt").read_text(encoding="utf-8").splitlines()
     assert all(escape(line) in html for line in verdict)
 
 

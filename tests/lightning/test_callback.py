@@ -31,36 +31,47 @@ BLOCKS = ("block_01", "block_02", "block_03")
 
 def documented_tags(methods: tuple[str, ...], region: str | None = None) -> set[str]:
     """Every scalar of a run, from the README's table."""
-    tags = {"probe/accuracy", "probe/target_probability", "probe/changed_predictions", "faithfulness/random/srg"}
+    tags = {
+        "explain/probe/accuracy",
+        "explain/probe/target_probability",
+        "explain/probe/changed_predictions",
+        "explain/faithfulness/random",
+    }
     for method in methods:
-        tags |= {f"final/drift/{method}", f"final/faithfulness/{method}", f"faithfulness/{method}/srg"}
-        tags |= {f"map_stats/{method}/{stat}" for stat in (*map_statistics(torch.rand(1, 2, 2)), "sink_lift")}
+        tags |= {
+            f"explain/final/drift/{method}",
+            f"explain/final/faithfulness/{method}",
+            f"explain/faithfulness/{method}",
+        }
+        tags |= {
+            f"explain/statistics/map/{method}/{stat}" for stat in (*map_statistics(torch.rand(1, 2, 2)), "sink_lift")
+        }
         for metric in METRICS:
-            tags |= {f"drift_scale/{method}/{metric}/{bar}" for bar in ("noise", "unrelated")}
+            tags |= {f"explain/statistics/drift_scale/{method}/{metric}/{bar}" for bar in ("noise", "unrelated")}
             for drift in ("drift_baseline", "drift_previous"):
                 tags |= {f"{drift}/{method}/{metric}", f"{drift}_scaled/{method}/{metric}"}
                 tags |= {f"{drift}_spread/{method}/{metric}/{part}" for part in ("median", "p10", "p90")}
                 tags |= {f"{drift}_split/{method}/{metric}/{part}" for part in ("changed", "unchanged")}
         if region is not None:
-            tags.add(f"final/lift/{region}/{method}")
+            tags.add(f"explain/final/lift/{region}/{method}")
             found = region_statistics(torch.rand(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))
-            tags |= {f"region/{region}/{method}/{stat}" for stat in found}
+            tags |= {f"explain/statistics/region/{region}/{method}/{stat}" for stat in found}
     for block in BLOCKS:
-        tags |= {f"drift_blocks/{metric}/{block}" for metric in ("spearman", "jensen_shannon")}
+        tags |= {f"explain/statistics/drift_blocks/{metric}/{block}" for metric in ("spearman", "jensen_shannon")}
         statistics = ("entropy", "lowest_head_entropy", "distance", "class_self", "sink_share")
-        tags |= {f"attention/{statistic}/{block}" for statistic in statistics}
+        tags |= {f"explain/statistics/attention/{statistic}/{block}" for statistic in statistics}
     return tags
 
 
 def test_zero_configuration_writes_exactly_the_documented_tags(tmp_path: Path) -> None:
     tags = events(fit(ViTExplainCallback(), tmp_path)).Tags()
     methods = ("rollout", "grad_rollout")
-    images = {f"explain_filmstrip/{method}" for method in methods}
+    images = {f"explain/filmstrip/{method}" for method in methods}
     kinds = ("overlay", "diff", "gif")
     images |= {f"explain_{kind}/{method}/{i}" for kind in kinds for method in methods for i in range(6)}
     assert set(tags["images"]) == images
     assert set(tags["scalars"]) - {"epoch"} == documented_tags(methods)
-    assert set(tags["tensors"]) == {"explain_verdict/text_summary", "custom_scalars__config__"}
+    assert set(tags["tensors"]) == {"explain/summary/text_summary", "custom_scalars__config__"}
 
 
 def test_what_is_not_asked_for_is_not_written(tmp_path: Path) -> None:
@@ -70,15 +81,15 @@ def test_what_is_not_asked_for_is_not_written(tmp_path: Path) -> None:
     tags = events(fit(callback, tmp_path)).Tags()
     left_out = (
         "faithfulness",
-        "final/faithfulness",
+        "explain/final/faithfulness",
         "drift_scale",
         "attention",
         "drift_blocks",
-        "map_stats/rollout/sink",
+        "explain/statistics/map/rollout/sink",
     )
     expected = {tag for tag in documented_tags(("rollout",)) if not tag.startswith(left_out) and "_scaled/" not in tag}
     assert set(tags["scalars"]) - {"epoch"} == expected
-    assert tags["tensors"] == ["explain_verdict/text_summary"]
+    assert tags["tensors"] == ["explain/summary/text_summary"]
 
 
 def test_every_tag_family_is_named_in_the_docstring_and_the_readme(tmp_path: Path) -> None:
@@ -106,7 +117,7 @@ def test_snapshots_are_taken_before_the_first_step_on_schedule_and_at_the_end(
 ) -> None:
     trainer = fit(ViTExplainCallback(["rollout"], **schedule), tmp_path)
     assert [snapshot.step for snapshot in saved(trainer)] == steps
-    drift = events(trainer).Scalars("drift_baseline/rollout/spearman")
+    drift = events(trainer).Scalars("explain/drift/rank_correlation_baseline/rollout")
     assert [event.step for event in drift] == steps
     assert drift[0].value == pytest.approx(1)  # the baseline against itself
 
@@ -127,13 +138,13 @@ def test_saved_maps_are_those_of_the_model_at_that_step(tmp_path: Path) -> None:
         torch.testing.assert_close(snapshot.logits, explanation.logits)
         for name, maps in explanation.maps.items():
             torch.testing.assert_close(snapshot.maps[name], maps)
-    drift = events(trainer).Scalars("drift_baseline/grad_rollout/spearman")[-1].value
+    drift = events(trainer).Scalars("explain/drift/rank_correlation_baseline/grad_rollout")[-1].value
     expected = spearman(after.maps["grad_rollout"], before.maps["grad_rollout"]).mean().item()
     assert drift == pytest.approx(expected, abs=1e-6)
     changed = (after.logits.argmax(1) != before.logits.argmax(1)).float().mean().item()
-    assert events(trainer).Scalars("probe/changed_predictions")[-1].value == pytest.approx(changed)
+    assert events(trainer).Scalars("explain/probe/changed_predictions")[-1].value == pytest.approx(changed)
     accuracy = (after.logits.argmax(1) == data.labels).float().mean().item()
-    assert events(trainer).Scalars("probe/accuracy")[-1].value == pytest.approx(accuracy)
+    assert events(trainer).Scalars("explain/probe/accuracy")[-1].value == pytest.approx(accuracy)
 
 
 def test_the_last_filmstrip_still_shows_the_baseline_after_many_snapshots(
@@ -152,7 +163,7 @@ def test_the_last_filmstrip_still_shows_the_baseline_after_many_snapshots(
     assert len(saved(trainer)) == 21
     accumulator = EventAccumulator(trainer.log_dir, size_guidance={"images": 10})
     accumulator.Reload()
-    kept = accumulator.Images("explain_filmstrip/rollout")
+    kept = accumulator.Images("explain/filmstrip/rollout")
     assert kept[-1].step == 20
     picture = Image.open(io.BytesIO(kept[-1].encoded_image_string))
     assert picture.width == 700
@@ -216,7 +227,7 @@ def test_a_model_that_is_not_timms_needs_no_configuration_either(tmp_path: Path)
     with pytest.warns(UserWarning, match="100% of the `grad_rollout` maps are degenerate"):  # its new head is all zero
         trainer = fit(ViTExplainCallback(on_error="raise"), tmp_path, Torchvision())
     assert [snapshot.maps["grad_rollout"].shape for snapshot in saved(trainer)] == [(16, 4, 4)] * 3
-    picture = events(trainer).Images("explain_filmstrip/grad_rollout")[-1].encoded_image_string
+    picture = events(trainer).Images("explain/filmstrip/grad_rollout")[-1].encoded_image_string
     left_column = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))[18:146, :128]
     assert left_column.min() < 60
     assert left_column.max() > 195

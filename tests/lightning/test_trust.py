@@ -35,9 +35,9 @@ def test_checks_are_made_on_their_own_schedule_and_at_both_ends(
     assert [one.step for one in saved(trainer) if one.reliability is not None] == steps
     assert [one.step for one in saved(trainer)] == [0, 2, 4, 6, 8]
     if every is not None:
-        for tag in ("faithfulness/rollout/srg", "drift_scale/rollout/spearman/noise"):
+        for tag in ("explain/faithfulness/rollout", "explain/statistics/drift_scale/rollout/spearman/noise"):
             assert [event.step for event in events(trainer).Scalars(tag)] == steps
-    for tag in ("probe/accuracy", "drift_baseline/rollout/cosine"):
+    for tag in ("explain/probe/accuracy", "explain/statistics/drift_baseline/rollout/cosine"):
         assert [event.step for event in events(trainer).Scalars(tag)] == [0, 2, 4, 6, 8]
 
 
@@ -72,8 +72,13 @@ def test_the_scale_is_fixed_at_the_baseline(tmp_path: Path) -> None:
     def curve(tag: str) -> list[float]:
         return [event.value for event in board.Scalars(tag)]
 
-    noise, unrelated = (curve(f"drift_scale/grad_rollout/cosine/{bar}")[0] for bar in ("noise", "unrelated"))
-    drift, scaled = curve("drift_baseline/grad_rollout/cosine"), curve("drift_baseline_scaled/grad_rollout/cosine")
+    noise, unrelated = (
+        curve(f"explain/statistics/drift_scale/grad_rollout/cosine/{bar}")[0] for bar in ("noise", "unrelated")
+    )
+    drift, scaled = (
+        curve("explain/statistics/drift_baseline/grad_rollout/cosine"),
+        curve("explain/statistics/drift_baseline_scaled/grad_rollout/cosine"),
+    )
     assert noise == pytest.approx(1, abs=1e-4)
     assert scaled == pytest.approx([(value - noise) / (unrelated - noise) for value in drift], abs=1e-3)
 
@@ -117,8 +122,8 @@ def test_regions_are_measured_and_kept_for_the_page(tmp_path: Path) -> None:
     maps = saved(trainer)[-1].maps["rollout"]
     mass = (maps[:, :2, :2].sum(dim=(1, 2)) / maps.sum(dim=(1, 2))).mean().item()
     board = events(trainer)
-    assert board.Scalars("region/corner/rollout/mass")[-1].value == pytest.approx(mass, abs=1e-5)
-    assert board.Scalars("final/lift/corner/rollout")[-1].value == pytest.approx(4 * mass, abs=1e-5)
+    assert board.Scalars("explain/statistics/region/corner/rollout/mass")[-1].value == pytest.approx(mass, abs=1e-5)
+    assert board.Scalars("explain/final/lift/corner/rollout")[-1].value == pytest.approx(4 * mass, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +151,10 @@ def test_regions_of_validation_images_must_be_as_many(tmp_path: Path) -> None:
 
 def test_the_verdict_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = fit(ViTExplainCallback(), tmp_path)
-    text = Path(trainer.log_dir or "", "explanations", "verdict.txt").read_text(encoding="utf-8")
+    text = Path(trainer.log_dir or "", "explanations", "summary.txt").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     assert "16 probe images over 3 snapshots" in text
-    tensor = events(trainer).Tensors("explain_verdict/text_summary")[-1]
+    tensor = events(trainer).Tensors("explain/summary/text_summary")[-1]
     assert tensor.tensor_proto.string_val[0].decode() == "\n".join(f"    {line}" for line in text.splitlines())
 
 
@@ -169,7 +174,7 @@ def test_a_run_that_ends_without_a_snapshot_says_nothing(tmp_path: Path, capsys:
 
 def test_animations_have_a_frame_for_each_snapshot(tmp_path: Path) -> None:
     trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=2, num_shown=1), tmp_path)
-    (event,) = events(trainer).Images("explain_gif/rollout/0")
+    (event,) = events(trainer).Images("explain/overlay_animation/rollout/0")
     with Image.open(io.BytesIO(event.encoded_image_string)) as picture:
         assert picture.format == "GIF"
         assert getattr(picture, "n_frames", 1) == 5
@@ -187,10 +192,10 @@ def test_final_values_are_declared_beside_the_hyperparameters(tmp_path: Path) ->
         board.SummaryMetadata("_hparams_/experiment").plugin_data.content
     ).experiment
     declared = {info.name.tag for info in experiment.metric_infos}
-    assert {"final/drift/rollout", "final/faithfulness/rollout"} <= declared
+    assert {"explain/final/drift/rollout", "explain/final/faithfulness/rollout"} <= declared
     assert {info.name for info in experiment.hparam_infos} == {"lr", "patience"}
-    last = board.Scalars("drift_baseline/rollout/spearman")[-1]
-    final = board.Scalars("final/drift/rollout")[-1]
+    last = board.Scalars("explain/drift/rank_correlation_baseline/rollout")[-1]
+    final = board.Scalars("explain/final/drift/rollout")[-1]
     assert (final.step, final.value) == (last.step, last.value)
 
 
@@ -232,7 +237,7 @@ def test_sinks_are_said_once(tmp_path: Path) -> None:
         )
     (said,) = [message for message in messages(caught) if "artifact tokens" in message]
     assert "`rollout` maps" in said
-    assert events(trainer).Scalars("map_stats/rollout/sink_lift")[0].value > 8
+    assert events(trainer).Scalars("explain/map/sink_lift/rollout")[0].value > 8
 
 
 def test_every_scalar_of_a_short_run_is_a_number(tmp_path: Path) -> None:
@@ -249,7 +254,7 @@ def test_files_are_those_the_page_reads(tmp_path: Path) -> None:
     folder = Path(trainer.log_dir or "", "explanations")
     assert {path.name for path in folder.iterdir()} == {
         "probe.safetensors",
-        "verdict.txt",
+        "summary.txt",
         *(f"step_{step:08d}.safetensors" for step in (0, 4, 8)),
     }
     assert isinstance(Snapshot.load(folder / "step_00000008.safetensors"), Snapshot)

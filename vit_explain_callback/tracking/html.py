@@ -7,8 +7,9 @@ import html
 import math
 from pathlib import Path
 
-from vit_explain_callback.tracking.pictures import animations
+from vit_explain_callback.tracking.pictures import animations, filmstrip_tag
 from vit_explain_callback.tracking.run import load_run
+from vit_explain_callback.tracking.scalars import STATISTICS, region_tag
 from vit_explain_callback.visualization.curves import Curves, block_figure, drift_figure, line_figure
 from vit_explain_callback.visualization.encode import png
 
@@ -38,12 +39,12 @@ def page(run: Path) -> str:
     parts = [f"<h1>Explanation drift: {html.escape(run.resolve().name)}</h1>"]
     parts.append(f"<pre>{html.escape(found.summary)}</pre>")
     parts += ["<h2>Predictions and faithfulness</h2>", _picture(_summary(curves, list(history.now.maps)), "curves")]
-    if "drift_blocks/spearman/block_01" in curves:
+    if f"{STATISTICS}/drift_blocks/spearman/block_01" in curves:
         panels = {
-            "rank correlation of the readout's row": "drift_blocks/spearman",
-            "attention entropy": "attention/entropy",
-            "attention distance (pixels)": "attention/distance",
-            "share on sinks": "attention/sink_share",
+            "rank correlation of the readout's row": f"{STATISTICS}/drift_blocks/spearman",
+            "attention entropy": f"{STATISTICS}/attention/entropy",
+            "attention distance (pixels)": f"{STATISTICS}/attention/distance",
+            "share on sinks": f"{STATISTICS}/attention/sink_share",
         }
         parts += ["<h2>Blocks</h2>", _picture(block_figure(curves, panels), "values by block and step")]
     pictures = found.pictures
@@ -52,15 +53,15 @@ def page(run: Path) -> str:
         parts += [f"<h2>{html.escape(method)}</h2>", _picture(drift_figure(curves, method), "drift by step")]
         if probe.regions:
             panels_of = {
-                statistic.replace("_", " "): {name: f"region/{name}/{method}/{statistic}" for name in probe.regions}
+                statistic.replace("_", " "): {name: region_tag(name, method, statistic) for name in probe.regions}
                 for statistic in ("lift", "pointing_game", "auroc")
             }
             parts.append(_picture(line_figure(curves, panels_of), "regions by step"))
-        parts.append(_picture(png(pictures[f"explain_filmstrip/{method}"]), "filmstrip"))
-        for kind in ("overlay", "diff"):
-            tags = [tag for tag in pictures if tag.startswith(f"explain_{kind}/{method}/")]
+        parts.append(_picture(png(pictures[filmstrip_tag(method)]), "filmstrip"))
+        for kind in ("overlay", "overlay_change"):
+            tags = [tag for tag in pictures if tag.startswith(f"explain/{kind}/{method}/")]
             parts.append(f'<div class="row">{"".join(_picture(png(pictures[tag]), tag) for tag in tags)}</div>')
-        moving = [gif for tag, gif in moving_pictures.items() if tag.startswith(f"explain_gif/{method}/")]
+        moving = [gif for tag, gif in moving_pictures.items() if tag.startswith(f"explain/overlay_animation/{method}/")]
         parts.append(f'<div class="row">{"".join(_picture(gif, "animation", "gif") for gif in moving)}</div>')
     parts += ["<h2>Every scalar</h2>", _table(curves)]
     return (
@@ -72,13 +73,13 @@ def page(run: Path) -> str:
 def _summary(curves: Curves, methods: list[str]) -> bytes:
     panels = {
         "probe": {
-            name.replace("_", " "): f"probe/{name}"
+            name.replace("_", " "): f"explain/probe/{name}"
             for name in ("accuracy", "target_probability", "changed_predictions")
-            if f"probe/{name}" in curves
+            if f"explain/probe/{name}" in curves
         },
-        "map entropy": {method: f"map_stats/{method}/entropy" for method in methods},
+        "map entropy": {method: f"explain/map/entropy/{method}" for method in methods},
     }
-    gains = {name: f"faithfulness/{name}/srg" for name in [*methods, "random"]}
+    gains = {name: f"explain/faithfulness/{name}" for name in [*methods, "random"]}
     if gains["random"] in curves:
         panels["faithfulness (SRG)"] = gains
     return line_figure(curves, panels)
