@@ -22,7 +22,7 @@ from vit_explain_callback.tracking.snapshot import Snapshot
 
 CURVES = (
     "explain/drift/rank_correlation_baseline/grad_rollout",
-    "explain/statistics/drift_previous/rollout/jensen_shannon",
+    "explain/drift/rank_correlation_previous/rollout",
     "explain/probe/accuracy",
 )
 
@@ -39,7 +39,7 @@ def test_a_resumed_run_keeps_its_baseline_and_takes_no_snapshot_twice(tmp_path: 
     assert [snapshot.step for snapshot in saved(second)] == [12, 16]
     for tag in (
         "explain/drift/rank_correlation_baseline/grad_rollout",
-        "explain/statistics/drift_previous/rollout/jensen_shannon",
+        "explain/drift/rank_correlation_previous/rollout",
     ):
         curve = [(event.step, event.value) for run in (first, second) for event in events(run).Scalars(tag)]
         assert curve == [(event.step, event.value) for event in events(whole).Scalars(tag)]

@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from tests.models import random_images, tiny_vit
+from tests.models import random_images, symmetric_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
 from vit_explain_callback import ViTExplainCallback, explain
 from vit_explain_callback.explainer import Explainer
@@ -30,7 +31,7 @@ from vit_explain_callback.tracking.snapshot import Snapshot
 def test_checks_are_made_on_their_own_schedule_and_at_both_ends(
     tmp_path: Path, every: int | None, steps: list[int]
 ) -> None:
-    callback = ViTExplainCallback(["rollout"], every_n_steps=2, check_every_n_snapshots=every, on_error="raise")
+    callback = ViTExplainCallback(["rollout"], every_n_steps=2, check_every_n_snapshots=every, detail="full")
     trainer = fit(callback, tmp_path)
     assert [one.step for one in saved(trainer) if one.reliability is not None] == steps
     assert [one.step for one in saved(trainer)] == [0, 2, 4, 6, 8]
@@ -66,7 +67,7 @@ def test_checks_and_blocks_of_the_baseline_are_those_of_explain(tmp_path: Path, 
 
 
 def test_the_scale_is_fixed_at_the_baseline(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["grad_rollout"], on_error="raise"), tmp_path, Classifier(symmetric_vit()))
+    trainer = fit(ViTExplainCallback(["grad_rollout"], detail="full"), tmp_path, Classifier(symmetric_vit()))
     board = events(trainer)
 
     def curve(tag: str) -> list[float]:
@@ -83,19 +84,8 @@ def test_the_scale_is_fixed_at_the_baseline(tmp_path: Path) -> None:
     assert scaled == pytest.approx([(value - noise) / (unrelated - noise) for value in drift], abs=1e-3)
 
 
-def symmetric_vit() -> Any:
-    """A ViT to which a mirrored image is the same image mirrored: position embedding and filters are symmetric."""
-    vit = tiny_vit()
-    with torch.no_grad():
-        position = vit.pos_embed[:, 1:].view(1, 4, 4, -1)
-        vit.pos_embed[:, 1:] = (position + position.flip(2)).view(1, 16, -1) / 2
-        filters = vit.patch_embed.proj.weight
-        vit.patch_embed.proj.weight.copy_((filters + filters.flip(3)) / 2)
-    return vit
-
-
 def test_spread_and_split_by_hand(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["rollout"]), tmp_path)
+    trainer = fit(ViTExplainCallback(["rollout"], detail="full"), tmp_path)
     first, *_, last = saved(trainer)
     values = spearman(last.maps["rollout"], first.maps["rollout"])
     changed = last.prediction != first.prediction
@@ -108,7 +98,9 @@ def test_spread_and_split_by_hand(tmp_path: Path) -> None:
     }
     board = events(trainer)
     for tag, value in expected.items():
-        assert board.Scalars(f"drift_baseline_{tag}")[-1].value == pytest.approx(value.item(), abs=1e-6)
+        assert board.Scalars(f"explain/statistics/drift_baseline_{tag}")[-1].value == pytest.approx(
+            value.item(), abs=1e-6
+        )
 
 
 def test_regions_are_measured_and_kept_for_the_page(tmp_path: Path) -> None:
@@ -116,7 +108,7 @@ def test_regions_are_measured_and_kept_for_the_page(tmp_path: Path) -> None:
     masks[:, :16, :16] = True
     data = Pictures()
     callback = ViTExplainCallback(
-        ["rollout"], images=(data.images[:4], data.labels[:4]), regions={"corner": masks}, on_error="raise"
+        ["rollout"], images=(data.images[:4], data.labels[:4]), regions={"corner": masks}, detail="full"
     )
     trainer = fit(callback, tmp_path)
     maps = saved(trainer)[-1].maps["rollout"]
@@ -149,16 +141,69 @@ def test_regions_of_validation_images_must_be_as_many(tmp_path: Path) -> None:
         fit(callback, tmp_path)
 
 
-def test_the_verdict_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_at_the_start_and_the_summary_at_the_end_are_all_that_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(None, tmp_path / "without")
+    without = capsys.readouterr().out
     trainer = fit(ViTExplainCallback(), tmp_path)
     text = Path(trainer.log_dir or "", "explanations", "summary.txt").read_text(encoding="utf-8")
-    assert text in capsys.readouterr().out
-    assert "16 probe images over 3 snapshots" in text
+    first, *rest = capsys.readouterr().out.removeprefix(without).splitlines()
+    assert first == (
+        "ViTExplainCallback watches VisionTransformer at `net`: rollout, grad_rollout of 16 images of 5 classes, with "
+        f"each validation; to see them: tensorboard --logdir {tmp_path} or vit-explain report {trainer.log_dir}"
+    )
+    assert rest == text.splitlines()
+    assert 5 < len(rest) <= 10
     tensor = events(trainer).Tensors("explain/summary/text_summary")[-1]
     assert tensor.tensor_proto.string_val[0].decode() == "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def test_a_run_that_ends_without_a_snapshot_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class Unwritable(io.TextIOBase):
+    def write(self, text: str) -> int:
+        raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize("kind", ["ascii", "cp1252", "closed", "none", "unwritable"])
+def test_a_run_needs_no_standard_output(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    stream: Any = {"none": None, "unwritable": Unwritable()}.get(kind, io.TextIOWrapper(raw, "ascii"))
+    if kind == "cp1252":
+        stream = io.TextIOWrapper(raw, "cp1252")
+    if kind == "closed":
+        stream.close()
+    for name in ("_terminal", "tracking.progress"):
+        monkeypatch.setattr(f"vit_explain_callback.{name}.sys", SimpleNamespace(stdout=stream, stderr=stream))
+    fit(ViTExplainCallback(["rollout"], on_error="raise", class_names=["ä→"] * 5), tmp_path)
+    if kind in ("ascii", "cp1252"):
+        lines = raw.getvalue().decode(kind).splitlines()
+        assert lines[0].startswith("ViTExplainCallback watches")
+        assert len(lines) > 3
+
+
+def test_the_bar_is_shown_where_the_trainers_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vit_explain_callback.tracking.progress.SECONDS", 0.0)
+    fit(ViTExplainCallback(["rollout"]), tmp_path)
+    assert capsys.readouterr().err == ""
+    fit(ViTExplainCallback(["rollout"]), tmp_path, enable_progress_bar=True)
+    said = capsys.readouterr().err
+    assert "explaining 16 images at step 0" in said
+    assert "22/22" in said  # 1 pass, 1 of the mirrored images, 10 of each of a method and a random order
+    assert "checking the maps at step 8" in said
+    assert "21/21" in said
+
+
+def test_nothing_is_shown_of_what_is_quick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vit_explain_callback.tracking.progress.SECONDS", 600.0)
+    fit(ViTExplainCallback(["rollout"]), tmp_path, enable_progress_bar=True)
+    assert "ViTExplainCallback" not in capsys.readouterr().err
+
+
+def test_a_run_that_ends_without_a_snapshot_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Broken(Classifier):
         def forward(self, images: torch.Tensor) -> Any:
             if not self.net.training:
@@ -168,12 +213,13 @@ def test_a_run_that_ends_without_a_snapshot_says_nothing(tmp_path: Path, capsys:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(ViTExplainCallback(), tmp_path, Broken())
-    assert len(messages(caught)) == 3
-    assert "Explanation drift" not in capsys.readouterr().out
+    (said,) = messages(caught)
+    assert "`on_error='raise'`" in said.split(". ")[0]
+    assert "changed" not in capsys.readouterr().out
 
 
 def test_animations_have_a_frame_for_each_snapshot(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=2, num_shown=1), tmp_path)
+    trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=2, num_shown=1, detail="full"), tmp_path)
     (event,) = events(trainer).Images("explain/overlay_animation/rollout/0")
     with Image.open(io.BytesIO(event.encoded_image_string)) as picture:
         assert picture.format == "GIF"
@@ -187,7 +233,7 @@ def test_final_values_are_declared_beside_the_hyperparameters(tmp_path: Path) ->
             super().__init__(lr=lr)
             self.save_hyperparameters()
 
-    board = events(fit(ViTExplainCallback(["rollout"]), tmp_path, WithHyperparameters()))
+    board = events(fit(ViTExplainCallback(["rollout"], detail="full"), tmp_path, WithHyperparameters()))
     experiment = plugin_data_pb2.HParamsPluginData.FromString(
         board.SummaryMetadata("_hparams_/experiment").plugin_data.content
     ).experiment
@@ -200,7 +246,7 @@ def test_final_values_are_declared_beside_the_hyperparameters(tmp_path: Path) ->
 
 
 def test_margin_charts_show_tags_that_exist(tmp_path: Path) -> None:
-    board = events(fit(ViTExplainCallback(["rollout"]), tmp_path))
+    board = events(fit(ViTExplainCallback(["rollout"], detail="full"), tmp_path))
     (tensor,) = board.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(tensor.tensor_proto.string_val[0])
     charts = layout.category[0].chart
@@ -241,11 +287,11 @@ def test_sinks_are_said_once(tmp_path: Path) -> None:
 
 
 def test_every_scalar_of_a_short_run_is_a_number(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(), tmp_path)
+    trainer = fit(ViTExplainCallback(detail="full"), tmp_path)
     board = events(trainer)
     for tag in board.Tags()["scalars"]:
         values = [event.value for event in board.Scalars(tag)]
-        if not tag.startswith("final") and "_split/" not in tag and "_scaled/" not in tag:
+        if not tag.startswith("explain/final") and "_split/" not in tag and "_scaled/" not in tag:
             assert all(math.isfinite(value) for value in values), tag
 
 

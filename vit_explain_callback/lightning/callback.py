@@ -57,7 +57,8 @@ class ViTExplainCallback(Callback):
     - `explain/statistics/drift_baseline_split/{method}/{metric}/{part}`: mean over images whose prediction is
       `unchanged` or `changed`.
     - `explain/statistics/drift_baseline_spread/{method}/{metric}/{part}`: `median`, `p10`, `p90`.
-    - `explain/statistics/drift_previous/{method}/{metric}`, `explain/statistics/drift_previous_scaled/{method}/{metric}`,
+    - `explain/statistics/drift_previous/{method}/{metric}`,
+      `explain/statistics/drift_previous_scaled/{method}/{metric}`,
       `explain/statistics/drift_previous_split/{method}/{metric}/{part}`,
       `explain/statistics/drift_previous_spread/{method}/{metric}/{part}`: likewise since the last snapshot.
     - `explain/statistics/drift_blocks/{metric}/{block}`: of what the classifier's tokens attend to in each block.

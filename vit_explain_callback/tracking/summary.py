@@ -77,15 +77,19 @@ class _Change:
 def _change(history: History, method: str) -> _Change:
     baseline = history.baseline
     by_image = history.now.drift_from(baseline, method, "spearman")
-    beyond_noise = None
+    levels, beyond_noise = baseline.scale(method, "spearman"), None
     if baseline.reliability is not None:
         noise = METRICS["spearman"](baseline.maps[method], baseline.reliability.mirrored[method])
         further = noise - by_image
         margin = _margin(further)
         if margin is not None:
-            beyond_noise = torch.nanmean(further).item() > margin
-    mean = torch.nanmean(by_image).item()
-    return _Change(method, by_image, mean, baseline.scale(method, "spearman"), beyond_noise)
+            beyond_noise = torch.nanmean(further).item() > margin or (False if _is_scale(levels) else None)
+    return _Change(method, by_image, torch.nanmean(by_image).item(), levels, beyond_noise)
+
+
+def _is_scale(levels: tuple[float, float] | None) -> bool:
+    """Whether noise and unrelated maps are apart, so that drift can be called little."""
+    return levels is not None and math.isfinite(on_scale(1.0, *levels, UNCHANGED["spearman"]))
 
 
 def _by_change(change: _Change) -> tuple[bool, bool, float]:
@@ -110,8 +114,15 @@ def _headline(history: History, changes: Sequence[_Change]) -> str:
         return f"The model looks where it looked before: the maps changed by no more than noise {what}."
     if all(change.by_image[change.by_image.isfinite()].eq(1).all() for change in known):
         return f"The model looks where it looked before: the order of the patches is the same {what}."
-    why = "one image is too few" if history.baseline.reliability is not None else "the noise was not measured"
-    return f"The maps changed; whether by more than noise cannot be told, as {why} {what}."
+    return f"The maps changed; whether by more than noise cannot be told, as {_why_not(history)} {what}."
+
+
+def _why_not(history: History) -> str:
+    if history.baseline.reliability is None:
+        return "the noise was not measured"
+    if len(history.now.target) == 1:
+        return "one image is too few"
+    return "a mirror moves the maps as far as another image does"
 
 
 def _method(change: _Change) -> str:
