@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
+from tqdm import tqdm
 
 from tests.models import random_images, symmetric_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
@@ -167,9 +168,9 @@ class Unwritable(io.TextIOBase):
 @pytest.mark.parametrize("kind", ["ascii", "cp1252", "closed", "none", "unwritable"])
 def test_a_run_needs_no_standard_output(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
-    stream: Any = {"none": None, "unwritable": Unwritable()}.get(kind, io.TextIOWrapper(raw, "ascii"))
-    if kind == "cp1252":
-        stream = io.TextIOWrapper(raw, "cp1252")
+    stream: Any = {"none": None, "unwritable": Unwritable()}.get(kind)
+    if kind in ("ascii", "cp1252", "closed"):
+        stream = io.TextIOWrapper(raw, "ascii" if kind == "closed" else kind)
     if kind == "closed":
         stream.close()
     for name in ("_terminal", "tracking.progress"):
@@ -184,15 +185,27 @@ def test_a_run_needs_no_standard_output(tmp_path: Path, kind: str, monkeypatch: 
 def test_the_bar_is_shown_where_the_trainers_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    done: dict[str, tuple[int, int]] = {}
+
+    class Noting(tqdm):  # type: ignore[misc]
+        def close(self) -> None:
+            done[self.desc] = (self.n, self.total)
+            super().close()
+
     monkeypatch.setattr("vit_explain_callback.tracking.progress.SECONDS", 0.0)
+    monkeypatch.setattr("vit_explain_callback.tracking.progress.tqdm", Noting)
     fit(ViTExplainCallback(["rollout"]), tmp_path)
     assert capsys.readouterr().err == ""
+    assert done == {}
     fit(ViTExplainCallback(["rollout"]), tmp_path, enable_progress_bar=True)
-    said = capsys.readouterr().err
-    assert "explaining 16 images at step 0" in said
-    assert "22/22" in said  # 1 pass, 1 of the mirrored images, 10 of each of a method and a random order
-    assert "checking the maps at step 8" in said
-    assert "21/21" in said
+    assert "explaining 16 images at step 0" in capsys.readouterr().err
+    # One of the images, one of the mirrored ones, ten for the method and for a random order each.
+    assert done == {
+        "ViTExplainCallback: explaining 16 images at step 0": (22, 22),
+        "ViTExplainCallback: explaining 16 images at step 4": (1, 1),
+        "ViTExplainCallback: explaining 16 images at step 8": (1, 1),
+        "ViTExplainCallback: checking the maps at step 8": (21, 21),
+    }
 
 
 def test_nothing_is_shown_of_what_is_quick(
