@@ -51,6 +51,6 @@ class Guard:
         if kind not in self._said:
             self._said.add(kind)
             rank_zero_warn(
-                f"ViTExplainCallback: pass `on_error='raise'` to stop here and see where; {what}, and training goes on: "
-                f"{error!r}. The same is not said again."
+                f"ViTExplainCallback: pass `on_error='raise'` to stop here and see where; {what}, and training goes on"
+                f": {error!r}. The same is not said again."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 from PIL import Image
@@ -11,6 +12,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from vit_explain_callback.metrics.drift import METRICS
 from vit_explain_callback.tracking.scalars import STATISTICS
+
+_COLUMNS = 110  # that a window of 1366 pixels shows
 
 
 def lay_out_margin_charts(experiment: Any, methods: Sequence[str]) -> None:
@@ -35,5 +38,6 @@ def add_file(experiment: Any, tag: str, file: bytes, step: int) -> None:
 
 
 def add_lines(experiment: Any, tag: str, text: str, step: int) -> None:
-    """Add text whose lines and columns stay as they are."""
-    experiment.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
+    """Add text whose lines stay as they are, but for those that the pane would cut off."""
+    wrapped = [part for line in text.splitlines() for part in wrap(line, _COLUMNS, subsequent_indent="    ")]
+    experiment.add_text(tag, "\n".join(f"    {line}" for line in wrapped), step)
