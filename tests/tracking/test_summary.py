@@ -184,6 +184,12 @@ def test_one_snapshot_alone_has_nothing_to_compare() -> None:
     assert lines == ["Whether the model changed where it looks is not known: there is one snapshot only, at step 3."]
 
 
+def test_of_maps_that_did_not_change_nothing_else_is_said() -> None:
+    lines = run_of({"rollout": 0.0}, by=None)
+    assert lines[0].startswith("The model looks where it looked before: the order of the patches is the same (")
+    assert not [line for line in lines if line.startswith(("When", "Images", "Blocks"))]
+
+
 def test_labels_that_are_not_known_do_not_count() -> None:
     unknown = torch.full((COUNT,), -1)
     run = history(*(snapshot(step, {"rollout": noise(step)}, [0, 0, 0, 1, 1, 1]) for step in (0, 1)))

@@ -42,12 +42,12 @@ def summary(history: History, probe: Probe) -> str:
     if history.count == 1:
         return "\n".join([*first, *_trust(history, [change.method for change in changes])])
     last: list[str] = []
-    if known:
+    if known and _has_changed(known[0]):
         last += [*_when(history, known[0].method), _images(history, probe, known[0])]
     last += [_outputs(history, probe), *_trust(history, [change.method for change in changes])]
     if known:
         last += _regions(history, probe, known[0].method)
-    last += _blocks(history)
+    last += _blocks(history) if any(map(_has_changed, known)) else []
     room = _LINES - len(first) - len(last)
     methods = [_method(change) for change in changes]
     if len(methods) > room:
@@ -92,6 +92,10 @@ def _is_scale(levels: tuple[float, float] | None) -> bool:
     return levels is not None and math.isfinite(on_scale(1.0, *levels, UNCHANGED["spearman"]))
 
 
+def _has_changed(change: _Change) -> bool:
+    return change.mean < 1 - 1e-6
+
+
 def _by_change(change: _Change) -> tuple[bool, bool, float]:
     """Sorts what changed most first: beyond noise, then within it, then what is not known."""
     return not math.isfinite(change.mean), not change.beyond_noise, change.mean if math.isfinite(change.mean) else 0.0
@@ -112,7 +116,7 @@ def _headline(history: History, changes: Sequence[_Change]) -> str:
         return f"The model changed where it looks, by more than noise, in the maps of {_names(moved)}{but} {what}."
     if still:
         return f"The model looks where it looked before: the maps changed by no more than noise {what}."
-    if all(change.by_image[change.by_image.isfinite()].eq(1).all() for change in known):
+    if not any(map(_has_changed, known)):
         return f"The model looks where it looked before: the order of the patches is the same {what}."
     return f"The maps changed; whether by more than noise cannot be told, as {_why_not(history)} {what}."
 
