@@ -159,7 +159,7 @@ def _print_table(run: Run, accuracy: dict[int, dict[str, float]]) -> None:
         step = int(row["step"])
         cells = [f"{step:4d}"]
         cells += [f"{accuracy.get(step, {}).get(name, float('nan')):{9 + len(name)}.3f}" for name in names]
-        cells += [f"{1 - row[f'explain/drift/rank_correlation_baseline/{method}']:5.3f}"]
+        cells += [f"{1 - row[f'explain/drift/baseline_rank_correlation/{method}']:5.3f}"]
         cells += [
             f"{row[f'explain/statistics/region/{region}/{method}/mass']:{3 + len(region)}.3f}" for region in regions
         ]

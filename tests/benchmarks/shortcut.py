@@ -84,7 +84,7 @@ def fine_tune(seed: int, every: int, folder: Path) -> dict[str, float]:
         lift = curve(f"explain/lift/square/{method}")
         found |= {f"{method} lift before": lift[0][1], f"{method} lift after": lift[-1][1]}
         found[f"{method} lead"] = half - crossing(lift, LIFT)
-        found[f"{method} drift after"] = 1 - curve(f"explain/drift/rank_correlation_baseline/{method}")[-1][1]
+        found[f"{method} drift after"] = 1 - curve(f"explain/drift/baseline_rank_correlation/{method}")[-1][1]
     return found | {"half of the loss at step": half}
 
 

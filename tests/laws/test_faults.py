@@ -109,7 +109,7 @@ def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
     assert len(said) == 2
     assert "100% of the `rollout` maps are degenerate" in said[0]
     assert "100% of the `grad_rollout` maps are degenerate" in said[1]
-    drift = [event.value for event in events(trainer).Scalars("explain/drift/rank_correlation_baseline/rollout")]
+    drift = [event.value for event in events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")]
     assert np.isfinite(drift[:4]).all()
     assert np.isnan(drift[4:]).all()
     assert len(drift) == 9
@@ -147,7 +147,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot write to the folder" in only
     assert "No space left on device" in only
     assert list(tmp_path.rglob("step_*")) == []
-    assert len(events(trainer).Scalars("explain/drift/rank_correlation_baseline/rollout")) == 9
+    assert len(events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")) == 9
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     trainer, _, said = ending(callback, tmp_path, Classifier(), logger=logger)
     (only,) = said
     assert "cannot write to the folder" in only
-    assert len(events(trainer).Scalars("explain/drift/rank_correlation_baseline/rollout")) == 9
+    assert len(events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")) == 9
     assert events(trainer).Images("explain/filmstrip/rollout")[-1].step == 8
 
 
@@ -188,7 +188,7 @@ def test_a_validation_loader_that_dies(tmp_path: Path) -> None:
     assert "the snapshot at step 0 failed" in only
     assert "Reading the probe images from the validation loader failed: OSError('the share is gone')" in only
     assert [snapshot.step for snapshot in saved(trainer)] == [4, 8]
-    drift = events(trainer).Scalars("explain/drift/rank_correlation_baseline/rollout")
+    drift = events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")
     assert drift[0].value == pytest.approx(1)  # step 4 is the baseline
     trainer, weights, said = ending(
         ViTExplainCallback(["rollout"]), tmp_path, Classifier(), validation=loader(Dying(99)), **options

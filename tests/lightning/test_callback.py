@@ -34,7 +34,7 @@ def brief_tags(*methods: str, region: str | None = None) -> set[str]:
     """The scalars of a run by default, from the docstring."""
     probe = ("accuracy", "changed_predictions", "target_probability")
     tags = {"explain/faithfulness/random", *(f"explain/probe/{name}" for name in probe)}
-    of_method = ["drift/noise_to_unrelated", "drift/rank_correlation_baseline", "drift/rank_correlation_previous"]
+    of_method = ["drift/noise_to_unrelated", "drift/baseline_rank_correlation", "drift/previous_rank_correlation"]
     of_method += ["faithfulness", "map/entropy", "map/sink_lift", *([] if region is None else [f"lift/{region}"])]
     return tags | {f"explain/{name}/{method}" for name in of_method for method in methods}
 
@@ -189,7 +189,7 @@ def test_snapshots_are_taken_before_the_first_step_on_schedule_and_at_the_end(
 ) -> None:
     trainer = fit(ViTExplainCallback(["rollout"], **schedule), tmp_path)
     assert [snapshot.step for snapshot in saved(trainer)] == steps
-    drift = events(trainer).Scalars("explain/drift/rank_correlation_baseline/rollout")
+    drift = events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")
     assert [event.step for event in drift] == steps
     assert drift[0].value == pytest.approx(1)  # the baseline against itself
 
@@ -210,7 +210,7 @@ def test_saved_maps_are_those_of_the_model_at_that_step(tmp_path: Path) -> None:
         torch.testing.assert_close(snapshot.logits, explanation.logits)
         for name, maps in explanation.maps.items():
             torch.testing.assert_close(snapshot.maps[name], maps)
-    drift = events(trainer).Scalars("explain/drift/rank_correlation_baseline/grad_rollout")[-1].value
+    drift = events(trainer).Scalars("explain/drift/baseline_rank_correlation/grad_rollout")[-1].value
     expected = spearman(after.maps["grad_rollout"], before.maps["grad_rollout"]).mean().item()
     assert drift == pytest.approx(expected, abs=1e-6)
     changed = (after.logits.argmax(1) != before.logits.argmax(1)).float().mean().item()

@@ -35,7 +35,7 @@ def test_another_logger_gets_the_scalars(tmp_path: Path) -> None:
         trainer = fit(ViTExplainCallback(["rollout"]), tmp_path, logger=CSVLogger(str(tmp_path)))
     trainer.logger.save()  # type: ignore[union-attr]
     table = Path(trainer.log_dir or "", "metrics.csv").read_text(encoding="utf-8")
-    assert "explain/drift/rank_correlation_baseline/rollout" in table
+    assert "explain/drift/baseline_rank_correlation/rollout" in table
 
 
 class Spy(Logger):
@@ -109,7 +109,7 @@ def test_loggers_that_take_pictures_another_way(tmp_path: Path, kind: type[Spy])
         "explain/overlay/rollout/0": [0, 4, 8],
         "explain/overlay_change/rollout/0": [4, 8],
     }
-    assert logger.scalars["explain/drift/rank_correlation_baseline/rollout"] == [0, 4, 8]
+    assert logger.scalars["explain/drift/baseline_rank_correlation/rollout"] == [0, 4, 8]
     assert list(tmp_path.rglob("*.png")) == []
 
 
@@ -133,7 +133,7 @@ def test_drift_can_be_monitored_by_lightnings_own_callbacks(tmp_path: Path) -> N
     tag = "explain/map/entropy/rollout"
     keeper = ModelCheckpoint(tmp_path, monitor=tag, mode="max", save_top_k=1)
     impatient = EarlyStopping(
-        "explain/drift/rank_correlation_previous/rollout", mode="min", patience=1, check_on_train_epoch_end=True
+        "explain/drift/previous_rank_correlation/rollout", mode="min", patience=1, check_on_train_epoch_end=True
     )
     # At the end of validation, and so before the first epoch's drift.
     first = EarlyStopping(tag, mode="max", patience=9, check_on_train_epoch_end=False)
@@ -154,7 +154,7 @@ def test_drift_can_be_monitored_by_lightnings_own_callbacks(tmp_path: Path) -> N
 def test_drift_can_be_monitored_from_the_first_moment_of_a_resumed_run(tmp_path: Path) -> None:
     def patient() -> EarlyStopping:
         # Of the end of validation, which is before the resumed run's first snapshot.
-        tag = "explain/drift/rank_correlation_previous/rollout"
+        tag = "explain/drift/previous_rank_correlation/rollout"
         return EarlyStopping(tag, mode="max", patience=9, check_on_train_epoch_end=False)
 
     trainer = fit(ViTExplainCallback(["rollout"]), tmp_path, more_callbacks=[patient()])

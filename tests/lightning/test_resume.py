@@ -21,8 +21,8 @@ from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.tracking.snapshot import Snapshot
 
 CURVES = (
-    "explain/drift/rank_correlation_baseline/grad_rollout",
-    "explain/drift/rank_correlation_previous/rollout",
+    "explain/drift/baseline_rank_correlation/grad_rollout",
+    "explain/drift/previous_rank_correlation/rollout",
     "explain/probe/accuracy",
 )
 
@@ -38,8 +38,8 @@ def test_a_resumed_run_keeps_its_baseline_and_takes_no_snapshot_twice(tmp_path: 
     second = fit(ViTExplainCallback(), tmp_path / "parts", max_epochs=4, ckpt_path=str(tmp_path / "half.ckpt"))
     assert [snapshot.step for snapshot in saved(second)] == [12, 16]
     for tag in (
-        "explain/drift/rank_correlation_baseline/grad_rollout",
-        "explain/drift/rank_correlation_previous/rollout",
+        "explain/drift/baseline_rank_correlation/grad_rollout",
+        "explain/drift/previous_rank_correlation/rollout",
     ):
         curve = [(event.step, event.value) for run in (first, second) for event in events(run).Scalars(tag)]
         assert curve == [(event.step, event.value) for event in events(whole).Scalars(tag)]
@@ -55,7 +55,7 @@ def test_a_run_resumed_from_lightnings_own_checkpoint_misses_no_snapshot(
     (checkpoint,) = Path(first.log_dir or "").rglob("*.ckpt")
     resumed: dict[str, Any] = {"enable_checkpointing": True, "ckpt_path": str(checkpoint)}
     second = fit(ViTExplainCallback(**schedule), tmp_path / "second", max_epochs=3, **resumed)
-    tag = "explain/drift/rank_correlation_baseline/grad_rollout"
+    tag = "explain/drift/baseline_rank_correlation/grad_rollout"
     curve = {event.step: event.value for run in (first, second) for event in events(run).Scalars(tag)}
     assert curve == {event.step: event.value for event in events(whole).Scalars(tag)}
 

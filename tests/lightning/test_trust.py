@@ -255,7 +255,7 @@ def test_final_values_are_declared_beside_the_hyperparameters(tmp_path: Path) ->
     declared = {info.name.tag for info in experiment.metric_infos}
     assert {"explain/final/drift/rollout", "explain/final/faithfulness/rollout"} <= declared
     assert {info.name for info in experiment.hparam_infos} == {"lr", "patience"}
-    last = board.Scalars("explain/drift/rank_correlation_baseline/rollout")[-1]
+    last = board.Scalars("explain/drift/baseline_rank_correlation/rollout")[-1]
     final = board.Scalars("explain/final/drift/rollout")[-1]
     assert (final.step, final.value) == (last.step, last.value)
 

@@ -26,10 +26,10 @@ class ViTExplainCallback(Callback):
     A snapshot is taken before the first optimiser step (the baseline), on schedule, and at the end of fit. For every
     method, and for every region of `regions=`, it writes to TensorBoard the scalars
 
+    - `explain/drift/baseline_rank_correlation/{method}`: mean rank correlation with the baseline's maps; 1 = unchanged.
     - `explain/drift/noise_to_unrelated/{method}`: drift since the baseline, 0 = as far as a mirror moves the baseline's
-      maps, 1 = as far apart as maps of different images; left out where these two are about the same.
-    - `explain/drift/rank_correlation_baseline/{method}`: mean rank correlation with the baseline's maps; 1 = unchanged.
-    - `explain/drift/rank_correlation_previous/{method}`: the same with the last snapshot's maps.
+      maps and less below it, 1 = as far apart as maps of different images; left out where these are about the same.
+    - `explain/drift/previous_rank_correlation/{method}`: the same with the last snapshot's maps.
     - `explain/faithfulness/{method}`, `explain/faithfulness/random`: see `symmetric_relevance_gain`.
     - `explain/lift/{region}/{method}`: share of the map on a region; 1 = the region's share of the image.
     - `explain/map/entropy/{method}`, `explain/map/sink_lift/{method}`: see `map_statistics` and `sink_lift`.

@@ -1,6 +1,7 @@
 """The scalars of a run's latest snapshot, by TensorBoard tag: the few to look at first, and everything else.
 
-TensorBoard sorts tags by the alphabet, so that drift stands first and `explain/statistics/` last.
+TensorBoard sorts tags by the alphabet, so that drift stands first and `explain/statistics/` last; what tells two tags
+apart stands early in a name, as its narrow cards cut the middle.
 """
 
 from __future__ import annotations
@@ -64,10 +65,10 @@ def drift_tag(method: str, metric: str, reference: Literal["baseline", "previous
 
     Example:
         >>> drift_tag("rollout", "spearman"), drift_tag("rollout", "cosine")
-        ('explain/drift/rank_correlation_baseline/rollout', 'explain/statistics/drift_baseline/rollout/cosine')
+        ('explain/drift/baseline_rank_correlation/rollout', 'explain/statistics/drift_baseline/rollout/cosine')
     """
     if metric == "spearman":
-        return f"explain/drift/rank_correlation_{reference}/{method}"
+        return f"explain/drift/{reference}_rank_correlation/{method}"
     return f"{STATISTICS}/drift_{reference}/{method}/{metric}"
 
 
