@@ -46,6 +46,7 @@ FAMILIES = {
     "vit_wide": Family("vit_tiny_patch16_224", 1, 0, "class", image_size=(24, 48)),
     "vit_gap": Family("vit_tiny_patch16_224", 1, 0, "patches", options={"global_pool": "avg"}),
     "vit_map": Family("vit_base_patch16_siglip_224", 0, None, "pool"),
+    "vit_map_class": Family("vit_tiny_patch16_224", 1, 0, "pool", options={"global_pool": "map"}),
     "deit_distilled": Family("deit_tiny_distilled_patch16_224", 2, 0, "class+dist"),
     "deit3": Family("deit3_small_patch16_224", 1, 0, "class"),
     "beit": Family("beit_base_patch16_224", 1, 0, "patches"),

@@ -184,7 +184,8 @@ class ViTExplainCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the probe images and take the baseline, unless a checkpoint brought one."""
-        self._fit = Fit(self.settings, trainer, pl_module, self._state, self._watched)
+        place = _ours(trainer).index(self)
+        self._fit = Fit(self.settings, trainer, pl_module, self._state, self._watched, place)
         self._fit.begin()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -216,8 +217,23 @@ class ViTExplainCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the trainer and its module."""
-        if self._fit is not None:
+        if self._fit is not None and stage == "fit":
             self._fit.release()
+
+    @property
+    def state_key(self) -> str:
+        """Tells the callbacks of one trainer apart."""
+        methods = [method.name for method in self.settings.methods]
+        return self._generate_state_key(
+            methods=methods, target=str(self.settings.target), vit=self.settings.model.get("vit")
+        )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take over the state of a run with other options, to say that it cannot go on."""
+        name = type(self).__qualname__
+        states = {key: state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith(name)}
+        if len(_ours(trainer)) == 1 and len(states) == 1 and self.state_key not in states:
+            (self._state,) = states.values()
 
     def state_dict(self) -> dict[str, Any]:
         """The snapshots, baseline included, and the fingerprint of the probe images."""
@@ -226,3 +242,9 @@ class ViTExplainCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the snapshots of the run that is resumed."""
         self._state = state_dict
+
+
+def _ours(trainer: Trainer) -> list[ViTExplainCallback]:
+    """The callbacks of this kind that a trainer has."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, ViTExplainCallback)]

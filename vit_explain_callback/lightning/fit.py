@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from vit_explain_callback._terminal import announce
-from vit_explain_callback.lightning._compat import LightningModule, TensorBoardLogger, Trainer
+from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import Watched
 from vit_explain_callback.lightning.loggers import LoggerWriter, shows_pictures
 from vit_explain_callback.lightning.settings import Settings
@@ -33,6 +33,7 @@ class Fit:
         pl_module: What it trains.
         state: Of the run that is resumed, or None.
         watched: Holds the validation images that went by before.
+        place: Of this callback among several in one trainer; each has tags and a folder of its own.
 
     Attributes:
         tracker: Holds the snapshots; None until the probe images are there.
@@ -45,6 +46,7 @@ class Fit:
         pl_module: LightningModule,
         state: Mapping[str, Any] | None,
         watched: Watched,
+        place: int = 0,
     ) -> None:
         self.tracker: ExplanationTracker | None = None
         self._settings, self._trainer, self._module, self._state = settings, trainer, pl_module, state
@@ -52,8 +54,11 @@ class Fit:
         self._guard = Guard(settings.on_error)
         self._last_step = trainer.global_step
         self._published: dict[str, Tensor] = {}
+        self._seen: Tensor | None = None
         # `log_dir` needs every rank.
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "explanations"
+        suffix = f"_{place + 1}" if place else ""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / f"explanations{suffix}"
+        self._prefix = f"explain{suffix}/"
 
     def begin(self) -> None:
         """Take the baseline, unless a checkpoint brought one; then, the snapshot that was due after it was written.
@@ -88,8 +93,13 @@ class Fit:
             self._take_unless_done()
 
     def end(self) -> None:
-        """Take the last snapshot, unless the schedule has just done so, and say what the run shows."""
+        """Take the last snapshot, unless the schedule has just done so, and say what the run shows.
+
+        Callbacks that average weights put the average into the module when training ends: then it is taken again.
+        """
         self._take_unless_done()
+        if self._seen is not None and not self._seen.equal(_sample(self._module)):
+            self._attempt(self._take)
         self._guard.attempt("cannot conclude", self._conclude)
 
     def release(self) -> None:
@@ -134,6 +144,7 @@ class Fit:
         tracker = self._ready()
         if tracker is not None:
             self._publish(tracker.observe(self._trainer.global_step))
+            self._seen = _sample(self._module)
 
     def _ready(self) -> ExplanationTracker | None:
         """The tracker, made once there are images to explain."""
@@ -169,7 +180,7 @@ class Fit:
         classes = 0 if labels is None else len({label for label in labels.tolist() if label >= 0})
         images = f"{len(subject.probe)} images" + (f" of {classes} classes" if classes else "")
         methods = ", ".join(method.name for method in settings.methods)
-        board = next((logger for logger in self._trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+        board = next((logger for logger in self._trainer.loggers if is_kind(logger, "TensorBoardLogger")), None)
         where = [] if board is None else [f"tensorboard --logdir {shlex.quote(str(board.save_dir))}"]
         if settings.save_maps and not self._leaves_no_files:
             where.append(f"vit-explain report {shlex.quote(str(self._folder.parent))}")
@@ -229,3 +240,8 @@ class Fit:
         if probe.regression:
             return 0
         return probe.labels if self._settings.target == "label" else None
+
+
+def _sample(module: nn.Module) -> Tensor:
+    """A few of each parameter's values, which are others when its weights are replaced."""
+    return torch.cat([parameter.detach().flatten()[:16].float().cpu() for parameter in module.parameters()])

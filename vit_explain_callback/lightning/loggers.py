@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from vit_explain_callback.lightning._compat import LightningModule, Logger, TensorBoardLogger, Trainer
+from vit_explain_callback.lightning._compat import LightningModule, Logger, Trainer, is_kind
 from vit_explain_callback.tracking.writers import TensorBoardWriter
 from vit_explain_callback.visualization.overlay import Picture
 
@@ -28,9 +28,10 @@ class LoggerWriter:
     ) -> None:
         self._logger = logger
         self._index = index
+        any_logger: Any = logger
         self._board: TensorBoardWriter | None = None
-        if isinstance(logger, TensorBoardLogger):
-            self._board = TensorBoardWriter(logger.experiment, margin_charts, max_pictures_mb)
+        if is_kind(logger, "TensorBoardLogger"):
+            self._board = TensorBoardWriter(any_logger.experiment, margin_charts, max_pictures_mb)
 
     def __repr__(self) -> str:
         return f"{type(self._logger).__name__} (logger {self._index})"
@@ -57,7 +58,7 @@ class LoggerWriter:
 
 def shows_pictures(logger: Logger) -> bool:
     """Whether there is a way to give a logger pictures."""
-    return isinstance(logger, TensorBoardLogger) or _show(logger) is not None
+    return is_kind(logger, "TensorBoardLogger") or _show(logger) is not None
 
 
 def declare_final_metrics(trainer: Trainer, pl_module: LightningModule, tags: Iterable[str]) -> None:
@@ -67,7 +68,7 @@ def declare_final_metrics(trainer: Trainer, pl_module: LightningModule, tags: It
     """
     if trainer.is_global_zero and pl_module.hparams_initial and not getattr(trainer, "fast_dev_run", False):
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
+            if is_kind(logger, "TensorBoardLogger"):
                 logger.log_hyperparams(pl_module.hparams_initial, dict.fromkeys(tags, float("nan")))
 
 

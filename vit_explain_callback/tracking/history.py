@@ -76,6 +76,11 @@ class History:
             del shown[_most_crowded(shown)]
         return shown
 
+    def drop_latest(self) -> None:
+        """Let go of the latest snapshot."""
+        self.block_drift.pop(self.snapshots.pop().step, None)
+        self.count -= 1
+
     def update_latest(self, reliability: Reliability) -> None:
         """Give the latest snapshot its reliability."""
         self.snapshots[-1] = replace(self.now, reliability=reliability)

@@ -113,6 +113,8 @@ class ExplanationTracker:
     def observe(self, step: int) -> dict[str, float]:
         """Take a snapshot: explain, measure and write. The first one is the baseline.
 
+        A second one at the same step, of weights that were replaced since, takes the place of the one before.
+
         Args:
             step: Optimiser steps taken so far.
 
@@ -122,7 +124,8 @@ class ExplanationTracker:
         Raises:
             Exception: What the model raised on any process.
         """
-        due = bool(self._check_every) and self.history.count % (self._check_every or 1) == 0
+        again = self.history.count > 1 and self.history.now.step == step
+        due = bool(self._check_every) and (self.history.count - again) % (self._check_every or 1) == 0
         with self._progress(f"explaining {len(self.probe)} images at step {step}", 1, due) as advance:
             target = self.history.baseline.target if self.history.count else self._first_target()
             explanation = explain_together(
@@ -130,6 +133,8 @@ class ExplanationTracker:
             )
             advance()
             reliability = self._reliability(explanation, advance) if due else None
+        if again:
+            self.history.drop_latest()
         self.history.add(Snapshot(step, explanation, reliability))
         values = scalars(self.history, self.probe)
         logged = of_detail(values, self._detail)
