@@ -46,6 +46,7 @@ FAMILIES = {
     "vit_wide": Family("vit_tiny_patch16_224", 1, 0, "class", image_size=(24, 48)),
     "vit_gap": Family("vit_tiny_patch16_224", 1, 0, "patches", options={"global_pool": "avg"}),
     "vit_map": Family("vit_base_patch16_siglip_224", 0, None, "pool"),
+    "vit_map_class": Family("vit_tiny_patch16_224", 1, 0, "pool", options={"global_pool": "map"}),
     "deit_distilled": Family("deit_tiny_distilled_patch16_224", 2, 0, "class+dist"),
     "deit3": Family("deit3_small_patch16_224", 1, 0, "class"),
     "beit": Family("beit_base_patch16_224", 1, 0, "patches"),
@@ -79,3 +80,14 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
 
 def random_images(count: int, size: tuple[int, int] = (32, 32), seed: int = 1) -> Tensor:
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def symmetric_vit() -> Any:
+    """A ViT to which a mirrored image is the same image mirrored, so that drift has a scale."""
+    vit = tiny_vit()
+    with torch.no_grad():
+        position = vit.pos_embed[:, 1:].view(1, 4, 4, -1)
+        vit.pos_embed[:, 1:] = (position + position.flip(2)).view(1, 16, -1) / 2
+        filters = vit.patch_embed.proj.weight
+        vit.patch_embed.proj.weight.copy_((filters + filters.flip(3)) / 2)
+    return vit

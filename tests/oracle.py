@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -26,10 +28,9 @@ class Matrices:
     logits: Tensor
 
 
-def matrices(model: nn.Module, images: Tensor, target: Sequence[int] | None = None) -> Matrices:
-    model = copy.deepcopy(model).double().eval()
-    attentions: list[Tensor] = []
-    scores: list[Tensor] = []
+@contextmanager
+def textbook_attention(attentions: list[Tensor], scores: list[Tensor]) -> Iterator[None]:
+    """Replace the kernel by the textbook formula, and keep every A and the scores before its softmax."""
 
     def textbook(
         q: Tensor,
@@ -55,6 +56,14 @@ def matrices(model: nn.Module, images: Tensor, target: Sequence[int] | None = No
         return torch.einsum("bhnm,bhmd->bhnd", weights, v)
 
     with mock.patch("torch.nn.functional.scaled_dot_product_attention", textbook):
+        yield
+
+
+def matrices(model: nn.Module, images: Tensor, target: Sequence[int] | None = None) -> Matrices:
+    model = copy.deepcopy(model).double().eval()
+    attentions: list[Tensor] = []
+    scores: list[Tensor] = []
+    with textbook_attention(attentions, scores):
         logits = model(images.double().requires_grad_())
     chosen = logits.argmax(dim=1).tolist() if target is None else list(target)
     y = sum(logits[image, label] for image, label in enumerate(chosen))
@@ -62,6 +71,26 @@ def matrices(model: nn.Module, images: Tensor, target: Sequence[int] | None = No
     count = len(attentions)
     detached = [attention.detach() for attention in attentions]
     return Matrices(detached, list(gradients[:count]), list(gradients[count:]), logits.detach())
+
+
+def block_gradients(model: Any, images: Tensor, target: Sequence[int]) -> list[Tensor]:
+    """∂s/∂A of each block of a timm ViT, with s the target's logit of that block's tokens; of the pool's A if any."""
+    model = copy.deepcopy(model).double().eval()
+    attentions: list[Tensor] = []
+    leaving: list[Tensor] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, _args, tokens: leaving.append(tokens))
+    with textbook_attention(attentions, []):
+        model(images.double().requires_grad_())
+        blocks, found = attentions[: len(leaving)], []
+        for attention, tokens in zip(blocks, list(leaving), strict=True):
+            seen = len(attentions)
+            logits = model.forward_head(model.norm(tokens))
+            read_at = attentions[-1] if len(attentions) > seen else attention
+            s = sum(logits[image, label] for image, label in enumerate(target))
+            (gradient,) = torch.autograd.grad(s, read_at, retain_graph=True)
+            found.append(gradient)
+    return found
 
 
 def fused_matrix(attention: Tensor, gradient: Tensor | None, fusion: str) -> Tensor:
@@ -110,3 +139,20 @@ def rollout(
         normalised = torch.stack([row / row.sum() for row in with_residual])
         product = normalised @ product
     return start @ product
+
+
+def positive_product(attention: Tensor, gradient: Tensor) -> Tensor:
+    """Ē = mean_h relu(A ⊙ ∂y/∂A) of one image, (H, N, M) to (N, M), head by head."""
+    total = torch.zeros_like(attention[0])
+    for of_head, gradient_of_head in zip(attention, gradient, strict=True):
+        product = of_head * gradient_of_head
+        total = total + torch.where(product > 0, product, 0.0)
+    return total / len(attention)
+
+
+def signed_product(attention: Tensor, gradient: Tensor) -> Tensor:
+    """mean_h(A ⊙ ∂y/∂A) of one image, (H, N, M) to (N, M), head by head."""
+    total = torch.zeros_like(attention[0])
+    for of_head, gradient_of_head in zip(attention, gradient, strict=True):
+        total = total + of_head * gradient_of_head
+    return total / len(attention)

@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from vit_explain_callback.explainer import Explainer, explain, explain_targets
     from vit_explain_callback.explanation import Explanation
     from vit_explain_callback.lightning.callback import ViTExplainCallback
+    from vit_explain_callback.methods.attention import Attention
+    from vit_explain_callback.methods.chefer import Chefer
     from vit_explain_callback.methods.flow import AttentionFlow, attention_flow
+    from vit_explain_callback.methods.grad_attention import GradAttention
     from vit_explain_callback.methods.grad_rollout import GradRollout, gradient_rollout
+    from vit_explain_callback.methods.gradsam import GradSAM
+    from vit_explain_callback.methods.legrad import LeGrad
     from vit_explain_callback.methods.rollout import Rollout, attention_rollout
     from vit_explain_callback.metrics.drift import MapDrift
     from vit_explain_callback.tracking.probe import Probe
@@ -23,11 +28,16 @@ if TYPE_CHECKING:
 
 # Loaded at their first use: not everyone needs Lightning, and `vit-explain --help` needs nothing.
 _HOME = {
+    "Attention": "methods.attention",
     "AttentionFlow": "methods.flow",
+    "Chefer": "methods.chefer",
     "Explainer": "explainer",
     "Explanation": "explanation",
     "ExplanationTracker": "tracking.tracker",
+    "GradAttention": "methods.grad_attention",
     "GradRollout": "methods.grad_rollout",
+    "GradSAM": "methods.gradsam",
+    "LeGrad": "methods.legrad",
     "MapDrift": "metrics.drift",
     "Probe": "tracking.probe",
     "Rollout": "methods.rollout",
@@ -43,11 +53,16 @@ _HOME = {
 }
 
 __all__ = [
+    "Attention",
     "AttentionFlow",
+    "Chefer",
     "Explainer",
     "Explanation",
     "ExplanationTracker",
+    "GradAttention",
     "GradRollout",
+    "GradSAM",
+    "LeGrad",
     "MapDrift",
     "Probe",
     "Rollout",

@@ -58,6 +58,41 @@ def check_layers(methods: Sequence[Method], blocks: int) -> None:
         method.layers(blocks)
 
 
+def check_heads(methods: Sequence[Method], heads: Sequence[int]) -> None:
+    """Refuse methods with an option that names a head which a block does not have.
+
+    Args:
+        methods: Methods.
+        heads: H of each block, first block first.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for method in methods:
+        layers, head = method.layers(len(heads)), method.fusion.head
+        for layer, count in enumerate(heads, start=1):
+            if layer in layers and head is not None and head > count:
+                raise ValueError(f"Expected `head` in 1 … {count} (the heads of block {layer}), but got {method.name}.")
+
+
+def check_query(query: tuple[int, int], methods: Sequence[Method], grid: tuple[int, int]) -> None:
+    """Refuse a query that is no patch, and methods that cannot start from a patch.
+
+    Raises:
+        ValueError: If `query`, (row, column) counted from 0, lies outside the grid, or a method needs a target.
+    """
+    if len(query) != 2 or not all(0 <= place < size for place, size in zip(query, grid, strict=True)):
+        raise ValueError(
+            f"Expected `query` to be a (row, column) in 0 … {grid[0] - 1} and 0 … {grid[1] - 1}, but got {query}."
+        )
+    of_target = [method.name for method in methods if method.needs_target]
+    if of_target:
+        raise ValueError(
+            f"Expected no `query` for {', '.join(of_target)}: gradients are of a class, and say nothing about what a "
+            "patch attends to. Ask for `attention` or `rollout`."
+        )
+
+
 def class_index(target: object) -> int | None:
     """A class index of any integer type: of Python or numpy, or a tensor without dimensions; None if it is none.
 

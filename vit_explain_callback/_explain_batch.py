@@ -6,37 +6,21 @@ Shapes: B images, C channels of the image or classes of the logits, N tokens, H 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vit_explain_callback._checks import check_layers, check_target
+from vit_explain_callback._checks import check_heads, check_layers, check_query, check_target
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.fold import Blocks, fold
 from vit_explain_callback.metrics.attention import BlockMeter
 from vit_explain_callback.vit.adapter import Subject
+from vit_explain_callback.vit.block_logits import BlockLogit, block_logits
 from vit_explain_callback.vit.capture import AttentionCall, AttentionRecorder
 from vit_explain_callback.vit.stack import Stack, find_stack
-from vit_explain_callback.vit.tokens import TokenLayout
-
-
-@dataclass(frozen=True)
-class _Forward:
-    """What a forward pass gave.
-
-    Attributes:
-        images: (B, C, H, W), as the ViT was fed them.
-        logits: (B, C), in the autograd graph if there is one.
-        targets: Classes to explain, (B,) each.
-        stack: The attention of the blocks.
-    """
-
-    images: Tensor
-    logits: Tensor
-    targets: list[Tensor]
-    stack: Stack
+from vit_explain_callback.vit.tokens import TokenLayout, mean_of
 
 
 def explain_batch(
@@ -45,72 +29,80 @@ def explain_batch(
     methods: Sequence[Method],
     wanted: Sequence[Tensor | None],
     block_statistics: bool,
+    query: tuple[int, int] | None = None,
 ) -> list[Explanation]:
     """Explain a batch, (B, C, H, W), for each wanted target, (B,), None for the predicted class.
 
     The model is in evaluation mode already. Methods that do not depend on the class are folded once for all targets.
+    With a `query`, (row, column), relevance starts from that patch instead of what the classifier reads.
 
     Raises:
         TypeError: If the model's output is of the wrong type.
-        ValueError: If a target or `start_layer` is out of range, or if the model's attention cannot be rolled out.
+        ValueError: If a target, the query or an option is out of range, or if the model's attention cannot be rolled
+            out.
     """
-    with_gradients = any(method.needs_target for method in methods)
-    forward = _forward(subject, images, methods, wanted, with_gradients)
-    gradients = _gradients(forward)
+    logits, stack, fed = _forward(subject, images, methods)
+    targets = _targets(logits.detach(), wanted)
+    gradients = _gradients(logits, stack, targets)
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
-    images, logits, targets, stack = images.detach(), forward.logits.detach(), forward.targets, forward.stack
-    layout = subject.layout(stack, images)
-    if layout.observed and layout.readout is not None and stack.pool is not None:
-        stack = replace(stack, pool=None)  # no logit depends on it
-        gradients = [of_target[:-1] for of_target in gradients]
+    logits = logits.detach()
+    layout = subject.layout(stack, fed)
+    if layout.observed and layout.readout is not None:
+        stack, gradients = _without_pool(stack, gradients)  # no logit depends on one
     _check_tokens(stack, layout)
-    if with_gradients:
+    if _weighted(methods):
         _check_reached(stack, gradients[0])
-    meter = _meter(stack, layout, images) if block_statistics else None
-    blocks = Blocks(stack, gradients)
-    del forward, stack, gradients  # the iterator lets go of each block once nobody else holds it
+    meter = _meter(stack, layout, fed) if block_statistics else None
+    own_logits = _block_logits(subject, stack, images, targets, methods)
+    if query is not None:
+        check_query(query, methods, layout.grid)
+        layout = _read_by(query, layout)
+        stack, gradients = _without_pool(stack, gradients)
+    blocks = Blocks(stack, gradients, own_logits)
+    del stack, gradients, own_logits  # the iterator lets go of each block once nobody else holds it
     found = _maps(methods, blocks, layout, meter)
-    found += found[:1] * (len(targets) - len(found))
     statistics = None if meter is None else meter.result()
     return [Explanation(maps, logits, target, statistics) for maps, target in zip(found, targets, strict=True)]
 
 
-def _forward(
-    subject: Subject,
-    images: Tensor,
-    methods: Sequence[Method],
-    wanted: Sequence[Tensor | None],
-    with_gradients: bool,
-) -> _Forward:
+def _forward(subject: Subject, images: Tensor, methods: Sequence[Method]) -> tuple[Tensor, Stack, Tensor]:
+    """Logits (B, C), in the autograd graph if a method asks for it, the blocks, and the images that the ViT was fed."""
+    weighted = _weighted(methods)
     with (
-        torch.set_grad_enabled(with_gradients),
-        AttentionRecorder(subject.vit, with_gradients, subject.twin.state) as recorder,
-        subject.fed(with_gradients) as fed,
+        torch.set_grad_enabled(weighted),
+        AttentionRecorder(subject.vit, weighted, subject.twin.state) as recorder,
+        subject.fed(weighted) as fed,
     ):
         logits = subject.logits(images)
     stack = find_stack(subject.vit, recorder, len(images))
-    images = fed[0] if fed else images
     check_layers(methods, len(stack.calls))
-    predicted = logits.detach().argmax(dim=1)
-    targets = [predicted if target is None else target.to(logits.device) for target in wanted]
+    check_heads(methods, [call.shape[1] for call in stack.calls])
+    return logits, stack, fed[0] if fed else images
+
+
+def _weighted(methods: Sequence[Method]) -> bool:
+    return any(method.fusion.of == "weighted" for method in methods)
+
+
+def _targets(logits: Tensor, wanted: Sequence[Tensor | None]) -> list[Tensor]:
+    predicted = logits.argmax(dim=1)
+    # Copies: what the user made in inference mode could not be saved for a backward pass.
+    targets = [predicted if target is None else target.to(logits.device, copy=True) for target in wanted]
     for target in targets:
         check_target(target, logits.shape[1])
-    return _Forward(images, logits, targets, stack)
+    return targets
 
 
-def _gradients(forward: _Forward) -> list[list[Tensor | None]]:
-    """∂y_c/∂O of each block and then of the pool for each target, None where y_c does not depend on it.
-
-    Without a graph, of one target alone: the maps are the same for all.
-    """
-    outputs = [call.output for call in _with_pool(forward.stack)]
+def _gradients(logits: Tensor, stack: Stack, targets: Sequence[Tensor]) -> list[list[Tensor | None]]:
+    """∂y_c/∂O of each block and then of the pool for each target, None where there is no graph from it to y_c."""
+    outputs = [call.output for call in _with_pool(stack)]
     attached = [index for index, output in enumerate(outputs) if output.requires_grad]
-    gradients: list[list[Tensor | None]] = [[None] * len(outputs) for _ in forward.targets]
-    if not forward.logits.requires_grad or not attached:
-        return gradients[:1]
+    gradients: list[list[Tensor | None]] = [[None] * len(outputs) for _ in targets]
+    if not logits.requires_grad or not attached:
+        return gradients
     # Images do not mix in evaluation mode, so one pass serves the whole batch.
     with torch.enable_grad():
-        chosen = [forward.logits.gather(1, target[:, None]).sum() for target in forward.targets]
+        chosen = [logits.gather(1, target[:, None]).sum() for target in targets]
     for place, logit in enumerate(chosen):
         found = torch.autograd.grad(
             logit,
@@ -123,10 +115,30 @@ def _gradients(forward: _Forward) -> list[list[Tensor | None]]:
     return gradients
 
 
+def _block_logits(
+    subject: Subject, stack: Stack, images: Tensor, targets: Sequence[Tensor], methods: Sequence[Method]
+) -> dict[int, BlockLogit]:
+    """The logits of the blocks that a method asks for, by number."""
+    count = len(stack.calls)
+    wanted = [method.layers(count) for method in methods if method.fusion.of == "block_gradient"]
+    layers = [layer for layer in range(1, count + 1) if any(layer in of_method for of_method in wanted)]
+    return block_logits(subject, stack, images, targets, layers) if layers else {}
+
+
+def _without_pool(stack: Stack, gradients: list[list[Tensor | None]]) -> tuple[Stack, list[list[Tensor | None]]]:
+    return replace(stack, pool=None), [of_target[: len(stack.calls)] for of_target in gradients]
+
+
+def _read_by(query: tuple[int, int], layout: TokenLayout) -> TokenLayout:
+    """The layout of a model whose classifier reads one patch."""
+    place = layout.first_patch + query[0] * layout.grid[1] + query[1]
+    return replace(layout, readout=mean_of(range(place, place + 1), layout.tokens))
+
+
 def _maps(
     methods: Sequence[Method], blocks: Blocks, layout: TokenLayout, meter: BlockMeter | None
 ) -> list[dict[str, Tensor]]:
-    """Maps (B, grid_h, grid_w) by name for each target that there are gradients of."""
+    """Maps (B, grid_h, grid_w) by name for each target."""
     with torch.no_grad():
         folded = fold(methods, blocks, layout, meter)
     return [{method.name: layout.to_grid(row) for method, row in rows.items()} for rows in folded]
@@ -166,5 +178,5 @@ def _check_reached(stack: Stack, gradients: Sequence[Tensor | None]) -> None:
             raise ValueError(
                 f"Expected gradients to reach `{call.module}`, but its output is cut off from the logits. Take "
                 "`detach()` out of the model's forward (freeze parameters with `requires_grad` instead), or leave out "
-                "gradient rollout."
+                "the methods that depend on the class."
             )

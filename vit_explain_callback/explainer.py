@@ -51,9 +51,10 @@ def explain(
     batch_size: int | None = None,
     *,
     block_statistics: bool = False,
+    query: tuple[int, int] | None = None,
     **options: Unpack[ModelOptions],
 ) -> Explanation:
-    """Explain the predictions of a Vision Transformer with attention rollout and gradient rollout.
+    """Explain the predictions of a Vision Transformer: which patches they draw on, by one method or several.
 
     The model runs in evaluation mode and outside autocast, with its own attention kernel, and is left as it was found:
     training flags, gradients, buffers and random streams included.
@@ -61,11 +62,13 @@ def explain(
     Args:
         model: A ViT, or any module that holds exactly one and returns logits for a batch of images.
         images: (B, C, H, W), normalised as the model expects. Moved to the model's device and dtype.
-        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout`,
-            `GradRollout` and `AttentionFlow` objects.
+        methods: Names (`"rollout"`, `"grad_rollout_max_0.9"`, `"chefer"`, `"attention_block12_head3"`, …) or objects
+            (`Rollout()`, `Chefer()`, …).
         target: Class to explain: None for the predicted one, one index for all images, or (B,) integer indices.
         batch_size: Images per pass; None takes all at once. It changes memory, not results.
         block_statistics: Whether to measure what each block attends to; see `BlockStatistics`.
+        query: Patch as (row, column), counted from 0, to start from instead of what the classifier reads: what that
+            patch attends to. For methods that depend on no class.
         **options: What the model does not say of itself; see `ModelOptions`.
 
     A head with one logit z counts as two classes with the logits -z/2 and z/2, so that their softmax is the sigmoid of
@@ -85,7 +88,7 @@ def explain(
         >>> {name: tuple(maps.shape) for name, maps in explanation.maps.items()}
         {'rollout': (1, 14, 14), 'grad_rollout_max': (1, 14, 14)}
     """
-    return Explainer(model, methods, **options)(images, target, batch_size, block_statistics)
+    return Explainer(model, methods, **options)(images, target, batch_size, block_statistics, query=query)
 
 
 def explain_targets(
@@ -163,6 +166,13 @@ class Explainer:
         self._memory = Memory()
         self._guarded = True
 
+    @property
+    def name(self) -> str:
+        """Class of the ViT, and its path in the model where it has one."""
+        vit = find_vit(self._adapter.model, self._adapter.vit)
+        path = next((path for path, module in self._adapter.model.named_modules() if module is vit), "")
+        return f"{type(vit).__name__} at `{path}`" if path else type(vit).__name__
+
     def __call__(
         self,
         images: Tensor,
@@ -170,6 +180,7 @@ class Explainer:
         batch_size: int | None = None,
         block_statistics: bool = False,
         first: int = 0,
+        query: tuple[int, int] | None = None,
     ) -> Explanation:
         """Explain a batch, in parts of `batch_size` images; in smaller ones where memory does not suffice.
 
@@ -179,7 +190,7 @@ class Explainer:
             TypeError: If images, target or the model's output are of the wrong type.
             ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
         """
-        return self.for_targets(images, [target], batch_size, block_statistics, first)[0]
+        return self.for_targets(images, [target], batch_size, block_statistics, first, query)[0]
 
     def for_targets(
         self,
@@ -188,6 +199,7 @@ class Explainer:
         batch_size: int | None = None,
         block_statistics: bool = False,
         first: int = 0,
+        query: tuple[int, int] | None = None,
     ) -> list[Explanation]:
         """Explain a batch for several targets: one forward pass, and one backward pass for each target.
 
@@ -207,7 +219,7 @@ class Explainer:
         def work(subject: Subject, part: slice, copied: Tensor) -> list[Explanation]:
             own = [None if target is None else target[part] for target in wanted]
             mean_std.append(normalisation(subject.vit))
-            return explain_batch(subject, copied, self.methods, own, block_statistics)
+            return explain_batch(subject, copied, self.methods, own, block_statistics, query)
 
         parts = self._in_parts(images, batch_size, first, work)
         return [

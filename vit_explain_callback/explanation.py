@@ -37,7 +37,8 @@ class Explanation:
 
     Attributes:
         maps: Relevance of each patch by method name, (B, grid_h, grid_w), raw: in a rollout, patches and prefix
-            tokens together sum to 1; a flow is at most 1. Float32, or float64 for a float64 model.
+            tokens together sum to 1; a flow is at most 1; `grad_attention` has both signs. Float32, or float64 for a
+            float64 model.
         logits: (B, C).
         target: Class whose logit the gradients are of, (B,).
         blocks: What each block attends to, if asked for.

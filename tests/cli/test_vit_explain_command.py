@@ -17,10 +17,11 @@ from timm.data.transforms_factory import create_transform
 
 from tests.cli.photographs import ANIMALS, NAME, OWN, checkpoint, index, photograph
 from tests.models import randomised
-from vit_explain_callback import explain
+from vit_explain_callback import Attention, explain
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.photograph import View
+from vit_explain_callback.cli.subcommands import _variants
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -267,6 +268,22 @@ def test_compare(here: Path, counted: Callable[[], int], capsys: pytest.CaptureF
     with Image.open("out/both.sweep.gif") as sweep:
         assert sweep.n_frames == 11  # type: ignore[attr-defined]
         assert sweep.width == 2 * 320
+
+
+def test_compare_takes_every_method_with_the_options_that_it_has(here: Path) -> None:
+    words = ["--method", "chefer", "grad_attention", "attention", "attention_block1_head2", "--category_index", "dog"]
+    assert main(["compare", "both.png", *OWN, *words]) == 0
+    assert not Path("explanations/both.sweep.gif").exists()
+    names = [method.name for method in _variants(Attention(), ["mean", "max"], [0.0, 0.9])]
+    assert names == ["attention", "attention_max"]
+    assert main(["compare", "both.png", *OWN, "--method", "chefer", "rollout", "--discard_ratio", "0"]) == 0
+    with Image.open("explanations/both.sweep.gif") as sweep:
+        assert sweep.width == 320  # of rollout, the first that can discard
+
+
+def test_options_that_a_method_does_not_have_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["both.png", *OWN, "--method", "rollout", "chefer", "--discard_ratio", "0.5"]) == 2
+    assert "Expected no --discard_ratio with --method chefer, which has no such option" in capsys.readouterr().err
 
 
 def test_compare_chosen_methods(here: Path) -> None:

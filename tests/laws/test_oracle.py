@@ -308,7 +308,7 @@ def test_wrong_images_are_refused(images: Tensor, error: type[Exception], messag
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"methods": ["rolout"]}, ValueError, "`methods` to name `rollout`, `grad_rollout` or `flow`"),
+        ({"methods": ["rolout"]}, ValueError, "`methods` to name `rollout`, `grad_rollout`, `flow`, .* or `legrad`"),
         ({"methods": []}, ValueError, "at least one method"),
         ({"methods": ["rollout", Rollout()]}, ValueError, "each only once"),
         ({"methods": [3]}, TypeError, "got 3"),
@@ -366,3 +366,11 @@ def test_blocks_that_no_method_looks_at_are_not_computed(monkeypatch: pytest.Mon
     monkeypatch.setattr(fold, "_fused", counted)
     explain(tiny_vit(), random_images(1), ["rollout_from3", "rollout_max_from2"])
     assert seen == [2, 1]  # of three blocks
+
+
+def test_targets_made_in_inference_mode_can_be_explained() -> None:
+    model, images = tiny_vit(), random_images(2)
+    plain = explain(model, images, target=torch.tensor([1, 2]))
+    with torch.inference_mode():
+        found = explain(model, images.clone(), target=torch.tensor([1, 2]))
+    assert found.maps["grad_rollout"].equal(plain.maps["grad_rollout"])

@@ -67,7 +67,7 @@ def test_a_logger_that_raises_when_it_is_asked(tmp_path: Path, kind: type[Leaves
     assert_trained_alike(weights, plain)
     asked = [text for text in said if "ConnectionError('no server')" in text]
     assert len(asked) == len(set(asked)) == {NoExperiment: 1, NoHyperparameters: 0, NoFolder: 2}[kind]
-    assert spy.scalars["drift_baseline/rollout/spearman"] == [0, 4]
+    assert spy.scalars["explain/probe/target_probability"] == [0, 4]
     assert len(list(tmp_path.rglob("step_*"))) == 2
     if kind is NoExperiment:
         with pytest.raises(ConnectionError):
@@ -126,7 +126,7 @@ def test_the_hyperparameters_pane_is_the_users(tmp_path: Path, own: bool, logged
     assert declared(board.log_dir) == expected
     for path in [path for path in tmp_path.rglob("*") if path.is_file() and not logged]:
         assert b"hunter2" not in path.read_bytes(), path
-    final = events(None, board.log_dir).Scalars("final/drift/rollout")  # type: ignore[arg-type]
+    final = events(None, board.log_dir).Scalars("explain/final/drift/rollout")  # type: ignore[arg-type]
     assert len(final) == 1
 
 
@@ -139,7 +139,7 @@ def test_a_standard_output_that_cannot_show_the_summary(
     _, _, said = ending(short(), tmp_path, Classifier(), max_epochs=1)
     assert said == []
     assert output.getvalue().startswith(b"Explanation drift of 2 probe images")
-    assert "→" in next(tmp_path.rglob("verdict.txt")).read_text(encoding="utf-8")
+    assert "→" in next(tmp_path.rglob("summary.txt")).read_text(encoding="utf-8")
 
 
 class Broken(io.StringIO):
@@ -152,9 +152,9 @@ def test_a_standard_output_that_is_gone(tmp_path: Path, monkeypatch: pytest.Monk
     trainer, _, said = ending(short(), tmp_path, Classifier(), max_epochs=1)
     (only,) = said
     assert "cannot print the summary, and training goes on: BrokenPipeError" in only
-    assert trainer.callback_metrics["drift_baseline/rollout/spearman"] < 1
-    assert list(tmp_path.rglob("verdict.txt"))
-    assert events(trainer).Images("explain_gif/rollout/0")
+    assert trainer.callback_metrics["explain/probe/target_probability"] < 1
+    assert list(tmp_path.rglob("summary.txt"))
+    assert events(trainer).Images("explain/overlay_animation/rollout/0")
 
 
 FULL = """
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_while_a_run_goes_on(tmp_path: Path, monkeypatch: pyte
     assert_trained_alike(weights, plain)
     assert len(said) == 2
     assert all("can be written to" in text for text in said)
-    steps = [event.step for event in events(trainer).Scalars("drift_baseline/rollout/spearman")]
+    steps = [event.step for event in events(trainer).Scalars("explain/probe/target_probability")]
     assert steps == [0, 1, 2, 3, 7, 8]
     assert len(list(tmp_path.rglob("step_*"))) == 6
     with warnings.catch_warnings():

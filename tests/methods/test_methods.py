@@ -1,8 +1,7 @@
-"""Names and options of the methods."""
+"""Methods of one's own, and what a fold keeps alive."""
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -13,57 +12,9 @@ from torch import Tensor
 
 from tests import oracle
 from tests.models import FAMILIES, random_images, tiny_vit
-from vit_explain_callback import AttentionFlow, GradRollout, Rollout, explain
-from vit_explain_callback.methods.base import Block, Method
-from vit_explain_callback.methods.fused_method import FusedMethod
-from vit_explain_callback.methods.fusion import Fusion
-from vit_explain_callback.methods.names import method_from_name, resolve_methods
+from vit_explain_callback import Rollout, explain
+from vit_explain_callback.methods import Block, Fusion, Method
 from vit_explain_callback.vit.stack import find_stack
-
-KINDS: list[type[FusedMethod]] = [Rollout, GradRollout, AttentionFlow]
-EVERY: list[Method] = [
-    kind(fusion, ratio, start)  # type: ignore[arg-type]
-    for kind, fusion, ratio, start in itertools.product(KINDS, ("mean", "max", "min"), (0.0, 0.5, 0.95), (1, 12))
-]
-
-
-def test_names_are_unique_and_lead_back_to_the_method() -> None:
-    assert len({method.name for method in EVERY}) == len(EVERY)
-    for method in EVERY:
-        assert method_from_name(method.name) == method
-
-
-def test_names_leave_out_defaults() -> None:
-    assert Rollout().name == "rollout"
-    assert GradRollout("min", 0.5, 3).name == "grad_rollout_min_0.5_from3"
-
-
-def test_methods_of_different_kinds_differ() -> None:
-    assert len({Rollout(), GradRollout(), AttentionFlow(), Rollout()}) == 3
-
-
-def test_one_name_is_one_method() -> None:
-    assert resolve_methods("rollout") == (Rollout(),)
-    assert resolve_methods(["grad_rollout_0.9", Rollout("max")]) == (GradRollout(discard_ratio=0.9), Rollout("max"))
-
-
-@pytest.mark.parametrize("name", ["", "flows", "rollout_", "rollout_max_", "rollout_0.5_max"])
-def test_misspelt_names_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="Expected `methods` to name"):
-        method_from_name(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("rollout_median", "`head_fusion` to be one of"),
-        ("rollout_1.5", r"`discard_ratio` in \[0, 1\), but got 1.5"),
-        ("rollout_from0", "`start_layer` of at least 1"),
-    ],
-)
-def test_options_outside_their_range_are_refused(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        method_from_name(name)
 
 
 class Undefined(Method):
@@ -94,12 +45,12 @@ class LastBlocks(Method):
 
     @property
     def fusion(self) -> Fusion:
-        return Fusion("mean", weighted=self.of_class)
+        return Fusion(of="weighted", positive="after") if self.of_class else Fusion()
 
     def layers(self, blocks: int) -> range:
         return range(blocks - self.count + 1, blocks + 1)
 
-    def start(self, readout: Tensor) -> Tensor:
+    def start(self, readout: Tensor, pool: Tensor | None) -> Tensor:
         return torch.zeros_like(readout)
 
     def step(self, relevance: Tensor, block: Block) -> Tensor:

@@ -132,8 +132,13 @@ def check_maps(situation: Situation, snapshot: Any, model: nn.Module, fed: Tenso
     if situation.kind == "classes" and situation.labels is not None:
         known = [situation.labels[place] for place in places]
         assert [was for was, label in zip(target, known, strict=True) if label >= 0] == [k for k in known if k >= 0]
+    for module in model.modules():
+        if hasattr(module, "grad_checkpointing"):  # the oracle asks for gradients of what is inside
+            vars(module)["grad_checkpointing"] = False
     with torch.no_grad():
-        assert snapshot.logits.shape == model.eval()(fed.float()).shape, "other outputs than the loss is computed of"
+        assert snapshot.logits.shape == model.float().eval()(fed.float()).shape, (
+            "other outputs than the loss is computed of"
+        )
     matrices = oracle.matrices(model, fed, target)
     torch.testing.assert_close(
         snapshot.logits.double(), matrices.logits, rtol=situation.tolerance, atol=situation.tolerance

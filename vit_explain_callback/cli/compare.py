@@ -31,7 +31,7 @@ def compare(
     """Write `NAME.compare.png` and `NAME.sweep.gif`, from one forward pass and one backward pass for each class.
 
     Rows of the figure are the options of the methods, columns their kinds: one for each class where the kind depends on
-    it. The animation sweeps the discard ratio of the first method.
+    it. The animation sweeps the discard ratio of the first method that has one; if none has, there is no animation.
 
     Args:
         classifier: Model, transform and names.
@@ -45,11 +45,11 @@ def compare(
 
     Raises:
         OSError: If the photograph cannot be read, or a result not be written.
-        ValueError: If the model cannot be explained or has no classifier, or a method has no such options.
+        ValueError: If the model cannot be explained, or has no classifier.
     """
     photograph, image = Photograph.read(path, classifier.view)
-    fused = _with_both_options(methods)
-    sweep = [replace(fused[0], discard_ratio=ratio) for ratio in _SWEEP]
+    swept = next((method for method in methods if isinstance(method, FusedMethod)), None)
+    sweep = [] if swept is None else [replace(swept, discard_ratio=ratio) for ratio in _SWEEP]
     explainer = Explainer(classifier.model, list({method.name: method for method in [*methods, *sweep]}.values()))
     images = image[None]
     if not classes:
@@ -58,16 +58,15 @@ def compare(
     found = [explanation.cpu() for explanation in explainer.for_targets(images, list(classes))]
     name = result_name(Path(path.stem))
     folder = ResultFolder(output, [path])
-    files = [
-        folder.write(f"{name}.compare.png", _figure(classifier, fused, photograph, found)),
-        folder.write(f"{name}.sweep.gif", _sweep(classifier, sweep, photograph, found)),
-    ]
+    files = [folder.write(f"{name}.compare.png", _figure(classifier, methods, photograph, found))]
+    if sweep:
+        files.append(folder.write(f"{name}.sweep.gif", _sweep(classifier, sweep, photograph, found)))
     folder.write_index({})
     return files
 
 
 def _figure(
-    classifier: Classifier, methods: Sequence[FusedMethod], photograph: Photograph, found: Sequence[Explanation]
+    classifier: Classifier, methods: Sequence[Method], photograph: Photograph, found: Sequence[Explanation]
 ) -> bytes:
     one_of_kind = {method.kind: method for method in methods}.values()
     columns = [(method, explanation) for method in one_of_kind for explanation in _of_kind(method, found)]
@@ -113,16 +112,6 @@ def _sweep(
     return animation(frames)
 
 
-def _with_both_options(methods: Sequence[Method]) -> list[FusedMethod]:
-    fused = [method for method in methods if isinstance(method, FusedMethod)]
-    if len(fused) < len(methods):
-        raise ValueError(
-            "Expected methods with a `head_fusion` and a `discard_ratio` to compare, but got "
-            f"{', '.join(method.name for method in methods)}."
-        )
-    return fused
-
-
 def _of_kind(method: Method, found: Sequence[Explanation]) -> Sequence[Explanation]:
     """The explanations that differ for a method."""
     return found if method.needs_target else found[:1]
@@ -132,6 +121,8 @@ def _target(classifier: Classifier, explanation: Explanation) -> str:
     return class_caption(int(explanation.target[0]), explanation.probabilities[0], classifier.class_names)
 
 
-def _options(method: FusedMethod) -> str:
+def _options(method: Method) -> str:
+    if not isinstance(method, FusedMethod):
+        return ", ".join(method.name.removeprefix(method.kind).split("_")[1:]) or "default"
     text = f"{method.head_fusion}, discard {method.discard_ratio:g}"
     return text if method.start_layer == 1 else f"{text}, from {method.start_layer}"

@@ -33,8 +33,9 @@ _COMPARE_EXAMPLES = """examples:
 _DRIFT_EXAMPLES = """example:
   vit-explain drift epoch_*.ckpt --model vit_small_patch16_224 --images photos --output drift --open
 """
-_REPORT_EXAMPLES = """example:
+_REPORT_EXAMPLES = """examples:
   vit-explain report lightning_logs/version_0 --open
+  vit-explain report lightning_logs/version_0 lightning_logs/version_1 --output both.html
 """
 
 
@@ -227,9 +228,10 @@ def _drift() -> _Parser:
 
 
 def _report() -> _Parser:
-    parser = _Parser("vit-explain report", "Show a run, from the raw maps it saved.", _REPORT_EXAMPLES)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run that holds `explanations`")
-    _add_output(parser, "HTML file; default: report.html in RUN_DIR")
+    about = "Show a run, from the raw maps it saved, or several of the same images side by side."
+    parser = _Parser("vit-explain report", about, _REPORT_EXAMPLES)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run that holds `explanations`")
+    _add_output(parser, "HTML file; default: report.html in the first RUN")
     return parser
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import webbrowser
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,8 @@ def _first_picture(image: dict[str, Any]) -> str:
 def _compare(args: argparse.Namespace) -> int:
     classifier = _classifier(args)
     fusions, ratios = args.head_fusion or list(HEAD_FUSIONS), args.discard_ratio or [0.0, DISCARD_RATIO]
-    methods = [
-        method
-        for name in args.method or ["grad_rollout", "rollout"]
-        for fusion in fusions
-        for ratio in ratios
-        for method in _chosen_methods([name], fusion, ratio, False)
-    ]
+    named = [method_from_name(name) for name in args.method or ["grad_rollout", "rollout"]]
+    methods = [variant for method in named for variant in _variants(method, fusions, ratios)]
     distinct = list({method.name: method for method in methods}.values())
     files = compare(classifier, distinct, args.sources[0], args.output, _classes(classifier, args.category_index))
     for file in files:
@@ -113,17 +109,17 @@ def _drift(args: argparse.Namespace) -> int:
         check_every=args.check_every or None,
         prefix=args.prefix,
     )
-    _write_page(args.output, args.output / "report.html", args.open)
+    _write_page([args.output], args.output / "report.html", args.open)
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
-    _write_page(args.run_dir, args.output or args.run_dir / "report.html", args.open)
+    _write_page(args.runs, args.output or args.runs[0] / "report.html", args.open)
     return 0
 
 
-def _write_page(run: Path, file: Path, show: bool) -> None:
-    html = page(run)
+def _write_page(runs: Sequence[Path], file: Path, show: bool) -> None:
+    html = page(runs)
     if file.is_file() and _PAGE not in file.read_bytes()[:_HEAD]:
         raise FileExistsError(f"{file} is no page of a run and is not written over: choose another --output.")
     write_text(file, html)
@@ -176,4 +172,22 @@ def _chosen_methods(
     given: dict[str, Any] = {"head_fusion": fusion, "discard_ratio": ratio}
     options = {name: value for name, value in given.items() if value is not None}
     methods = [method_from_name(name) for name in names]
-    return resolve_methods([replace(m, **options) if m.name == m.kind else m for m in methods])
+    return resolve_methods([_with(m, options) if m.name == m.kind else m for m in methods])
+
+
+def _with(method: Method, options: Mapping[str, Any]) -> Method:
+    lacking = sorted(options.keys() - _option_names(method))
+    if lacking:
+        raise ValueError(f"Expected no --{lacking[0]} with --method {method.kind}, which has no such option.")
+    return replace(method, **options)
+
+
+def _variants(method: Method, fusions: Sequence[str], ratios: Sequence[float]) -> list[Method]:
+    """A method without options with every combination of those that it has; one with options alone."""
+    grid = {"head_fusion": fusions, "discard_ratio": ratios} if method.name == method.kind else {}
+    taken = {name: values for name, values in grid.items() if name in _option_names(method)}
+    return [replace(method, **dict(zip(taken, values, strict=True))) for values in itertools.product(*taken.values())]
+
+
+def _option_names(method: Method) -> set[str]:
+    return {field.name for field in fields(method)}

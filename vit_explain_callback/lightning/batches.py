@@ -19,6 +19,11 @@ _IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs",
 _LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class", "cls")
 
 
+def cloned(batch: Any) -> Any:
+    """A batch with tensors of its own, which a step may write to."""
+    return apply_to_collection(batch, Tensor, lambda part: part.detach().clone())
+
+
 def picked(batch: Any, rows: list[int], count: int) -> Any:
     """Some rows of a batch of any form, which holds `count` of them: what has as many rows is picked from.
 
@@ -27,7 +32,9 @@ def picked(batch: Any, rows: list[int], count: int) -> Any:
         {'image': tensor([2, 0]), 'size': (4, 4), 'names': ['c', 'a']}
     """
     if isinstance(batch, Tensor | np.ndarray):
-        return batch[rows] if batch.ndim > 0 and len(batch) == count else batch
+        if batch.ndim > 0 and len(batch) == count:
+            return batch[rows]
+        return batch.clone() if isinstance(batch, Tensor) else batch.copy()
     if isinstance(batch, dict):
         parts = {key: picked(part, rows, count) for key, part in batch.items()}
         return type(batch)(parts) if type(batch) is dict else _like(batch, parts)

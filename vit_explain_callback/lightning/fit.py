@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
-from vit_explain_callback.lightning._compat import LightningModule, Trainer
+from vit_explain_callback._terminal import announce
+from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import Watched
 from vit_explain_callback.lightning.folder import run_folder
-from vit_explain_callback.lightning.loggers import LoggerWriter
+from vit_explain_callback.lightning.loggers import LoggerWriter, renamed
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.strategy import ranks_of
 from vit_explain_callback.lightning.subject import Subject
@@ -33,6 +35,7 @@ class Fit:
         pl_module: What it trains.
         state: Of the run that is resumed, or None.
         watched: Holds the validation images that went by before.
+        place: Of this callback among several in one trainer; each has tags and a folder of its own.
 
     Attributes:
         tracker: Holds the snapshots; None until the probe images are there.
@@ -45,12 +48,16 @@ class Fit:
         pl_module: LightningModule,
         state: Mapping[str, Any] | None,
         watched: Watched,
+        place: int = 0,
     ) -> None:
         self.tracker: ExplanationTracker | None = None
         self._settings, self._trainer, self._module, self._state = settings, trainer, pl_module, state
         self._watched = watched
         self._guard = Guard(settings.on_error)
         self._last_step = trainer.global_step
+        self._published: dict[str, Tensor] = {}
+        self._seen: Tensor | None = None
+        self._prefix = f"explain_{place + 1}/" if place else "explain/"
 
     def begin(self) -> None:
         """Take the baseline, unless a checkpoint brought one; then, the snapshot that was due after it was written.
@@ -85,8 +92,13 @@ class Fit:
             self._take_unless_done()
 
     def end(self) -> None:
-        """Take the last snapshot, unless the schedule has just done so, and say what the run shows."""
+        """Take the last snapshot, unless the schedule has just done so, and say what the run shows.
+
+        Callbacks that average weights put the average into the module when training ends: then it is taken again.
+        """
         self._take_unless_done()
+        if self._seen is not None and not self._seen.equal(_sample(self._module)):
+            self._attempt(self._take)
         self._guard.attempt("cannot conclude", self._conclude)
 
     def release(self) -> None:
@@ -104,8 +116,9 @@ class Fit:
         tracker = self._ready()
         if tracker is None:
             rank_zero_warn(
-                "ViTExplainCallback: the validation data are a stream or cannot be copied, so the probe images, and "
-                "the baseline with them, are taken at the first validation; `images=` gives them before training."
+                "ViTExplainCallback: give `images=` to have a baseline before training, as the validation data are a "
+                "stream or cannot be copied; the probe images, and the baseline with them, are taken at the first "
+                "validation."
             )
         elif not tracker.history.count or self._is_overdue(tracker.history.now.step):
             self._take()
@@ -124,17 +137,13 @@ class Fit:
             self._attempt(self._take)
 
     def _failed(self, error: Exception) -> None:
-        if self._settings.on_error == "raise":
-            raise error
-        rank_zero_warn(
-            f"ViTExplainCallback: the snapshot at step {self._trainer.global_step} failed, and training goes on: "
-            f"{error!r}. Pass `on_error='raise'` to stop here and see where."
-        )
+        self._guard.failed(f"the snapshot at step {self._trainer.global_step} failed", error)
 
     def _take(self) -> None:
         tracker = self._ready()
         if tracker is not None:
             self._publish(tracker.observe(self._trainer.global_step))
+            self._seen = _sample(self._module)
 
     def _ready(self) -> ExplanationTracker | None:
         """The tracker, made once there are images to explain."""
@@ -153,6 +162,8 @@ class Fit:
                 removal=settings.removal,
                 batch_size=settings.batch_size,
                 block_statistics=settings.block_statistics,
+                detail=settings.detail,
+                progress=self._trainer.progress_bar_callback is not None,
                 on_error=settings.on_error,
                 ranks=ranks,
             )
@@ -160,23 +171,41 @@ class Fit:
                 tracker.load_state_dict(self._state)
             tracker.writers = self._writers(folder)
             self.tracker = tracker
+            if self._trainer.is_global_zero:
+                announce(self._watched_in_words(subject, folder))
         return self.tracker
+
+    def _watched_in_words(self, subject: Subject, folder: RunFolder) -> str:
+        """What is watched, when, and where it is to be seen."""
+        settings, labels = self._settings, subject.probe.labels
+        classes = 0 if labels is None else len({label for label in labels.tolist() if label >= 0})
+        images = f"{len(subject.probe)} images" + (f" of {classes} classes" if classes else "")
+        methods = ", ".join(method.name for method in settings.methods)
+        board = next((logger for logger in self._trainer.loggers if is_kind(logger, "TensorBoardLogger")), None)
+        where = [] if board is None else [f"tensorboard --logdir {shlex.quote(str(board.save_dir))}"]
+        if settings.save_maps and not self._leaves_no_files:
+            where.append(f"vit-explain report {shlex.quote(str(folder))}")
+        seen = f"; to see them: {' or '.join(where)}" if where else ""
+        return f"ViTExplainCallback watches {subject.explainer.name}: {methods} of {images}, {settings.schedule}{seen}"
 
     def _writers(self, folder: RunFolder) -> tuple[Writer, ...]:
         """Every logger, and a folder where none of them shows pictures; nothing but on the first process."""
         if not self._trainer.is_global_zero:
             return ()
-        charts = [method.name for method in self._settings.methods] if self._settings.display.margin_charts else []
+        settings, display = self._settings, self._settings.display
+        has_charts = display.margin_charts and settings.detail == "full"  # which alone logs what they show
+        charts = [method.name for method in settings.methods] if has_charts else []
         loggers: list[LoggerWriter] = []
         for index, logger in enumerate(self._trainer.loggers):
             what = f"cannot write to {type(logger).__name__} (logger {index})"
-            self._guard.attempt(what, lambda: loggers.append(LoggerWriter(logger, index, charts)))  # noqa: B023
+            make = partial(LoggerWriter, logger, index, charts, display.max_pictures_mb, self._prefix)
+            self._guard.attempt(what, lambda: loggers.append(make()))  # noqa: B023
         if self._leaves_no_files or any(logger.shows_pictures for logger in loggers):
             return tuple(loggers)
         self._guard.attempt(f"cannot make the folder {folder}", lambda: folder.path)
         rank_zero_warn(
-            "ViTExplainCallback: no logger of this run shows pictures, as `TensorBoardLogger` does; the latest of "
-            f"each are PNG files in {folder}."
+            "ViTExplainCallback: add a `TensorBoardLogger` to see every picture, as no logger of this run shows "
+            f"pictures; the latest of each are PNG files in {folder}."
         )
         return (*loggers, FolderWriter(folder))
 
@@ -194,8 +223,12 @@ class Fit:
         return step > last and self._trainer.is_last_batch and due
 
     def _publish(self, values: Mapping[str, float]) -> None:
-        """Of the latest snapshot; on every rank, for `ModelCheckpoint` and `EarlyStopping`."""
-        self._trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
+        """Of the latest snapshot; on every rank, for `ModelCheckpoint` and `EarlyStopping`. The user's keys stay."""
+        metrics = self._trainer.callback_metrics
+        for name, value in values.items():
+            tag = renamed(name, self._prefix)
+            if tag not in metrics or metrics[tag] is self._published.get(tag):
+                metrics[tag] = self._published[tag] = torch.tensor(value)
 
     def _conclude(self) -> None:
         tracker = self.tracker
@@ -204,7 +237,7 @@ class Fit:
         text = tracker.finish()
         self._publish(tracker.scalars())
         if self._trainer.is_global_zero:
-            self._guard.attempt("cannot print the summary", lambda: _say(text))
+            announce(text)
 
     def _first_target(self, probe: Probe) -> int | Tensor | None:
         if isinstance(self._settings.target, int):
@@ -214,6 +247,6 @@ class Fit:
         return probe.labels if self._settings.target == "label" else None
 
 
-def _say(text: str) -> None:
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+def _sample(module: nn.Module) -> Tensor:
+    """A few of each parameter's values, which are others when its weights are replaced."""
+    return torch.cat([parameter.detach().flatten()[:16].float().cpu() for parameter in module.parameters()])

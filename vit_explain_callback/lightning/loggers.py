@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-from vit_explain_callback.lightning._compat import Logger, TensorBoardLogger
+from vit_explain_callback.lightning._compat import Logger, is_kind
 from vit_explain_callback.lightning.folder import local_path
+from vit_explain_callback.tracking.scalars import PREFIX
 from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.writers import TensorBoardWriter
 from vit_explain_callback.visualization.overlay import Picture
 
+T = TypeVar("T")
 Show: TypeAlias = Callable[[str, Picture, int], Any]
 
 
@@ -23,6 +26,8 @@ class LoggerWriter:
         logger: Any logger of Lightning.
         index: Of it among those of the trainer.
         margin_charts: Methods for the charts of a TensorBoard's custom scalars pane.
+        max_pictures_mb: Megabytes that all pictures may take in a TensorBoard's event file.
+        prefix: What its tags begin with instead of `explain/`, where several callbacks share a logger.
 
     Attributes:
         shows_pictures: Whether there is a way to give the logger pictures.
@@ -31,17 +36,26 @@ class LoggerWriter:
         Exception: What the logger raises when it is asked for its experiment.
     """
 
-    def __init__(self, logger: Logger, index: int, margin_charts: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        logger: Logger,
+        index: int,
+        margin_charts: Sequence[str] = (),
+        max_pictures_mb: float = math.inf,
+        prefix: str = PREFIX,
+    ) -> None:
         self._logger = logger
         self._index = index
-        directory = logger.log_dir if isinstance(logger, TensorBoardLogger) else logger.save_dir
+        self._prefix = prefix
+        any_logger: Any = logger
+        is_board = is_kind(logger, "TensorBoardLogger")
+        directory = any_logger.log_dir if is_board else logger.save_dir
         self._directory = None if directory is None else local_path(directory)
         self._check_space()
-        self._board, self._show = None, None
-        if isinstance(logger, TensorBoardLogger):
-            self._board = TensorBoardWriter(logger.experiment, margin_charts)
-        else:
-            self._show = _show(logger)
+        self._board = (
+            TensorBoardWriter(any_logger.experiment, margin_charts, max_pictures_mb, prefix) if is_board else None
+        )
+        self._show = None if is_board else _show(logger)
         self.shows_pictures = self._board is not None or self._show is not None
 
     def __repr__(self) -> str:
@@ -50,26 +64,41 @@ class LoggerWriter:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log each scalar."""
         self._check_space()
-        self._logger.log_metrics(dict(values), step=step)
+        self._logger.log_metrics(self._own(values), step=step)
 
     def pictures(self, pictures: Mapping[str, Picture], step: int) -> None:
         """Show each picture; nothing where the logger cannot."""
         self._check_space()
         if self._board is not None:
-            self._board.pictures(pictures, step)
+            self._board.pictures(self._own(pictures), step)
         elif self._show is not None:
-            for tag, picture in pictures.items():
+            for tag, picture in self._own(pictures).items():
                 self._show(tag, picture, step)
 
-    def finish(self, summary: str, animations: Mapping[str, bytes], step: int) -> None:
-        """Add summary and animations, which only TensorBoard takes."""
-        self._check_space()
-        if self._board is not None:
-            self._board.finish(summary, animations, step)
+    def finish(self, summary: str, pictures: Mapping[str, Picture], animations: Mapping[str, bytes], step: int) -> None:
+        """Show the last pictures; add summary and animations, which only TensorBoard takes."""
+        if self._board is None:
+            self.pictures(pictures, step)
+        else:
+            self._check_space()
+            self._board.finish(summary, self._own(pictures), self._own(animations), step)
+
+    def _own(self, by_tag: Mapping[str, T]) -> dict[str, T]:
+        return {renamed(tag, self._prefix): value for tag, value in by_tag.items()}
 
     def _check_space(self) -> None:
         if self._directory is not None:
             check_space(self._directory)
+
+
+def renamed(tag: str, prefix: str) -> str:
+    """A tag of ours with another beginning.
+
+    Example:
+        >>> renamed("explain/drift/a", "explain_2/")
+        'explain_2/drift/a'
+    """
+    return prefix + tag.removeprefix(PREFIX)
 
 
 def _show(logger: Logger) -> Show | None:

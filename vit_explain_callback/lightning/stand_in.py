@@ -17,20 +17,23 @@ _GIVEN = {"datamodule", "val_dataloaders", "train_dataloader", "lightning_module
 class StandIn:
     """Answers what a validation step asks of its trainer: numbers, words and the data module.
 
-    It has no loggers, optimizers or checkpoints, and to it there is one process.
+    What is given to its logger goes nowhere, files go to a folder that is thrown away, it has no optimizers, and to it
+    there is one process.
 
     Args:
         trainer: Read, never written to.
+        folder: Where the step may write.
     """
 
     training = testing = predicting = sanity_checking = False
     validating = evaluating = True
-    logger = None
     world_size, global_rank, local_rank, is_global_zero = 1, 0, 0, True
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, folder: str) -> None:
         self._real = trainer
-        self.loggers: list[Any] = []
+        self.log_dir = self.default_root_dir = folder
+        self.logger = Silent(folder)
+        self.loggers: list[Any] = [self.logger]
         self.callbacks: list[Any] = []
         self.optimizers: list[Any] = []
         self.strategy = _Alone()
@@ -46,6 +49,28 @@ class StandIn:
         if name == "state":
             return copy.copy(value)
         raise AttributeError(f"`trainer.{name}` cannot be used while the model is explained")
+
+
+class Silent:
+    """A logger, an experiment or whatever they give: everything can be asked of it and told it, to no effect."""
+
+    def __init__(self, folder: str) -> None:
+        self.log_dir = self.save_dir = self.root_dir = folder
+        self.name, self.version = "explained", 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> Any:  # noqa: D102
+        return self
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        return None
 
 
 class _Alone:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+import io
+import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
-from vit_explain_callback.lightning.batches import images_and_labels, picked
+from vit_explain_callback.lightning.batches import cloned, images_and_labels, picked
 from vit_explain_callback.lightning.stand_in import StandIn
 from vit_explain_callback.vit.adapter import LogitsOf
 from vit_explain_callback.vit.isolation import undisturbed
@@ -121,12 +122,13 @@ class Seen:
 @contextmanager
 def evaluating(module: LightningModule, trainer: Trainer, guarded: bool = True) -> Iterator[Twin]:
     """A twin of a module, in the precision that its weights need."""
-    stand_in = StandIn(trainer)
+    folder = tempfile.TemporaryDirectory(prefix="vit_explain_")
+    stand_in = StandIn(trainer, folder.name)
     replaced: dict[int, object] = {id(trainer): stand_in}
     replaced |= {id(child._trainer): stand_in for child in module.modules() if getattr(child, "_trainer", None)}
     if (data := getattr(trainer, "datamodule", None)) is not None:
         replaced[id(data)] = data
-    with ExitStack() as stack:
+    with folder, ExitStack() as stack:
         twin = stack.enter_context(undisturbed(module, replaced, guarded))
         kinds = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
         if kinds - {torch.float32, torch.float64}:  # lower precision, all of it or in parts, needs what training has
@@ -141,6 +143,7 @@ def transferred(twin: nn.Module, trainer: Trainer, batch: Any, device: torch.dev
     if data is not None:
         data = shallow_twin(data)
         data.trainer = module.trainer
+    batch = trainer.precision_plugin.convert_input(batch)
     for name, given in (
         ("on_before_batch_transfer", (0,)),
         ("transfer_batch_to_device", (device, 0)),
@@ -152,11 +155,12 @@ def transferred(twin: nn.Module, trainer: Trainer, batch: Any, device: torch.dev
 
 
 def run_step(twin: nn.Module, step: StepName, batch: Any) -> Any:
-    """Call a step with as many of its arguments as it takes."""
+    """Call a step with as many of its arguments as it takes; what it prints goes nowhere."""
     function = getattr(twin, step)
     parameters = inspect.signature(function).parameters
     given: dict[str, Any] = {"batch_idx": 0, "dataloader_idx": 0}
-    return function(batch, **{name: given[name] for name in given if name in parameters})
+    with redirect_stdout(io.StringIO()):
+        return function(batch, **{name: given[name] for name in given if name in parameters})
 
 
 def watch(module: LightningModule, trainer: Trainer, batch: Any, vit: str | None, is_ready: bool) -> Seen:
@@ -200,7 +204,7 @@ def _looks(module: LightningModule, trainer: Trainer, batch: Any, vit: str | Non
         if not is_overridden(name, module):
             continue
         with evaluating(module, trainer) as twin:
-            found = look(twin.module, partial(run_step, twin.module, name, copy.copy(batch)), vit)
+            found = look(twin.module, partial(run_step, twin.module, name, cloned(batch)), vit)
         looks.append((name, found))
         if found.losses:
             break
@@ -234,7 +238,30 @@ def _seen(module: LightningModule, trainer: Trainer, batch: Any, step: StepName,
     )
     notice = _notice(step, found) if loss is not None else None
     adapter.part = _part(adapter, images, outputs.detach())
+    if adapter.part is None:
+        _check_rows(adapter, images, outputs.detach())
+    if adapter.part != "" and not found.called and is_overridden("forward", module):
+        notice = (
+            f"`forward` gives other outputs than the loss of `{step}` is computed of; the loss's are explained. "
+            "`forward=lambda module, images: module(images)` explains the others."
+        )
     return Seen(adapter, _plain(images), None if labels is None else _plain(labels), notice)
+
+
+def _check_rows(adapter: LightningAdapter, images: Tensor, outputs: Tensor) -> None:
+    """Refuse a step whose outputs for an image depend on the other images of the batch."""
+    with adapter.evaluating(guarded=True) as twin, torch.no_grad():
+        alone = adapter.outputs(twin.module, images[:1], 0)
+    row = outputs[:1]
+    if (
+        not isinstance(alone, Tensor)
+        or alone.shape != row.shape
+        or not torch.allclose(alone.float(), row.float(), rtol=1e-2, atol=1e-3)
+    ):
+        raise ValueError(
+            f"Expected the outputs of `{adapter.step}` of {type(adapter.model).__name__} for an image to depend on it "
+            f"alone, but they depend on the rest of the batch, as those of a contrastive loss do. {_CURE}"
+        )
 
 
 def _part(adapter: LightningAdapter, images: Tensor, outputs: Tensor) -> str | None:

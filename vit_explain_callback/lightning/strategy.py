@@ -6,13 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vit_explain_callback.lightning._compat import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    LightningModule,
-    Trainer,
-)
+from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind, is_overridden
 from vit_explain_callback.tracking.distributed import Ranks
 from vit_explain_callback.vit.adapter import LogitsOf
 from vit_explain_callback.vit.timm import find_vit
@@ -32,7 +26,7 @@ def ranks_of(trainer: Trainer) -> Ranks:
             f" is {mesh['tensor_parallel'].size()}: no process sees a whole attention matrix. Explain checkpoints "
             "of this run with `explain` instead."
         )
-    whole_model = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    whole_model = is_kind(strategy, "DDPStrategy") and not is_kind(strategy, "DeepSpeedStrategy")
     return Ranks(trainer.global_rank, trainer.world_size, trainer.world_size == 1 or whole_model)
 
 
@@ -42,7 +36,7 @@ def explained_module(pl_module: LightningModule, vit: str | None, forward: Logit
     Raises:
         ValueError: If neither can.
     """
-    if forward is not None or type(pl_module).forward is not LightningModule.forward:
+    if forward is not None or is_overridden("forward", pl_module):
         return pl_module
     found = find_vit(pl_module, vit)
     if found is pl_module:
@@ -55,7 +49,7 @@ def explained_module(pl_module: LightningModule, vit: str | None, forward: Logit
 
 def forward_of(trainer: Trainer) -> LogitsOf | None:
     """How the LightningModule is called by a trainer whose strategy needs more than that, else None."""
-    if not isinstance(trainer.strategy, FSDPStrategy):
+    if not is_kind(trainer.strategy, "FSDPStrategy"):
         return None
     # Parameters outside of every wrapped submodule are gathered by the outermost wrapper alone.
     outermost = trainer.strategy.model

@@ -1,1 +1,32 @@
-"""Explanation methods: attention rollout, gradient rollout and attention flow."""
+"""Explanation methods, one class a file, and what a method of one's own is made of: `Method`, `Block`, `Fusion`."""
+
+from vit_explain_callback.methods.attention import Attention
+from vit_explain_callback.methods.base import Block, Method
+from vit_explain_callback.methods.chefer import Chefer
+from vit_explain_callback.methods.flow import AttentionFlow, attention_flow
+from vit_explain_callback.methods.fusion import Fusion
+from vit_explain_callback.methods.grad_attention import GradAttention
+from vit_explain_callback.methods.grad_rollout import GradRollout, gradient_rollout
+from vit_explain_callback.methods.gradsam import GradSAM
+from vit_explain_callback.methods.legrad import LeGrad
+from vit_explain_callback.methods.names import method_from_name, resolve_methods
+from vit_explain_callback.methods.rollout import Rollout, attention_rollout
+
+__all__ = [
+    "Attention",
+    "AttentionFlow",
+    "Block",
+    "Chefer",
+    "Fusion",
+    "GradAttention",
+    "GradRollout",
+    "GradSAM",
+    "LeGrad",
+    "Method",
+    "Rollout",
+    "attention_flow",
+    "attention_rollout",
+    "gradient_rollout",
+    "method_from_name",
+    "resolve_methods",
+]

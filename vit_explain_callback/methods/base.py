@@ -6,13 +6,14 @@ Shapes: B images, b of them at a time, H heads, N tokens, M keys of an attention
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from vit_explain_callback.methods.fusion import Fusion
+from vit_explain_callback.methods.options import OPTIONS, block_number, check_option
 from vit_explain_callback.vit.tokens import TokenLayout
 
 
@@ -23,7 +24,8 @@ class Block:
     Attributes:
         layer: Its number, counted from 1.
         fused: The matrix that the method's `fusion` asks for, (b, N, N), query rows and key columns. Other methods may
-            share it: do not change it in place.
+            share it: do not change it in place. A `block_gradient` where an attention-pooling head does the reading is
+            that head's, (b, Q, N).
         readout: What the classifier reads of the tokens after the last block, (b, N).
         class_token: Index of the class token, or None.
     """
@@ -38,7 +40,7 @@ class Block:
 class Method(ABC):
     """An explanation method: a frozen dataclass whose fields are its options.
 
-    A method of one's own is a subclass with a `kind` and a `step`:
+    A method of one's own is a subclass with a `kind` and a `step`; options in `OPTIONS` are checked and named alike:
 
         >>> import torch
         >>> @dataclass(frozen=True)
@@ -53,12 +55,15 @@ class Method(ABC):
 
     Raises:
         TypeError: If a subclass has no `step` or no `kind`.
+        ValueError: If an option is outside its range.
     """
 
     kind: ClassVar[str]
     """What the name begins with."""
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            check_option(option.name, getattr(self, option.name))
         if not hasattr(self, "kind"):
             raise TypeError(
                 f"Expected the method {type(self).__name__} to have a `kind`, which its name begins with, but it has "
@@ -67,8 +72,12 @@ class Method(ABC):
 
     @property
     def name(self) -> str:
-        """Key of the maps and TensorBoard tag, different for different options."""
-        return self.kind
+        """Key of the maps and TensorBoard tag: the kind, followed by every option that is not at its default."""
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        changed = {option.name for option in fields(self) if values[option.name] != option.default}
+        written = [OPTIONS[name].write(values[name]) for name in OPTIONS if name in changed]
+        written += [f"{name}{value}" for name, value in values.items() if name in changed and name not in OPTIONS]
+        return "_".join([self.kind, *written])
 
     @property
     def fusion(self) -> Fusion:
@@ -78,23 +87,31 @@ class Method(ABC):
     @property
     def needs_target(self) -> bool:
         """Whether the method depends on the class, through the gradient of its logit."""
-        return self.fusion.weighted
+        return self.fusion.of != "attention"
 
-    def layers(self, blocks: int) -> Container[int]:
-        """The blocks that take part, counted from 1, of a model that has `blocks` of them; by default all.
+    def layers(self, blocks: int) -> Sequence[int]:
+        """The blocks that take part, counted from 1, of a model that has `blocks` of them.
+
+        By default all, or those from the option `start_layer` on.
 
         Raises:
             ValueError: If the model does not have one that an option names.
         """
-        return range(1, blocks + 1)
+        return range(block_number("start_layer", getattr(self, "start_layer", 1), blocks, self.name), blocks + 1)
 
-    def read_pool(self, fused: Tensor) -> Tensor:
-        """What an attention-pooling head reads, (B, M) summing to 1, of its own matrix (B, Q, M)."""
-        row = fused.mean(dim=1)
-        return row / row.sum(dim=1, keepdim=True)
+    @property
+    def pool_fusion(self) -> Fusion:
+        """The matrix of a pooling head that says how much it reads of each token; by default its attention."""
+        return Fusion()
 
-    def start(self, readout: Tensor) -> Any:
-        """What the first `step` is given: the readout, (b, N)."""
+    def start(self, readout: Tensor, pool: Tensor | None) -> Any:
+        """What the first `step` is given; by default the readout.
+
+        Args:
+            readout: What the classifier reads of each token, (b, N) summing to 1.
+            pool: Where an attention-pooling head does the reading, its own row of the matrix that `fusion` asks for,
+                (b, N), the mean over its queries; None for other models, for one head and for `block_gradient`.
+        """
         return readout
 
     @abstractmethod

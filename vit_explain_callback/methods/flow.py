@@ -54,7 +54,7 @@ class AttentionFlow(FusedMethod):
         super().__post_init__()
         require_solver()
 
-    def start(self, readout: Tensor) -> list[Tensor]:
+    def start(self, readout: Tensor, pool: Tensor | None) -> list[Tensor]:
         """No matrices yet."""
         return []
 

@@ -5,7 +5,7 @@ Shapes: B images, b of them at a time, H heads, N query tokens, M key tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from vit_explain_callback.methods.base import Block, Method
-from vit_explain_callback.methods.fusion import HeadFuser
+from vit_explain_callback.methods.fusion import Fusion, HeadFuser
 from vit_explain_callback.metrics.attention import BlockMeter
+from vit_explain_callback.vit.block_logits import BlockLogit
 from vit_explain_callback.vit.capture import AttentionCall
 from vit_explain_callback.vit.stack import Stack
 from vit_explain_callback.vit.tokens import TokenLayout
@@ -28,10 +29,17 @@ ACCELERATOR_CHUNK_ENTRIES = 2**25
 
 @dataclass(frozen=True)
 class Recorded:
-    """The attention of a block or of a pooling head, and for each target ∂y/∂O of its output, None where not asked."""
+    """The attention of a block or of a pooling head.
+
+    Attributes:
+        call: The attention.
+        gradients: For each target, ∂y/∂O of its output, None where no method asks for it.
+        logit: The block's own logit; None where no method asks for it.
+    """
 
     call: AttentionCall
     gradients: Sequence[Tensor | None]
+    logit: BlockLogit | None
 
 
 class Blocks(Iterator[tuple[int, Recorded]]):
@@ -43,6 +51,7 @@ class Blocks(Iterator[tuple[int, Recorded]]):
         stack: The blocks' attention, and that of an attention pool.
         gradients: For each target, ∂y/∂O of each block's attention output, and of the pool's if there is one; None
             where no method needs them.
+        logits: The logits of some blocks by their numbers.
 
     Attributes:
         count: L.
@@ -53,9 +62,14 @@ class Blocks(Iterator[tuple[int, Recorded]]):
         like: An empty tensor with the device and dtype of the attention.
     """
 
-    def __init__(self, stack: Stack, gradients: Sequence[Sequence[Tensor | None]]) -> None:
+    def __init__(
+        self, stack: Stack, gradients: Sequence[Sequence[Tensor | None]], logits: Mapping[int, BlockLogit]
+    ) -> None:
         calls = stack.calls if stack.pool is None else [*stack.calls, stack.pool]
-        recorded = [Recorded(call, of_call) for call, of_call in zip(calls, zip(*gradients, strict=True), strict=True)]
+        by_call = zip(calls, zip(*gradients, strict=True), strict=True)
+        recorded = [
+            Recorded(call, of_call, logits.get(layer)) for layer, (call, of_call) in enumerate(by_call, start=1)
+        ]
         self.pool = None if stack.pool is None else recorded.pop()
         self.count = len(recorded)
         self.targets = len(gradients)
@@ -88,13 +102,15 @@ class _Run:
         self.target = target
         self.layers = method.layers(blocks.count)
         self._layout = layout
-        readout = self._readout(blocks)
+        readout, pool = self._read(blocks)
         self._readouts = [readout[images] for images in blocks.chunks]
-        self._states: list[Any] = [method.start(readout) for readout in self._readouts]
+        self._states: list[Any] = [
+            method.start(readout[images], None if pool is None else pool[images]) for images in blocks.chunks
+        ]
 
     def step(self, layer: int, chunk: int, fused: Tensor) -> None:
-        """Take in a block's matrix (b, N, N) of a chunk of images."""
-        block = Block(layer, fused, self._readouts[chunk], self._layout.class_token)
+        """Take in a block's matrix, (b, N, N), or the pooling head's (b, Q, M), of a chunk of images."""
+        block = Block(layer, self._to_tokens(fused), self._readouts[chunk], self._layout.class_token)
         self._states[chunk] = self.method.step(self._states[chunk], block)
 
     def result(self) -> Tensor:
@@ -102,15 +118,26 @@ class _Run:
         finished = zip(self._states, self._readouts, strict=True)
         return torch.cat([self.method.finish(state, readout, self._layout) for state, readout in finished])
 
-    def _readout(self, blocks: Blocks) -> Tensor:
-        """(B, N) of what the classifier reads of the tokens after the last block."""
+    def _read(self, blocks: Blocks) -> tuple[Tensor, Tensor | None]:
+        """What the classifier reads of each token, (B, N), and the pooling head's own row, (B, N), or None."""
         if blocks.pool is None:
             assert self._layout.readout is not None
-            return self._layout.readout.to(blocks.like).repeat(blocks.images, 1)
-        row = self.method.read_pool(_fused(blocks.pool, slice(None), None, [self])[self])
-        readout = row.new_zeros(len(row), self._layout.tokens)
-        readout[:, self._layout.patches if row.shape[1] < self._layout.tokens else slice(None)] = row
-        return readout
+            return self._layout.readout.to(blocks.like).repeat(blocks.images, 1), None
+        fusions = {self.method.fusion, self.method.pool_fusion}
+        # A block's own logit is none of the pool's, and a head of a block is none of its heads.
+        wanted = {(fusion, self.target) for fusion in fusions if fusion.of != "block_gradient" and fusion.head is None}
+        fused = _fuse(blocks.pool, slice(None), None, wanted)
+        rows = {fusion: self._to_tokens(matrix.mean(dim=1)) for (fusion, _), matrix in fused.items()}
+        read = rows[self.method.pool_fusion]
+        return read / read.sum(dim=1, keepdim=True), rows.get(self.method.fusion)
+
+    def _to_tokens(self, matrix: Tensor) -> Tensor:
+        """Columns for all tokens, (…, N), where there are only those of the patches."""
+        if matrix.shape[-1] == self._layout.tokens:
+            return matrix
+        wide = matrix.new_zeros(*matrix.shape[:-1], self._layout.tokens)
+        wide[..., self._layout.patches] = matrix
+        return wide
 
 
 def fold(
@@ -154,26 +181,63 @@ def _fused(
 ) -> dict[_Run, Tensor]:
     """The matrix (b, N, M) of some images that each run wants; runs that want the same one share a tensor."""
     wanted = {run: (run.method.fusion, run.target) for run in runs}
-    fusers = {key: HeadFuser(key[0].head_fusion) for key in wanted.values()}
+    of_logit = {key for key in wanted.values() if key[0].of == "block_gradient"}
+    fused = _fuse(block, images, show, set(wanted.values()) - of_logit)
+    if of_logit:
+        assert block.logit is not None
+        fused |= _fuse(Recorded(block.logit.call, block.logit.gradients, None), images, None, of_logit)
+    return {run: fused[key] for run, key in wanted.items()}
+
+
+def _fuse(
+    block: Recorded, images: slice, show: Callable[[Tensor], None] | None, wanted: Collection[tuple[Fusion, int]]
+) -> dict[tuple[Fusion, int], Tensor]:
+    """The matrices (b, N, M) of some images, each for a fusion and the place of the target that its gradient is of."""
+    fusers = {key: HeadFuser(key[0].head_fusion) for key in wanted}
+    sources = sorted({(fusion.of, target) for fusion, target in wanted})
     _, heads, queries, keys = block.call.shape
     step = max(1, _chunk_entries(block.call) // (queries * keys))
     for start in range(0, heads, step):
-        chunk = slice(start, min(start + step, heads))
-        attention = block.call.attention(images, chunk)
-        if show is not None:
-            show(attention)
-        for (fusion, _), fuser in fusers.items():
-            if not fusion.weighted:
-                fuser.add(attention)
-        for target in sorted({target for fusion, target in fusers if fusion.weighted}):
-            gradient = block.gradients[target]
-            assert gradient is not None
-            product = block.call.attention_gradient(gradient, images, chunk).mul_(attention)
-            for (fusion, of), fuser in fusers.items():
-                if fusion.weighted and of == target:
-                    fuser.add(product)
-    fused = {key: fuser.result().relu_() if key[0].weighted else fuser.result() for key, fuser in fusers.items()}
-    return {run: fused[key] for run, key in wanted.items()}
+        for source, matrix in _matrices(block, images, slice(start, min(start + step, heads)), show, sources):
+            for (fusion, target), fuser in fusers.items():
+                if (fusion.of, target) != source or not _takes(fusion, start, matrix.shape[1]):
+                    continue
+                part = matrix if fusion.head is None else matrix[:, fusion.head - 1 - start][:, None]
+                fuser.add(part.clamp(min=0) if fusion.positive == "before" else part)
+    results = {key: fuser.result() for key, fuser in fusers.items()}
+    return {key: result.relu_() if key[0].positive == "after" else result for key, result in results.items()}
+
+
+def _matrices(
+    block: Recorded,
+    images: slice,
+    heads: slice,
+    show: Callable[[Tensor], None] | None,
+    sources: Sequence[tuple[str, int]],
+) -> Iterator[tuple[tuple[str, int], Tensor]]:
+    """Each of `sources`, A, A ⊙ ∂y/∂A or ∂s/∂A, of some images and heads, (b, h, N, M), with the source.
+
+    Attention is computed only where it is needed: ∂s/∂A, which is never asked for together with others, does without.
+    """
+    attention = None
+    if show is not None or any(of != "block_gradient" for of, _ in sources):
+        attention = block.call.attention(images, heads)
+    if show is not None and attention is not None:
+        show(attention)
+    for of, target in sources:
+        if of == "attention":
+            assert attention is not None
+            yield (of, target), attention
+            continue
+        gradient = block.gradients[target]
+        assert gradient is not None
+        matrix = block.call.attention_gradient(gradient, images, heads)
+        yield (of, target), matrix if attention is None else matrix.mul_(attention)
+
+
+def _takes(fusion: Fusion, first: int, count: int) -> bool:
+    """Whether a fusion takes any of `count` heads, of which `first` come before."""
+    return fusion.head is None or first < fusion.head <= first + count
 
 
 def _chunk_entries(call: AttentionCall) -> int:

@@ -22,11 +22,17 @@ class Fusion:
 
     Attributes:
         head_fusion: How the heads are fused: `mean`, `max` or `min`.
-        weighted: Whether attention is weighted by its gradient: F = relu(fuse_h(A ⊙ ∂y/∂A)) instead of fuse_h(A).
+        of: What is fused: `attention` A; `weighted` attention A ⊙ ∂y/∂A, with y the target's logit; or
+            `block_gradient` ∂s/∂A, with s the logit that the model's own head gives the target if it reads the tokens
+            that leave this block instead of the last.
+        positive: Where negative entries are set to zero: `before` or `after` the heads are fused, or None.
+        head: The only head that counts, from 1; None for all.
     """
 
     head_fusion: HeadFusion = "mean"
-    weighted: bool = False
+    of: Literal["attention", "weighted", "block_gradient"] = "attention"
+    positive: Literal["before", "after"] | None = None
+    head: int | None = None
 
 
 class HeadFuser:

@@ -35,7 +35,7 @@ class GradRollout(FusedMethod):
     @property
     def fusion(self) -> Fusion:
         """F = relu(fuse_h(A ⊙ ∂y_c/∂A))."""
-        return Fusion(self.head_fusion, weighted=True)
+        return Fusion(self.head_fusion, of="weighted", positive="after")
 
     def step(self, relevance: Tensor, block: Block) -> Tensor:
         """Carry (b, N) of relevance through a block: r Ā; see `rollout_step`."""

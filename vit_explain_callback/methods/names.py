@@ -4,39 +4,62 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import fields
+from typing import Any
 
+from vit_explain_callback.methods.attention import Attention
 from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.chefer import Chefer
 from vit_explain_callback.methods.flow import AttentionFlow
-from vit_explain_callback.methods.fused_method import FusedMethod
-from vit_explain_callback.methods.fusion import HeadFusion
+from vit_explain_callback.methods.grad_attention import GradAttention
 from vit_explain_callback.methods.grad_rollout import GradRollout
+from vit_explain_callback.methods.gradsam import GradSAM
+from vit_explain_callback.methods.legrad import LeGrad
+from vit_explain_callback.methods.options import OPTIONS
 from vit_explain_callback.methods.rollout import Rollout
 
-_KINDS: dict[str, type[FusedMethod]] = {method.kind: method for method in (Rollout, GradRollout, AttentionFlow)}
-_NAME = re.compile(
-    r"(?P<kind>rollout|grad_rollout|flow)(_(?P<fusion>[a-z]+))??(_(?P<ratio>\d*\.?\d+))?(_from(?P<start>\d+))?"
-)
+METHODS: dict[str, type[Method]] = {
+    method.kind: method
+    for method in (Rollout, GradRollout, AttentionFlow, Attention, GradAttention, Chefer, GradSAM, LeGrad)
+}
+"""Every method by its kind."""
 
 
 def method_from_name(name: str) -> Method:
     """The method a name stands for; the inverse of its `name`.
 
     Raises:
-        ValueError: If the name stands for no method.
+        ValueError: If the name stands for no method, or for an option that the method does not have.
 
     Example:
         >>> method_from_name("grad_rollout_max_0.9")
         GradRollout(head_fusion='max', discard_ratio=0.9, start_layer=1)
     """
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(
-            f"Expected `methods` to name `rollout`, `grad_rollout` or `flow`, with options as in "
-            f"`rollout_max_0.9_from2`, but got {name!r}."
-        )
-    fusion = cast(HeadFusion, match["fusion"] or "mean")
-    return _KINDS[match["kind"]](fusion, float(match["ratio"] or 0), int(match["start"] or 1))
+    kind = max((kind for kind in METHODS if f"{name}_".startswith(f"{kind}_")), key=len, default=None)
+    if kind is None:
+        raise _misspelt(name)
+    method = METHODS[kind]
+    taken = [field.name for field in fields(method)]
+    values: dict[str, Any] = {}
+    left = list(OPTIONS)
+    for part in name.split("_")[len(kind.split("_")) :]:
+        matches = {option: re.fullmatch(OPTIONS[option].pattern, part) for option in left}
+        option, match = next(((option, match) for option, match in matches.items() if match), ("", None))
+        if match is None:
+            raise _misspelt(name)
+        if option not in taken:
+            raise ValueError(f"Expected `{name}` to have options of {kind} ({', '.join(taken)}), but `{part}` is none.")
+        values[option] = OPTIONS[option].read(match[1])
+        left = left[left.index(option) + 1 :]
+    return method(**values)
+
+
+def _misspelt(name: str) -> ValueError:
+    *kinds, last = (f"`{kind}`" for kind in METHODS)
+    return ValueError(
+        f"Expected `methods` to name {', '.join(kinds)} or {last}, with options as in `rollout_max_0.9_from2`, but got "
+        f"{name!r}."
+    )
 
 
 def resolve_methods(methods: Sequence[str | Method]) -> tuple[Method, ...]:

@@ -8,7 +8,10 @@ Maps are (B, grid_h, grid_w); results are (B,) in float64, NaN where either map 
 | `jensen_shannon` | [0, 1] | 0 | scale |
 | `top10_iou` | [0, 1] | 1 | any increasing transform |
 | `centroid_shift` | [0, 1] | 0 | scale; change that is symmetric about the centre |
-| `cosine` | [0, 1] | 1 | scale; near 1 for diffuse maps |
+| `cosine` | [0, 1], signed maps [-1, 1] | 1 | scale; near 1 for diffuse maps |
+
+`spearman`, `top10_iou` and `cosine` take the values with their sign; the others take the positive part (see
+`vit_explain_callback.metrics.maps`).
 """
 
 from __future__ import annotations
@@ -22,18 +25,18 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.regression import cosine_similarity, jensen_shannon_divergence, spearman_corrcoef
 
-from vit_explain_callback.metrics.maps import measured, patch_places, strongest_tenth
+from vit_explain_callback.metrics.maps import measured, measured_signed, patch_places, strongest_tenth
 
 
 def spearman(maps: Tensor, reference: Tensor) -> Tensor:
     """Spearman rank correlation, in [-1, 1]; 1 means that patches rank alike, and lower means more drift."""
-    return measured(lambda p, q: spearman_corrcoef(p.T, q.T).reshape(-1), maps, reference)
+    return measured_signed(lambda p, q: spearman_corrcoef(p.T, q.T).reshape(-1), maps, reference)
 
 
 def jensen_shannon(maps: Tensor, reference: Tensor) -> Tensor:
     """Jensen–Shannon divergence divided by ln 2, in [0, 1]; 0 means equal, and higher means more drift.
 
-    ½ KL(p‖m) + ½ KL(q‖m) with p, q the maps divided by their sums and m their mean.
+    ½ KL(p‖m) + ½ KL(q‖m) with p, q the maps' positive parts divided by their sums and m their mean.
     """
     return measured(
         lambda p, q: jensen_shannon_divergence(p, q, reduction="none").clamp(min=0) / math.log(2), maps, reference
@@ -50,7 +53,7 @@ def top10_iou(maps: Tensor, reference: Tensor) -> Tensor:
         one, other = strongest_tenth(p), strongest_tenth(q)
         return (one & other).sum(dim=1) / (one | other).sum(dim=1)
 
-    return measured(measure, maps, reference)
+    return measured_signed(measure, maps, reference)
 
 
 def centroid_shift(maps: Tensor, reference: Tensor) -> Tensor:
@@ -65,8 +68,8 @@ def centroid_shift(maps: Tensor, reference: Tensor) -> Tensor:
 
 
 def cosine(maps: Tensor, reference: Tensor) -> Tensor:
-    """Cosine similarity of the maps as vectors, in [0, 1]; lower means more drift."""
-    return measured(lambda p, q: cosine_similarity(p, q, reduction="none"), maps, reference)
+    """Cosine similarity of the maps as vectors, in [0, 1], or in [-1, 1] of signed maps; lower means more drift."""
+    return measured_signed(lambda p, q: cosine_similarity(p, q, reduction="none"), maps, reference)
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

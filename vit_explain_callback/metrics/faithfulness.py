@@ -32,6 +32,9 @@ def symmetric_relevance_gain(
     the probability of the target and k running over `shares` of the patches. It lies in [-1, 1]; a random order gives
     about 0, and more is more faithful.
 
+    The order is that of the values with their sign: a patch that speaks against the target is less relevant than one
+    that does not matter.
+
     It takes 2 · len(shares) forward passes of each image for every entry of `maps`: 10 by default.
 
     Args:

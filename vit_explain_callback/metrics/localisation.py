@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from vit_explain_callback.metrics.maps import measured
+from vit_explain_callback.metrics.maps import measured, measured_signed
 
 
 def region_statistics(maps: Tensor, masks: Tensor) -> dict[str, Tensor]:
     """Where maps (B, grid_h, grid_w) stand to masks (B, H, W) of a region, as (B,) tensors in float64.
 
-    A patch counts by the share of it that the mask covers; where a measure needs a yes or no, at least half.
+    A patch counts by the share of it that the mask covers; where a measure needs a yes or no, at least half. Of signed
+    maps, `mass` and `lift` take the positive part and the others rank the values; see `metrics.maps`.
 
     - `mass`: share of the map's sum inside the region, in [0, 1].
     - `lift`: mass divided by the region's share of the image; 1 is what a uniform map gives.
@@ -43,18 +44,22 @@ def region_statistics(maps: Tensor, masks: Tensor) -> dict[str, Tensor]:
     known = torch.where(covered.sum(dim=(1, 2), keepdim=True) > 0, maps.double(), math.nan)
     area = covered.mean(dim=(1, 2))
     inside = (covered >= 0.5).flatten(1)
-    mass = (known / known.sum(dim=(1, 2), keepdim=True) * covered).sum(dim=(1, 2))
-    useful = measured(lambda p: torch.ones(len(p), dtype=torch.float64, device=p.device), known)
-    strongest = known.nan_to_num(0).flatten(1).argmax(dim=1, keepdim=True)
+    positive = known.clamp(min=0)
+    has_mass = measured(lambda p: p.new_ones(len(p)), known)
+    mass = (positive / positive.sum(dim=(1, 2), keepdim=True) * covered).sum(dim=(1, 2)) * has_mass
+    has_ranking = measured_signed(lambda p: p.new_ones(len(p)), known)
+    strongest = known.nan_to_num(-math.inf).flatten(1).argmax(dim=1, keepdim=True)
     ranked = {"auroc": torch.full_like(area, math.nan), "average_precision": torch.full_like(area, math.nan)}
     for index in range(len(maps)):
-        if useful[index] == 1 and inside[index].any() and not inside[index].all():
-            scores = known[index].flatten() / known[index].max()  # torchmetrics takes what is above 1 for logits
+        if has_ranking[index] == 1 and inside[index].any() and not inside[index].all():
+            # torchmetrics takes what is not in [0, 1] for logits.
+            low, high = known[index].aminmax()
+            scores = (known[index].flatten() - low) / (high - low)
             ranked["auroc"][index] = binary_auroc(scores, inside[index].long())
             ranked["average_precision"][index] = binary_average_precision(scores, inside[index].long())
     return {
-        "mass": mass * useful,
-        "lift": mass / area * useful,
-        "pointing_game": inside.gather(1, strongest)[:, 0].double() * useful,
+        "mass": mass,
+        "lift": mass / area,
+        "pointing_game": inside.gather(1, strongest)[:, 0].double() * has_ranking,
         **ranked,
     }

@@ -1,17 +1,29 @@
 """What can be measured on explanation maps at all, and the parts that measures share.
 
-Maps are (B, grid_h, grid_w), non-negative, measured image by image on the native patch grid; results are (B,) in
-float64. A map that carries no ranking (not finite, sum at most 1e-12, or flat: range at most 1e-6 of its maximum) is
-degenerate, and everything measured on it is NaN.
+Maps are (B, grid_h, grid_w), measured image by image on the native patch grid; results are (B,) in float64. A map that
+carries no ranking (not finite, magnitudes that sum to at most 1e-12, or flat: range at most 1e-6 of its greatest
+magnitude) is degenerate, and everything measured on it is NaN.
+
+Some methods give maps of both signs, where a negative patch speaks against the class.
+
+- What ranks patches takes the values with their sign: what speaks against comes last. So does what compares maps as
+  vectors.
+- What needs a distribution over patches takes the positive part divided by its sum: where the model finds what speaks
+  for the class. What speaks against it is no place that a map points to, and magnitudes would mix the two. Where there
+  is no positive part (a sum of at most 1e-12), these measures are NaN.
+
+For maps without negative values both are the map itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+_NOTHING = 1e-12
 
 
 def is_degenerate(maps: Tensor) -> Tensor:
@@ -22,37 +34,63 @@ def is_degenerate(maps: Tensor) -> Tensor:
         tensor([ True,  True, False,  True])
     """
     flat = maps.double().flatten(1)
-    low, high = flat.amin(dim=1), flat.amax(dim=1)
-    useful = flat.isfinite().all(dim=1) & (flat.sum(dim=1) > 1e-12) & (high - low > 1e-6 * high)
+    size = flat.abs()
+    spread = flat.amax(dim=1) - flat.amin(dim=1)
+    useful = flat.isfinite().all(dim=1) & (size.sum(dim=1) > _NOTHING) & (spread > 1e-6 * size.amax(dim=1))
     return ~useful
 
 
 def measured(measure: Callable[..., Tensor], *maps: Tensor) -> Tensor:
-    """Apply `measure` to the images whose maps are all worth measuring, NaN for the others.
+    """Apply `measure` to distributions of the images whose maps all have one, NaN for the others.
 
     Args:
-        measure: Takes one (b, P) tensor of distributions for each of `maps`: its maps divided by their sums.
+        measure: Takes one (b, P) tensor of distributions for each of `maps`: its positive parts divided by their sums.
         maps: One or more (B, grid_h, grid_w) of one shape.
 
     Raises:
         ValueError: If they are of another shape, or of several.
     """
+    _check_shapes(maps)
+    positive = [m.clamp(min=0) for m in maps]
+    nothing = torch.stack([m.double().sum(dim=(1, 2)) <= _NOTHING for m in positive]).any(dim=0)
+    useful = ~(nothing | torch.stack([is_degenerate(m) for m in maps]).any(dim=0))
+    return _on(useful, lambda *parts: measure(*(p / p.sum(dim=1, keepdim=True) for p in parts)), positive)
+
+
+def measured_signed(measure: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """Apply `measure` to the values, with their sign, of the images whose maps are all worth measuring, NaN for others.
+
+    Args:
+        measure: Takes one (b, P) tensor for each of `maps`: its values divided by the greatest magnitude.
+        maps: One or more (B, grid_h, grid_w) of one shape.
+
+    Raises:
+        ValueError: If they are of another shape, or of several.
+    """
+    _check_shapes(maps)
+    useful = ~torch.stack([is_degenerate(m) for m in maps]).any(dim=0)
+    return _on(useful, lambda *parts: measure(*(p / p.abs().amax(dim=1, keepdim=True) for p in parts)), maps)
+
+
+def _check_shapes(maps: Sequence[Tensor]) -> None:
     shapes = [tuple(m.shape) for m in maps]
     if len(shapes[0]) != 3 or len(set(shapes)) > 1:
         raise ValueError(
             f"Expected maps of {'one shape ' if len(maps) > 1 else ''}(B, grid_h, grid_w), but got "
             f"{' and '.join(map(str, shapes))}."
         )
-    useful = ~torch.stack([is_degenerate(m) for m in maps]).any(dim=0)
+
+
+def _on(useful: Tensor, measure: Callable[..., Tensor], maps: Sequence[Tensor]) -> Tensor:
+    """(B,): what `measure` gives for the `useful` images of maps, each as (b, P) in float64, and NaN for the others."""
     result = torch.full((len(useful),), math.nan, dtype=torch.float64, device=useful.device)
     if useful.any():
-        flat = [m.double().flatten(1)[useful].clamp(min=0) for m in maps]
-        result[useful] = measure(*(m / m.sum(dim=1, keepdim=True) for m in flat)).double()
+        result[useful] = measure(*(m.double().flatten(1)[useful] for m in maps)).double()
     return result
 
 
 def strongest_tenth(p: Tensor) -> Tensor:
-    """(b, P) boolean: the strongest tenth of each row's patches, at least one."""
+    """(b, P) boolean: the tenth of each row's patches with the greatest values, at least one."""
     count = max(1, round(p.shape[1] / 10))
     return torch.zeros_like(p, dtype=torch.bool).scatter_(1, p.topk(count, dim=1).indices, True)
 

@@ -13,7 +13,8 @@ from vit_explain_callback.metrics.maps import is_degenerate, measured, patch_pla
 def map_statistics(maps: Tensor) -> dict[str, Tensor]:
     """Shape of each map (B, grid_h, grid_w), as (B,) tensors; NaN where a map is degenerate, but for the last two.
 
-    With p the map divided by its sum over its P patches:
+    With p the map's positive part divided by its sum over its P patches (all of the map but for signed methods; see
+    `vit_explain_callback.metrics.maps`):
 
     - `entropy`: H / ln P with H = −Σ p ln p, in [0, 1]; 1 is uniform.
     - `effective_patches`: e^H, in [1, P]; k for a map that is uniform on k patches.
@@ -21,8 +22,9 @@ def map_statistics(maps: Tensor) -> dict[str, Tensor]:
     - `top10_mass`: share of the sum on the strongest tenth of the patches, in [0.1, 1].
     - `outer_ring_mass`: share of the sum on the patches along the border, in [0, 1].
     - `centroid_x`, `centroid_y`: the centre of mass from left to right and from top to bottom, in [0, 1].
-    - `patch_mass`: the sum itself, of a rollout in [0, 1]: what it leaves on the patches instead of the prefix tokens.
-      For gradient rollout it falls with the gradients, as when the target's probability nears 1.
+    - `patch_mass`: the sum of the whole map with its sign, of a rollout in [0, 1]: what it leaves on the patches
+      instead of the prefix tokens. For gradient rollout it falls with the gradients, as when the target's probability
+      nears 1. Of a signed map it may be negative: more speaks against the class than for it.
     - `degenerate`: 1 where the map is degenerate, else 0.
     """
     height, width = maps.shape[-2:]
@@ -49,7 +51,7 @@ def map_statistics(maps: Tensor) -> dict[str, Tensor]:
 
 
 def sink_lift(maps: Tensor, received: Tensor) -> Tensor:
-    """How much of each map lies on attention sinks, (B,); NaN where a map is degenerate.
+    """How much of each map's positive part lies on attention sinks, (B,); NaN where a map is degenerate.
 
     Sinks are the hundredth of the patches, at least one, that receive the most attention. Their share of the map is
     divided by their share of the patches, so that 1 is what a uniform map gives.
@@ -61,5 +63,7 @@ def sink_lift(maps: Tensor, received: Tensor) -> Tensor:
     flat = received.double().flatten(1)
     count = max(1, round(flat.shape[1] / 100))
     sinks = torch.zeros_like(flat).scatter_(1, flat.topk(count, dim=1).indices, flat.shape[1] / count)
-    inside = (maps.double() * sinks.view(maps.shape)).sum(dim=(1, 2))
-    return inside / torch.where(is_degenerate(maps), torch.nan, maps.double().sum(dim=(1, 2)))
+    positive = maps.double().clamp(min=0)
+    inside = (positive * sinks.view(maps.shape)).sum(dim=(1, 2))
+    mass = measured(lambda p: p.new_ones(len(p)), maps) * positive.sum(dim=(1, 2))
+    return inside / mass

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 
 
@@ -19,11 +21,14 @@ class History:
         capacity: Snapshots kept at most. The baseline and the latest two are always among them.
         snapshots: Those kept, oldest first.
         count: Snapshots taken, kept or not.
+        block_drift: (L,) mean rank correlation of what each block's readout attends to with the baseline's, by step, of
+            each snapshot that is kept; float64. Empty where no blocks were measured.
     """
 
     capacity: int = 48
     snapshots: list[Snapshot] = field(default_factory=list)
     count: int = 0
+    block_drift: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def baseline(self) -> Snapshot:
@@ -52,6 +57,9 @@ class History:
         """
         self.snapshots.append(snapshot)
         self.count += 1
+        drift = snapshot.block_drift_from(self.baseline, "spearman")
+        if drift is not None:
+            self.block_drift[snapshot.step] = drift
         for index in range(1, len(self.snapshots) - 1):
             old = self.snapshots[index]
             known_later = any(later.reliability for later in self.snapshots[index + 1 :])
@@ -59,7 +67,8 @@ class History:
             self.snapshots[index] = Snapshot(old.step, explanation, None if known_later else old.reliability)
         if len(self.snapshots) > self.capacity:
             # The one before the latest is what the next drift is measured against.
-            del self.snapshots[_most_crowded(self.snapshots[:-1])]
+            gone = self.snapshots.pop(_most_crowded(self.snapshots[:-1]))
+            self.block_drift.pop(gone.step, None)
 
     def columns(self, count: int) -> list[Snapshot]:
         """At most `count` snapshots to show: baseline, some between it and now, spaced by the log of the step, now."""
@@ -68,6 +77,11 @@ class History:
             del shown[_most_crowded(shown)]
         return shown
 
+    def drop_latest(self) -> None:
+        """Let go of the latest snapshot."""
+        self.block_drift.pop(self.snapshots.pop().step, None)
+        self.count -= 1
+
     def update_latest(self, reliability: Reliability) -> None:
         """Give the latest snapshot its reliability."""
         self.snapshots[-1] = replace(self.now, reliability=reliability)
@@ -75,7 +89,7 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""
         snapshots = [snapshot.state_dict() for snapshot in self.snapshots]
-        return {"count": self.count, "snapshots": snapshots}
+        return {"count": self.count, "snapshots": snapshots, "block_drift": dict(self.block_drift)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave.
@@ -91,6 +105,7 @@ class History:
         snapshots = [Snapshot.from_state(one, f"snapshot {index}") for index, one in enumerate(states)]
         check_alike(snapshots, [f"snapshot {index}" for index in range(len(snapshots))])
         self.count, self.snapshots = count, snapshots
+        self.block_drift = _block_drift(state.get("block_drift", {}))
 
 
 def check_alike(snapshots: Sequence[Snapshot], sources: Sequence[str | Path]) -> None:
@@ -111,6 +126,13 @@ def check_alike(snapshots: Sequence[Snapshot], sources: Sequence[str | Path]) ->
         if index and snapshot.step < snapshots[index - 1].step:
             before = snapshots[index - 1].step
             raise ValueError(f"Expected `step` in {source} of {before} or more, but got {snapshot.step}.")
+
+
+def _block_drift(found: object) -> dict[int, Tensor]:
+    """The drift of the blocks in a state; none where that holds something else, as it is only drawn."""
+    if not isinstance(found, Mapping):
+        return {}
+    return {step: row for step, row in found.items() if isinstance(step, int) and isinstance(row, Tensor)}
 
 
 def _forms(snapshot: Snapshot) -> dict[str, str]:

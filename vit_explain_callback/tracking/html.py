@@ -1,97 +1,160 @@
-"""A run as one self-contained HTML page, from the raw maps that it saved."""
+"""Runs as one self-contained HTML page with a slider over their steps, from the raw maps that they saved."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
+import json
 import math
+from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
-from vit_explain_callback.tracking.pictures import animations
-from vit_explain_callback.tracking.run import load_run
-from vit_explain_callback.visualization.curves import Curves, block_figure, drift_figure, line_figure
-from vit_explain_callback.visualization.encode import png
+from vit_explain_callback._files import write_text
+from vit_explain_callback.tracking.page_data import Shown, page_data
+from vit_explain_callback.tracking.run import Run, load_run
 
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #202020; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-pre { background: #f5f5f5; padding: .8rem 1rem; overflow-x: auto; }
-img { max-width: 100%; } .row { display: flex; flex-wrap: wrap; gap: 8px; } .row img { width: calc(16.6% - 8px); }
-table { border-collapse: collapse; font-size: 13px; } td, th { padding: 2px 10px; text-align: right; }
-td:first-child, th:first-child { text-align: left; } tr:nth-child(even) { background: #f7f7f7; }
-"""
+REPORT = "report.html"
+_SCRIPTS = ("page_maps.js", "page_curves.js", "page_tiles.js", "page_charts.js", "page_large.js", "page.js")
+_MOST_BYTES = 96 * 2**20  # of maps; a browser opens more, but no longer at once
 
 
-def page(run: Path) -> str:
-    """The HTML page of a run.
+def page(runs: Path | Run | Sequence[Path | Run], most_snapshots: int = 300) -> str:
+    """The HTML page of a run, or of several that explain the same probe images, side by side.
+
+    It needs no network and no other file. Maps are stored in 8 bits, pictures as JPEG.
+
+    Args:
+        runs: Runs, or their folders.
+        most_snapshots: Of each run, at least 3. Those of longer runs are thinned out evenly in the logarithm of the
+            step, and so are those of more than 96 MiB of maps.
+
+    Raises:
+        FileNotFoundError: If nothing was saved in a folder.
+        ValueError: If a run explains other images than the first, or no method in common with it.
+    """
+    given = [runs] if isinstance(runs, (Path, Run)) else list(runs)
+    if not given or most_snapshots < 3:
+        raise ValueError(
+            f"Expected at least one of `runs` and 3 of `most_snapshots`, but got {len(given)} and {most_snapshots}."
+        )
+    read = [run if isinstance(run, Run) else load_run(run) for run in given]
+    for other in read[1:]:
+        _check_same_probe(read[0], other)
+    return _document([_shown(run, most_snapshots) for run in read])
+
+
+def _shown(run: Run, most_snapshots: int) -> Shown:
+    fitting = _MOST_BYTES // sum(maps.numel() for maps in run.snapshots[0].maps.values())
+    kept = thinned(run.steps, min(most_snapshots, fitting))
+    folder = run.folder.resolve()
+    name = folder.parent.name if folder.name == "explanations" else folder.name
+    shown = Run(run.folder, run.probe, [run.snapshots[index] for index in kept])
+    return Shown(name, shown, len(run.snapshots), run.summary)
+
+
+def _document(runs: Sequence[Shown]) -> str:
+    style, *scripts = (_asset(name) for name in ("page.css", *_SCRIPTS))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hashed(style)}; "
+        f"script-src {' '.join(map(_hashed, scripts))}; base-uri 'none'; form-action 'none'"
+    )
+    # What stands in a script element ends at the first </script.
+    text = json.dumps(page_data(runs), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    text = text.replace("<", "\\u003c")
+    parts = {
+        "policy": policy,
+        "title": html.escape(", ".join(run.name for run in runs)),
+        "style": f"<style>{style}</style>",
+        "summary": "".join(map(_summary, runs)),
+        "data": f'<script type="application/json" id="data">{text}</script>',
+        "scripts": "".join(f"<script>{script}</script>" for script in scripts),
+    }
+    document = _asset("page.html")
+    for name, part in parts.items():
+        document = document.replace(f"<!--{name}-->", part)
+    return document
+
+
+def write_page(run: Path | Run, most_snapshots: int = 48) -> Path:
+    """Write `report.html`, the page of the run so far, beside its maps; whole or not at all.
+
+    Args:
+        run: The run, or its folder.
+        most_snapshots: Shown at most, which bounds the file's size and the time that it takes; at least 3.
+
+    Returns:
+        The file.
 
     Raises:
         FileNotFoundError: If nothing was saved there.
+        OSError: If it cannot be written.
     """
-    found = load_run(run)
-    probe, history = found.probe, found.history
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for row in found.scalars:
-        for tag, value in row.items():
-            curves.setdefault(tag, []).append((int(row["step"]), value))
-    del curves["step"]
-    parts = [f"<h1>Explanation drift: {html.escape(run.resolve().name)}</h1>"]
-    parts.append(f"<pre>{html.escape(found.summary)}</pre>")
-    parts += ["<h2>Predictions and faithfulness</h2>", _picture(_summary(curves, list(history.now.maps)), "curves")]
-    if "drift_blocks/spearman/block_01" in curves:
-        panels = {
-            "rank correlation of the readout's row": "drift_blocks/spearman",
-            "attention entropy": "attention/entropy",
-            "attention distance (pixels)": "attention/distance",
-            "share on sinks": "attention/sink_share",
-        }
-        parts += ["<h2>Blocks</h2>", _picture(block_figure(curves, panels), "values by block and step")]
-    pictures = found.pictures
-    moving_pictures = dict(animations(history, probe))
-    for method in history.now.maps:
-        parts += [f"<h2>{html.escape(method)}</h2>", _picture(drift_figure(curves, method), "drift by step")]
-        if probe.regions:
-            panels_of = {
-                statistic.replace("_", " "): {name: f"region/{name}/{method}/{statistic}" for name in probe.regions}
-                for statistic in ("lift", "pointing_game", "auroc")
-            }
-            parts.append(_picture(line_figure(curves, panels_of), "regions by step"))
-        parts.append(_picture(png(pictures[f"explain_filmstrip/{method}"]), "filmstrip"))
-        for kind in ("overlay", "diff"):
-            tags = [tag for tag in pictures if tag.startswith(f"explain_{kind}/{method}/")]
-            parts.append(f'<div class="row">{"".join(_picture(png(pictures[tag]), tag) for tag in tags)}</div>')
-        moving = [gif for tag, gif in moving_pictures.items() if tag.startswith(f"explain_gif/{method}/")]
-        parts.append(f'<div class="row">{"".join(_picture(gif, "animation", "gif") for gif in moving)}</div>')
-    parts += ["<h2>Every scalar</h2>", _table(curves)]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Explanation drift</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    read = run if isinstance(run, Run) else load_run(run)
+    write_text(read.folder / REPORT, page(read, most_snapshots))
+    return read.folder / REPORT
 
 
-def _summary(curves: Curves, methods: list[str]) -> bytes:
-    panels = {
-        "probe": {
-            name.replace("_", " "): f"probe/{name}"
-            for name in ("accuracy", "target_probability", "changed_predictions")
-            if f"probe/{name}" in curves
-        },
-        "map entropy": {method: f"map_stats/{method}/entropy" for method in methods},
+def thinned(steps: Sequence[int], count: int) -> list[int]:
+    """Indices of at most `count` (3 or more) ascending steps: the first, the last two, others apart in the logarithm.
+
+    Example:
+        >>> thinned([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 6)
+        [0, 1, 3, 6, 8, 9]
+    """
+    places = [math.log1p(step - steps[0]) for step in steps]
+    if len(places) <= count:
+        return list(range(len(places)))
+    # The narrowest gap, by halving, that leaves so few.
+    narrow, wide = 0.0, places[-1]
+    for _ in range(30):
+        middle = (narrow + wide) / 2
+        narrow, wide = (narrow, middle) if len(_apart(places, middle)) <= count else (middle, wide)
+    return _apart(places, wide)
+
+
+def _apart(places: Sequence[float], gap: float) -> list[int]:
+    kept = [0]
+    for index in range(1, len(places) - 2):
+        if places[index] - places[kept[-1]] >= gap:
+            kept.append(index)
+    return [*kept, len(places) - 2, len(places) - 1]
+
+
+def _check_same_probe(one: Run, other: Run) -> None:
+    def pictures(run: Run) -> list[bytes]:
+        return [picture.tobytes() for picture in run.probe.pictures]
+
+    def labels(run: Run) -> list[int] | None:
+        return None if run.probe.labels is None else run.probe.labels.tolist()
+
+    different = {
+        "number of images": len(one.probe) != len(other.probe),
+        "pictures": pictures(one) != pictures(other),
+        "labels": labels(one) != labels(other),
+        "methods": not set(one.snapshots[0].maps) & set(other.snapshots[0].maps),
     }
-    gains = {name: f"faithfulness/{name}/srg" for name in [*methods, "random"]}
-    if gains["random"] in curves:
-        panels["faithfulness (SRG)"] = gains
-    return line_figure(curves, panels)
+    names = [name for name, differs in different.items() if differs]
+    if names:
+        raise ValueError(
+            f"Expected runs that explain the same probe images with a method in common, but {other.folder} differs "
+            f"from {one.folder} in its {', '.join(names)}: make a page of its own for it."
+        )
 
 
-def _table(curves: Curves) -> str:
-    rows = ["<tr><th>tag</th><th>first</th><th>last</th><th>lowest</th><th>highest</th></tr>"]
-    for tag, points in sorted(curves.items()):
-        known = [value for _, value in points if math.isfinite(value)] or [math.nan]
-        cells = (points[0][1], points[-1][1], min(known), max(known))
-        rows.append(f"<tr><td>{html.escape(tag)}</td>{''.join(f'<td>{cell:.4g}</td>' for cell in cells)}</tr>")
-    return f"<details><summary>{len(curves)} tags</summary><table>{''.join(rows)}</table></details>"
+def _summary(shown: Shown) -> str:
+    heading, *lines = shown.summary.splitlines()
+    items = "".join(
+        f"<li{' class=detail' if line.startswith(' ') else ''}>{html.escape(line.strip())}</li>" for line in lines
+    )
+    name = html.escape(shown.name)
+    return f"<section><p class=eyebrow>{name}</p><h1>{html.escape(heading)}</h1><ul>{items}</ul></section>"
 
 
-def _picture(data: bytes, text: str, kind: str = "png") -> str:
-    return f'<img alt="{html.escape(text)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+def _asset(name: str) -> str:
+    return resources.files("vit_explain_callback.visualization").joinpath(name).read_text("utf-8")
+
+
+def _hashed(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

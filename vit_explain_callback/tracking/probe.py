@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vit_explain_callback._files import INTEGERS, check_dtype, check_tensors, read_json, read_tensors, write_tensors
 from vit_explain_callback.explanation import tensors_under
-from vit_explain_callback.visualization.overlay import Picture, range_of, resized, unnormalise
+from vit_explain_callback.visualization.overlay import Picture, range_of, resized, shown_bands, unnormalise
 from vit_explain_callback.visualization.selection import spread
 
 _SIDE = 224
@@ -71,7 +71,8 @@ class Probe:
             class_names: Name of each class.
             regression: Whether the outputs are quantities.
             normalisation: Mean and standard deviation of each channel, undone for display. Without them the range of
-                the images is stretched.
+                the images is stretched. Of images with other than one or three channels the first, or the first three,
+                are shown.
             num_shown: Images drawn at most, spread over the classes.
 
         Raises:
@@ -79,10 +80,12 @@ class Probe:
         """
         regions = dict(regions or {})
         check_regions(regions, len(images))
-        mean, std = normalisation or range_of(images)
+        bands = shown_bands(images)
+        known = normalisation is not None and len(normalisation[0]) == images.shape[1] == bands.shape[1]
+        mean, std = normalisation if known and normalisation else range_of(bands)
         height, width = images.shape[2:]
         size = [round(side * _SIDE / max(height, width)) for side in (height, width)]
-        pictures = [resized(unnormalise(image, mean, std), *size) for image in images]
+        pictures = [resized(unnormalise(image, mean, std), *size) for image in bands]
         shown = min(num_shown, len(images))
         return cls(images, pictures, labels, regions, class_names, regression, shown, fingerprint(images, labels))
 

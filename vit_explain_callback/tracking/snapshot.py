@@ -86,6 +86,17 @@ class Snapshot:
         """(B,) values of a drift metric for each image."""
         return METRICS[metric](self.maps[method], reference.maps[method])
 
+    def block_drift_from(self, reference: Snapshot, metric: str) -> Tensor | None:
+        """(L,) means over the images of a drift metric of what each block's readout attends to, in float64.
+
+        None where the blocks of either are not known.
+        """
+        if self.blocks is None or reference.blocks is None:
+            return None
+        rows, other = self.blocks.rows, reference.blocks.rows
+        measure = METRICS[metric]
+        return torch.stack([torch.nanmean(measure(rows[:, block], other[:, block])) for block in range(rows.shape[1])])
+
     def scale(self, method: str, metric: str) -> tuple[float, float] | None:
         """Noise floor and unrelated level of a drift metric; None where the mirrored images were not looked at."""
         if self.reliability is None:

@@ -2,7 +2,7 @@
 
 Grey is the photograph and colour is relevance, so that neither is taken for the other. Relevance is purple and negative
 relevance orange, which colour-blind people see as blue and yellow. The opacity grows with the magnitude: zero leaves
-the photograph as it is. The backdrop is nowhere darker than `_FLOOR`, and both ends of the scale are darker than that:
+the photograph as it is. The backdrop is nowhere darker than `FLOOR`, and both ends of the scale are darker than that:
 what is strongest stands out by lightness alone too.
 
 `tests/benchmarks/overlay_designs.py` compares this design with others.
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 LEVELS = 256
 _OPACITY = 0.9  # at the ends: the photograph stays visible there too
-_FLOOR = 0.45
+FLOOR = 0.45
+"""The darkest grey of a photograph under colours, in [0, 1]."""
 # From weak to strong, in equal steps; lightness falls all along.
 _PURPLE = ("#e070ff", "#b038f5", "#7a1fe0", "#4a12c0", "#220a8a")
 _ORANGE = ("#ffb000", "#f07f09", "#c8500a", "#8a3000", "#4f1800")
@@ -45,7 +46,7 @@ def scale(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def backdrop(picture: NDArray[np.uint8]) -> NDArray[np.float64]:
     """The light grey in [0, 1] that colours are laid over, (H, W): 0.45 + 0.55 × luma of a picture (H, W, 3)."""
-    grey: NDArray[np.float64] = _FLOOR + (1 - _FLOOR) * (picture @ np.array(_LUMA)) / 255
+    grey: NDArray[np.float64] = FLOOR + (1 - FLOOR) * (picture @ np.array(_LUMA)) / 255
     return grey
 
 

@@ -42,6 +42,16 @@ def unnormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> P
     return pixels.round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
+def shown_bands(images: Tensor) -> Tensor:
+    """The channels of images (B, C, H, W) that are shown: three of them, or one where there are fewer.
+
+    Example:
+        >>> [shown_bands(torch.zeros(1, channels, 2, 2)).shape[1] for channels in (1, 2, 3, 4, 13)]
+        [1, 1, 3, 3, 3]
+    """
+    return images[:, : 3 if images.shape[1] >= 3 else 1]
+
+
 def range_of(images: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation to undo, of images (B, C, H, W) with an unknown one: their range becomes 0 to 1."""
     low, high = images.amin().item(), images.amax().item()

@@ -183,7 +183,7 @@ class Subject:
             if seen or not isinstance(given, Tensor) or given.ndim != 4:
                 return given
             self.known_layout(given.shape[1:])
-            seen.append(given.detach())
+            seen.append(given.detach().clone())
             # A clone, as a leaf could not be normalised in place.
             floats = given.is_floating_point() and with_gradients
             return given.detach().requires_grad_().clone() if floats else given

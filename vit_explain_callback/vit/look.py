@@ -49,22 +49,26 @@ def look(model: nn.Module, run: Callable[[], object], vit: str | None = None) ->
     images: list[tuple[str, Tensor]] = []
     called: list[tuple[tuple[Any, ...], Any]] = []
     names = {module: name for name, module in model.named_modules()}
+    lists = {name: _list_around(model, name) for name in names.values()}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def noted(part: Any) -> Any:
             if not isinstance(part, Tensor) or part.ndim != 4:
                 return part
-            images.append((names[module], part.detach()))
+            name = names[module]
+            if not any(_within(call.module, lists[name]) for call in recorder.calls):
+                images.append((name, part.detach().clone()))  # a copy, as it may be normalised in place
             # The graph begins here, as no parameter of a twin asks for a gradient.
             begins = part.is_floating_point() and not part.requires_grad
             return part.detach().requires_grad_().clone() if begins else part
 
         return tuple(map(noted, args)), {name: noted(part) for name, part in kwargs.items()}
 
+    recorder = AttentionRecorder(model, begins_graph=True)
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in names]
     handles.append(model.register_forward_hook(lambda _, args, output: called.append((args, output))))
     error: Exception | None = None
-    with torch.enable_grad(), AttentionRecorder(model, begins_graph=True) as recorder, LossWatcher() as watcher:
+    with torch.enable_grad(), recorder, LossWatcher() as watcher:
         try:
             run()
         except Exception as raised:
@@ -112,6 +116,14 @@ def _vit(
             f"{len(innermost)}: {', '.join(innermost)}. Name the one to explain, as in `vit={innermost[0]!r}`."
         )
     return innermost[0] or None if innermost else None
+
+
+def _list_around(model: nn.Module, path: str) -> str:
+    """Path of the innermost list that a module lies in: images reach no further than its first block."""
+    parts = path.split(".")
+    around = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    lists = [outer for outer in around if isinstance(model.get_submodule(outer), nn.ModuleList | nn.Sequential)]
+    return lists[-1] if lists else path
 
 
 def _within(path: str, outer: str) -> bool:

@@ -100,9 +100,14 @@ def _blocks(model: nn.Module, container: str, calls: list[AttentionCall]) -> dic
             for call in calls
             if call.module.startswith(f"{prefix}{name}.")
         }
-        if isinstance(child, nn.ModuleList | nn.Sequential) and len(attending) > 1:
-            parts = {f"{prefix}{name}.{part}": block for part, block in child.named_children()}
-            blocks |= {path: block for path, block in parts.items() if not isinstance(block, nn.Identity)}
+        parts = dict(child.named_children()) if isinstance(child, nn.ModuleList | nn.Sequential) else {}
+        others = [part for part_name, part in parts.items() if part_name not in attending]
+        if (
+            attending <= set(parts)
+            and parts
+            and (len(attending) > 1 or all(isinstance(o, nn.Identity) for o in others))
+        ):
+            blocks |= {f"{prefix}{name}.{part}": parts[part] for part in parts if part in attending}
         else:
             blocks[f"{prefix}{name}"] = child
     return blocks

@@ -1,0 +1,105 @@
+"""The curves of a run's page, from its scalars: the only place that says which scalars make which chart."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vit_explain_callback.metrics.drift import UNCHANGED
+from vit_explain_callback.metrics.reference import on_scale
+from vit_explain_callback.tracking.scalars import STATISTICS
+
+Rows = Sequence[Mapping[str, float]]
+"""The scalars of each snapshot by tag."""
+
+_DRIFT = {part: f"{STATISTICS}/drift_baseline_spread/{{}}/spearman/{part}" for part in ("p10", "median", "p90")}
+_NOISE, _UNRELATED = (f"{STATISTICS}/drift_scale/{{}}/spearman/{bar}" for bar in ("noise", "unrelated"))
+_FAITHFULNESS = "explain/faithfulness/{}"
+_PROBE = {
+    "accuracy": "explain/probe/accuracy",
+    "target probability": "explain/probe/target_probability",
+    "changed predictions": "explain/probe/changed_predictions",
+}
+_OUTPUT = "explain/probe/output"
+_LIFT = "explain/lift/{}/{}"
+_BLOCK = re.compile(rf"{STATISTICS}/(.+)/block_(\d+)")
+
+
+def number(value: float, digits: int = 4) -> float | None:
+    """The value with so many significant digits, for JSON; None where it is not finite."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def curve(rows: Rows, tag: str) -> list[float | None]:
+    """The value of a tag in each snapshot, None where there is none."""
+    return [number(row.get(tag, math.nan)) for row in rows]
+
+
+def charts(rows: Rows, methods: Sequence[str], regions: Sequence[str]) -> list[dict[str, Any]]:
+    """Every chart that has a value.
+
+    A chart has a `title`, a `note` that says how to read it, the `method` it belongs to or None, the least `range` of
+    its axis or None, and `lines`. A line has a `name`, `values` for each snapshot, and perhaps a band from `low` to
+    `high`, or `reference: True` where it is what others are to be compared with.
+    """
+    gains: list[dict[str, Any]] = [
+        {"name": method, "values": curve(rows, _FAITHFULNESS.format(method))} for method in methods
+    ]
+    gains.append({"name": "random order", "values": curve(rows, _FAITHFULNESS.format("random")), "reference": True})
+    probe = [{"name": name, "values": curve(rows, tag)} for name, tag in _PROBE.items()]
+    found = [_drift(rows, method) for method in methods]
+    found.append(_chart("Probe images", "share of the probe images; mean probability of the target", probe, [0, 1]))
+    output = [{"name": "output", "values": curve(rows, _OUTPUT)}]
+    found.append(_chart("Output", "mean over the probe images", output))
+    found.append(_chart("Faithfulness", "symmetric relevance gain; the control is a random order", gains))
+    for method in methods if regions else ():
+        lifts: list[dict[str, Any]] = [
+            {"name": region, "values": curve(rows, _LIFT.format(region, method))} for region in regions
+        ]
+        lifts.append({"name": "uniform", "values": [1.0] * len(rows), "reference": True})
+        found.append(_chart("Lift of the regions", "1 = its share of the image", lifts, method=method))
+    return [chart for chart in found if _known(chart)]
+
+
+def block_values(rows: Rows) -> dict[str, list[list[float | None]]]:
+    """Scalars of the blocks by name: a row a block, first block first, with a value a snapshot."""
+    found = [match.groups() for tag in rows[-1] if (match := _BLOCK.fullmatch(tag))]
+    values: dict[str, list[list[float | None]]] = {}
+    for name, block in sorted(found, key=lambda each: (each[0], int(each[1]))):
+        values.setdefault(name, []).append(curve(rows, f"{STATISTICS}/{name}/block_{block}"))
+    return values
+
+
+def _drift(rows: Rows, method: str) -> dict[str, Any]:
+    """Drift on the scale from noise to unrelated; the rank correlation itself where there is no scale."""
+    spread = {part: [row.get(tag.format(method), math.nan) for row in rows] for part, tag in _DRIFT.items()}
+    noise, unrelated = (rows[0].get(tag.format(method), math.nan) for tag in (_NOISE, _UNRELATED))
+    title, note = "Drift", "0 = noise: a mirrored image; 1 = unrelated: another image; band p10 to p90"
+    ends: list[dict[str, Any]] = [
+        {"name": name, "values": [end] * len(rows), "reference": True}
+        for name, end in (("noise", 0.0), ("unrelated", 1.0))
+    ]
+    if math.isfinite(on_scale(noise, noise, unrelated, UNCHANGED["spearman"])):
+        spread = {
+            part: [on_scale(value, noise, unrelated, UNCHANGED["spearman"]) for value in values]
+            for part, values in spread.items()
+        }
+    else:
+        title, note, ends = "Rank correlation with the baseline", "1 = unchanged; band p10 to p90", []
+    low, median, high = ([number(value) for value in spread[part]] for part in ("p10", "median", "p90"))
+    return _chart(
+        title, note, [{"name": "median image", "values": median, "low": low, "high": high}, *ends], None, method
+    )
+
+
+def _chart(
+    title: str, note: str, lines: list[dict[str, Any]], span: list[float] | None = None, method: str | None = None
+) -> dict[str, Any]:
+    shown = [line for line in lines if any(value is not None for value in line["values"])]
+    return {"title": title, "note": note, "method": method, "range": span, "lines": shown}
+
+
+def _known(chart: Mapping[str, Any]) -> bool:
+    return any(not line.get("reference") for line in chart["lines"])
