@@ -63,3 +63,15 @@ def test_a_class_that_cannot_be_is_refused() -> None:
     for target in (torch.tensor([1]), torch.tensor([1, 2, 3])):
         with pytest.raises(ValueError, match=r"Expected `target` of shape \(2,\)"):
             tracker(target)
+
+
+def test_another_target_after_resuming_is_said_and_begins_anew() -> None:
+    first = tracker(2)
+    first.observe(0)
+    other, same = tracker(3), tracker(torch.tensor([2, 2]))
+    with pytest.warns(UserWarning, match="are of another `target` than this run's, so a new baseline is taken"):
+        other.load_state_dict(first.state_dict())
+    other.observe(1)
+    assert (other.history.count, other.history.baseline.target.tolist()) == (1, [3, 3])
+    same.load_state_dict(first.state_dict())
+    assert same.history.count == 1
