@@ -44,10 +44,14 @@ def test_checks_are_made_on_their_own_schedule_and_at_both_ends(
 
 @pytest.mark.parametrize("removal", ["mean_colour", "tokens"])
 def test_checks_and_blocks_of_the_baseline_are_those_of_explain(tmp_path: Path, removal: Any) -> None:
-    trainer = fit(ViTExplainCallback(num_images=5, batch_size=2, removal=removal, on_error="raise"), tmp_path)
+    callback = ViTExplainCallback(num_images=5, batch_size=2, removal=removal, on_error="raise")
+    trainer = fit(callback, tmp_path)
     baseline = saved(trainer)[0]
-    data = Pictures()
-    images, labels = data.images[:5], data.labels[:5]
+    assert callback.tracker is not None
+    images, labels = callback.tracker.probe.images, callback.tracker.probe.labels
+    assert images is not None
+    assert labels is not None
+    assert labels.tolist() == [0, 1, 2, 3, 4]
     expected = explain(tiny_vit(), images, target=labels, block_statistics=True)
     mirrored = explain(tiny_vit(), images.flip(3), target=labels)
     assert baseline.reliability is not None
@@ -151,7 +155,7 @@ def test_one_line_at_the_start_and_the_summary_at_the_end_are_all_that_is_printe
     first, *rest = capsys.readouterr().out.removeprefix(without).splitlines()
     assert first == (
         "ViTExplainCallback watches VisionTransformer at `net`: rollout, grad_rollout of 16 images of 5 classes, with "
-        f"each validation; to see them: tensorboard --logdir {tmp_path} or vit-explain report {trainer.log_dir}"
+        f"each validation; to see them: tensorboard --logdir {tmp_path} or vit-explain report {trainer.log_dir}/explanations"
     )
     assert rest == text.splitlines()
     assert 5 < len(rest) <= 10
