@@ -155,7 +155,8 @@ def test_one_line_at_the_start_and_the_summary_at_the_end_are_all_that_is_printe
     first, *rest = capsys.readouterr().out.removeprefix(without).splitlines()
     assert first == (
         "ViTExplainCallback watches VisionTransformer at `net`: rollout, grad_rollout of 16 images of 5 classes, with "
-        f"each validation; to see them: tensorboard --logdir {tmp_path} or vit-explain report {trainer.log_dir}/explanations"
+        f"each validation; to see them: tensorboard --logdir {tmp_path} or vit-explain report "
+        f"{trainer.log_dir}/explanations"
     )
     assert rest == text.splitlines()
     assert 5 < len(rest) <= 10
