@@ -33,6 +33,7 @@ class SharesItsFolder(LikeWandb):
 
 
 @pytest.mark.filterwarnings("ignore:.*no logger of this run shows pictures")
+@pytest.mark.filterwarnings("ignore:.*Please add the following callbacks")  # `target` is part of the state's key
 @pytest.mark.parametrize("kind", ["none", "wandb", "mlflow"])
 def test_two_runs_whose_loggers_give_no_folder(tmp_path: Path, kind: str) -> None:
     def logger() -> Any:
@@ -47,7 +48,7 @@ def test_two_runs_whose_loggers_give_no_folder(tmp_path: Path, kind: str) -> Non
     fit(short(), tmp_path, max_epochs=2, logger=logger(), ckpt_path=str(tmp_path / "first.ckpt"))
     assert load_run(tmp_path / "explanations").steps == [0, 4, 8]
     assert load_run(tmp_path / "explanations_1").steps == [0, 4]
-    with pytest.warns(UserWarning, match="Please add the following callbacks"):  # the state is another callback's
+    with pytest.warns(UserWarning, match="are of another `target` than this run's, so a new baseline is taken"):
         other = fit(short(0), tmp_path, max_epochs=2, logger=logger(), ckpt_path=str(tmp_path / "first.ckpt"))
     assert load_run(tmp_path / "explanations").steps == [0, 4, 8]
     found = load_run(tmp_path / "explanations_2")
