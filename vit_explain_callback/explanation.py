@@ -251,6 +251,11 @@ def _are_channels(value: object) -> bool:
     return known and len(value[0]) == len(value[1])
 
 
+def grid_of(method: str) -> tuple[str, str]:
+    """What the sides of a method's maps are called, which may be others than those of another method's."""
+    return f"grid_h of {method}", f"grid_w of {method}"
+
+
 def check_explanation(path: str | Path, tensors: Mapping[str, Tensor], methods: Sequence[str]) -> None:
     """Check that what a file held makes an explanation.
 
@@ -259,8 +264,9 @@ def check_explanation(path: str | Path, tensors: Mapping[str, Tensor], methods: 
     """
     grid = ("grid_h", "grid_w")
     shapes: dict[str, tuple[str, ...]] = {"logits": ("B", "C"), "target": ("B",)}
-    shapes |= {f"map/{name}": ("B", *grid) for name in methods}
-    if any(name.startswith("block/") for name in tensors):
+    has_blocks = any(name.startswith("block/") for name in tensors)  # of which there is one grid
+    shapes |= {f"map/{name}": ("B", *(grid if has_blocks else grid_of(name))) for name in methods}
+    if has_blocks:
         maps = ("rows", "columns")
         shapes |= {
             f"block/{field.name}": ("B", "L", *(grid if field.name in maps else ()))

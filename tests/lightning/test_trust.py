@@ -308,6 +308,7 @@ def test_files_are_those_the_page_reads(tmp_path: Path) -> None:
     folder = Path(trainer.log_dir or "", "explanations")
     assert {path.name for path in folder.iterdir()} == {
         "probe.safetensors",
+        "report.html",
         "run.txt",
         "summary.txt",
         *(f"step_{step:08d}.safetensors" for step in (0, 4, 8)),

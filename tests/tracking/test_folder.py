@@ -66,7 +66,7 @@ def test_no_file_is_written_through_a_symbolic_link(tmp_path: Path) -> None:
     first.observe(0)
     first.finish()
     written = sorted((tmp_path / "run" / "a").iterdir())
-    assert {path.suffix for path in written} == {".safetensors", ".png", ".txt"}
+    assert {path.suffix for path in written} == {".safetensors", ".png", ".txt", ".html"}
     victims = tmp_path / "victims"
     victims.mkdir()
     for path in written:

@@ -15,10 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.runs import fit
 from tests.saved_runs import save_run
+from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.metrics.localisation import region_statistics
-from vit_explain_callback.tracking.html import page, thinned, write_page
+from vit_explain_callback.tracking.html import REPORT, LivePage, page, thinned, write_page
+from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.tracking.run import Run
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.visualization.overlay import times_uniform
 from vit_explain_callback.visualization.quantise import quantised
@@ -248,3 +252,28 @@ def test_unusual_runs_have_a_page(unusual: dict[str, Any], tmp_path: Path) -> No
     assert (data["runs"][0]["output"] is not None) == unusual.get("regression", False)
     if "labels" in unusual:
         assert data["labels"] == (None if unusual["labels"] is None else [0, None, 2, None])
+
+
+def test_a_run_keeps_its_page_up_to_date_unless_that_costs_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    monkeypatch.setattr("vit_explain_callback.tracking.html.write_page", lambda run: written.append(len(run.rows)))
+    clock = iter([0.0, 1.0, 5.0, 10.0, 12.0, 20.0, 21.0, 22.0, 23.0])
+    monkeypatch.setattr("vit_explain_callback.tracking.html.time.monotonic", lambda: next(clock))
+    page, run = LivePage(), Run(tmp_path, Probe(None, []), [], [{}])
+    page.write(run, is_last=False)  # takes 1
+    page.write(run, is_last=False)  # at 5, too soon after 1
+    assert len(written) == 1
+    page.write(run, is_last=True)  # the last is written whenever it comes
+    assert len(written) == 2
+    page.write(run, is_last=False)  # at 20, though writing took 2: not before 12 + 20
+    assert len(written) == 2
+
+
+def test_the_callback_writes_its_page_and_can_be_told_not_to(tmp_path: Path) -> None:
+    with_page = fit(ViTExplainCallback(["rollout"]), tmp_path / "a")
+    text = Path(with_page.log_dir or "", "explanations", REPORT).read_text(encoding="utf-8")
+    assert "Explanation drift" in text
+    without = fit(ViTExplainCallback(["rollout"], report=False), tmp_path / "b")
+    assert not list(Path(without.log_dir or "").rglob(REPORT))

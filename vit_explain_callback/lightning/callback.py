@@ -102,6 +102,7 @@ class ViTExplainCallback(Callback):
         grid_size: Patches as (grid_h, grid_w), likewise.
         batch_size: Images explained in one pass; None takes all at once.
         save_maps: Whether to save the raw maps of every snapshot, from which `vit-explain report` makes a page.
+        report: Whether to write this page, `report.html` beside the maps, during the run as well.
         margin_charts: Whether to lay out TensorBoard's custom scalars pane as charts of the median between p10 and p90,
             with `detail="full"`. TensorBoard knows one layout a run.
         detail: `"brief"` logs what is to be looked at first, `"full"` everything.
@@ -136,6 +137,7 @@ class ViTExplainCallback(Callback):
         grid_size: tuple[int, int] | None = None,
         batch_size: int | None = None,
         save_maps: bool = True,
+        report: bool = True,
         margin_charts: bool = True,
         detail: Detail = "brief",
         max_pictures_mb: float = 100.0,
@@ -155,6 +157,7 @@ class ViTExplainCallback(Callback):
             block_statistics=block_statistics,
             batch_size=batch_size,
             save_maps=save_maps,
+            report=report,
             detail=detail,
             on_error=on_error,
         )

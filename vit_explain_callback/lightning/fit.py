@@ -158,6 +158,7 @@ class Fit:
                 subject.probe,
                 folder=folder if settings.save_maps and not self._leaves_no_files else None,
                 target=self._first_target(subject.probe),
+                report=settings.report,
                 check_every=settings.check_every_n_snapshots,
                 removal=settings.removal,
                 batch_size=settings.batch_size,

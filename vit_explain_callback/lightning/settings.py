@@ -107,6 +107,7 @@ class Settings:
     block_statistics: bool
     batch_size: int | None
     save_maps: bool
+    report: bool
     detail: Detail
     on_error: OnError
 

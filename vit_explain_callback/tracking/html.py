@@ -7,6 +7,7 @@ import hashlib
 import html
 import json
 import math
+import time
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -50,7 +51,8 @@ def _shown(run: Run, most_snapshots: int) -> Shown:
     kept = thinned(run.steps, min(most_snapshots, fitting))
     folder = run.folder.resolve()
     name = folder.parent.name if folder.name == "explanations" else folder.name
-    shown = Run(run.folder, run.probe, [run.snapshots[index] for index in kept])
+    rows = None if run.rows is None else [run.rows[index] for index in kept]
+    shown = Run(run.folder, run.probe, [run.snapshots[index] for index in kept], rows)
     return Shown(name, shown, len(run.snapshots), run.summary)
 
 
@@ -94,6 +96,25 @@ def write_page(run: Path | Run, most_snapshots: int = 48) -> Path:
     read = run if isinstance(run, Run) else load_run(run)
     write_text(read.folder / REPORT, page(read, most_snapshots))
     return read.folder / REPORT
+
+
+class LivePage:
+    """Keeps the page of a run up to date while it goes on: as often as it costs less than a tenth of the run's time."""
+
+    def __init__(self) -> None:
+        self._written, self._seconds = -math.inf, 0.0
+
+    def write(self, run: Run, is_last: bool) -> None:
+        """Write the page, unless it was written too short a time ago; the last one always.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        begun = time.monotonic()
+        if is_last or begun - self._written > 10 * self._seconds:
+            write_page(run)
+            self._written = time.monotonic()
+            self._seconds = self._written - begun
 
 
 def thinned(steps: Sequence[int], count: int) -> list[int]:

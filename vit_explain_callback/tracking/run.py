@@ -27,11 +27,13 @@ class Run:
         folder: That it was read from.
         probe: Its images as pictures, labels, regions and names of classes.
         snapshots: Every snapshot, baseline first.
+        rows: Scalars of each snapshot, where they are known already.
     """
 
     folder: Path
     probe: Probe
     snapshots: Sequence[Snapshot]
+    rows: Sequence[dict[str, float]] | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -56,6 +58,8 @@ class Run:
     @cached_property
     def scalars(self) -> list[dict[str, float]]:
         """A row for each snapshot: `step`, and every scalar by tag. `pandas.DataFrame(run.scalars)` takes them."""
+        if self.rows is not None:
+            return list(self.rows)
         history = History()
         rows: list[dict[str, float]] = []
         for snapshot in self.snapshots:

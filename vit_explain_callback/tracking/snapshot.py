@@ -17,7 +17,7 @@ from vit_explain_callback._files import (
     read_tensors,
     write_tensors,
 )
-from vit_explain_callback.explanation import Explanation, check_explanation, tensors_under
+from vit_explain_callback.explanation import Explanation, check_explanation, grid_of, tensors_under
 from vit_explain_callback.metrics.attention import BlockStatistics
 from vit_explain_callback.metrics.drift import METRICS
 from vit_explain_callback.metrics.reference import noise_floor, unrelated_level
@@ -166,11 +166,11 @@ def _check(source: str | Path, tensors: Mapping[str, Tensor]) -> None:
     # Of a regression, or where faithfulness was left out, there are maps alone.
     groups = {name: tensors_under(name, tensors) for name in ("mirrored", "gain")}
     wanted = {"mirrored": set(methods), "gain": {*methods, "random"}} if groups["mirrored"] or groups["gain"] else {}
-    shapes: dict[str, tuple[str, ...]] = {f"map/{methods[0]}": ("B", "grid_h", "grid_w")}
+    shapes: dict[str, tuple[str, ...]] = {f"map/{name}": ("B", *grid_of(name)) for name in methods}
     for group, names in wanted.items():
         if group == "gain" and not groups[group]:
             continue
-        shapes |= {f"{group}/{name}": ("B", "grid_h", "grid_w")[: 3 if group == "mirrored" else 1] for name in names}
+        shapes |= {f"{group}/{name}": ("B", *(grid_of(name) if group == "mirrored" else ())) for name in names}
     check_tensors(source, tensors, shapes)
     for name in ("logits", *(f"map/{name}" for name in methods), *shapes):
         check_dtype(source, tensors, name, (torch.float32, torch.float64))

@@ -21,10 +21,12 @@ from vit_explain_callback.tracking.distributed import Ranks, check_together, exp
 from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.guard import Guard, OnError
 from vit_explain_callback.tracking.history import History
+from vit_explain_callback.tracking.html import LivePage
 from vit_explain_callback.tracking.notices import Notices
 from vit_explain_callback.tracking.pictures import animations, figures, last_filmstrips
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.progress import Advance, progress
+from vit_explain_callback.tracking.run import Run
 from vit_explain_callback.tracking.scalars import Detail, final_tags, of_detail, scalars
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 from vit_explain_callback.tracking.space import check_space
@@ -51,6 +53,7 @@ class ExplanationTracker:
         batch_size: Images explained in one pass; None takes all at once.
         block_statistics: Whether to measure what each block attends to.
         detail: `"brief"` measures everything, and writes what is to be looked at first; `"full"` writes everything.
+        report: Whether to write the page `report.html` beside the maps, after a snapshot and at the end.
         progress: Whether a bar on standard error shows what takes longer than two seconds.
         on_error: What becomes of a writer that fails: `"warn"` says it once and goes on, `"raise"` raises.
         ranks: Place of this process among those of the run.
@@ -93,6 +96,7 @@ class ExplanationTracker:
         batch_size: int | None = None,
         block_statistics: bool = True,
         detail: Detail = "brief",
+        report: bool = True,
         progress: bool = False,
         on_error: OnError = "warn",
         ranks: Ranks | None = None,
@@ -113,8 +117,10 @@ class ExplanationTracker:
         self._notices = Notices(self.methods)
         self._detail: Detail = detail
         self._shows_progress = progress and self._ranks.rank == 0
+        self._report = LivePage() if report else None
         self._begun = False
         self._written: set[str] = set()
+        self._rows: dict[int, dict[str, float]] = {}
 
     def observe(self, step: int) -> dict[str, float]:
         """Take a snapshot: explain, measure and write. The first one is the baseline.
@@ -144,6 +150,7 @@ class ExplanationTracker:
         self.history.add(Snapshot(step, explanation, reliability))
         values = scalars(self.history, self.probe)
         logged = of_detail(values, self._detail)
+        self._rows[step] = {"step": step, **values}
         if self._ranks.rank == 0:
             for notice in self._notices.of(values):
                 rank_zero_warn(f"ViTExplainCallback: {notice}")
@@ -253,6 +260,15 @@ class ExplanationTracker:
             pictures = dict(figures(self.history, self.probe, self._detail))
             self._each_writer(lambda writer: writer.scalars(values, now.step))
             self._each_writer(lambda writer: writer.pictures(pictures, now.step))
+        self._write_report(is_last=False)
+
+    def _write_report(self, is_last: bool) -> None:
+        """The page of the run so far; a snapshot of a run that was resumed has no scalars before it is loaded."""
+        report = self._report
+        if report is not None:
+            kept = self.history.snapshots
+            rows = [self._rows.get(one.step, {"step": one.step}) for one in kept]
+            self._to_folder(lambda folder: report.write(Run(folder, self.probe, kept, rows), is_last))
 
     def _write_end(self, text: str) -> None:
         now, values, full = self.history.now, self.scalars(), self._detail == "full"
@@ -267,6 +283,8 @@ class ExplanationTracker:
             moving = dict(animations(self.history, self.probe)) if full else {}
             self._each_writer(lambda writer: writer.scalars(new, now.step))
             self._each_writer(lambda writer: writer.finish(text, pictures, moving, now.step))
+        self._rows[now.step] = {"step": now.step, **scalars(self.history, self.probe)}
+        self._write_report(is_last=True)
 
     def _to_folder(self, write: Callable[[Path], None]) -> None:
         folder = self._folder
