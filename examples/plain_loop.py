@@ -23,7 +23,8 @@ torch.manual_seed(0)
 model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=3, num_classes=3)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 folder = Path("runs/plain_loop/explanations")
-tracker = ExplanationTracker(Explainer(model, ["rollout", "grad_rollout"]), Probe.of(*batch(16)), folder=folder)
+probe = Probe.of(*batch(16))
+tracker = ExplanationTracker(Explainer(model, ["grad_rollout"]), probe, folder=folder, target=probe.labels)
 
 tracker.observe(step=0)  # the baseline
 for step in range(1, 61):
