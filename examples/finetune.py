@@ -113,7 +113,7 @@ def main() -> None:
     folder = Path(trainer.log_dir or args.output)
     run = load_run(folder)
     _print_table(run, module.accuracy)
-    Image.fromarray(run.pictures["explain_filmstrip/grad_rollout"]).save(folder / "filmstrip.png")
+    Image.fromarray(run.pictures["explain/filmstrip/grad_rollout"]).save(folder / "filmstrip.png")
     print(f"\n{folder / 'filmstrip.png'} shows it; for curves and pictures: tensorboard --logdir {args.output}")
 
 
@@ -159,8 +159,10 @@ def _print_table(run: Run, accuracy: dict[int, dict[str, float]]) -> None:
         step = int(row["step"])
         cells = [f"{step:4d}"]
         cells += [f"{accuracy.get(step, {}).get(name, float('nan')):{9 + len(name)}.3f}" for name in names]
-        cells += [f"{1 - row[f'drift_baseline/{method}/spearman']:5.3f}"]
-        cells += [f"{row[f'region/{region}/{method}/mass']:{3 + len(region)}.3f}" for region in regions]
+        cells += [f"{1 - row[f'explain/drift/baseline_rank_correlation/{method}']:5.3f}"]
+        cells += [
+            f"{row[f'explain/statistics/region/{region}/{method}/mass']:{3 + len(region)}.3f}" for region in regions
+        ]
         print(" | ".join(cells))
 
 

@@ -80,3 +80,14 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
 
 def random_images(count: int, size: tuple[int, int] = (32, 32), seed: int = 1) -> Tensor:
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def symmetric_vit() -> Any:
+    """A ViT to which a mirrored image is the same image mirrored, so that drift has a scale."""
+    vit = tiny_vit()
+    with torch.no_grad():
+        position = vit.pos_embed[:, 1:].view(1, 4, 4, -1)
+        vit.pos_embed[:, 1:] = (position + position.flip(2)).view(1, 16, -1) / 2
+        filters = vit.patch_embed.proj.weight
+        vit.patch_embed.proj.weight.copy_((filters + filters.flip(3)) / 2)
+    return vit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks import cost, measure, model, snapshot
+from tests.benchmarks import cost, measure, model, snapshot, training_memory
 from tests.benchmarks.contenders import BACKWARD, CONTENDERS, FIVE, FORWARD, materialised_maps
 from tests.models import random_images, tiny_vit
 from vit_explain_callback import explain
@@ -92,3 +93,13 @@ def test_the_cost_model_finds_the_coefficients_that_made_the_times() -> None:
     np.testing.assert_allclose(found, coefficients, rtol=1e-6)
     four, two = (model.Case(16, ranks, 2, 12, 3, 14).time_terms(2) for ranks in (4, 2))
     assert four[:2] == two[:2]  # ranks beyond the cores are no faster
+
+
+def test_memory_in_training_is_told_as_a_ratio(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["training_memory", "--model", "vit_tiny_patch16_224", "--size", "96", "--batch", "1"]
+    )
+    training_memory.main()
+    assert re.search(r"1 images: \d+\.\d\d x the limit of \d+ MiB", capsys.readouterr().out)

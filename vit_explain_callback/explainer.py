@@ -166,6 +166,13 @@ class Explainer:
         self._memory = Memory()
         self._guarded = True
 
+    @property
+    def name(self) -> str:
+        """Class of the ViT, and its path in the model where it has one."""
+        vit = find_vit(self._adapter.model, self._adapter.vit)
+        path = next((path for path, module in self._adapter.model.named_modules() if module is vit), "")
+        return f"{type(vit).__name__} at `{path}`" if path else type(vit).__name__
+
     def __call__(
         self,
         images: Tensor,

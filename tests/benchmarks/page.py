@@ -66,7 +66,9 @@ def made_up(images: int, snapshots: int, methods: int, grid: int) -> Run:
 
 def write(run: Run, file: Path) -> dict[str, float]:
     """Write its page; seconds and bytes."""
-    rows = [{"probe/accuracy": 0.5, **{f"value_{tag}": float(tag) for tag in range(200)}} for _ in run.snapshots]
+    rows = [
+        {"explain/probe/accuracy": 0.5, **{f"value_{tag}": float(tag) for tag in range(200)}} for _ in run.snapshots
+    ]
     begun = time.perf_counter()
     with mock.patch.object(Run, "scalars", rows):
         write_text(file, page(run))

@@ -81,10 +81,10 @@ def fine_tune(seed: int, every: int, folder: Path) -> dict[str, float]:
     found: dict[str, float] = {"accuracy before": accuracy[0][1], "accuracy after": accuracy[-1][1]}
     half = lasting_fall(accuracy, (accuracy[0][1] + accuracy[-1][1]) / 2)
     for method in ("rollout", "grad_rollout"):
-        lift = curve(f"region/square/{method}/lift")
+        lift = curve(f"explain/lift/square/{method}")
         found |= {f"{method} lift before": lift[0][1], f"{method} lift after": lift[-1][1]}
         found[f"{method} lead"] = half - crossing(lift, LIFT)
-        found[f"{method} drift after"] = 1 - curve(f"drift_baseline/{method}/spearman")[-1][1]
+        found[f"{method} drift after"] = 1 - curve(f"explain/drift/baseline_rank_correlation/{method}")[-1][1]
     return found | {"half of the loss at step": half}
 
 

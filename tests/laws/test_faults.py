@@ -72,8 +72,8 @@ def test_a_forward_that_raises(tmp_path: Path, error: Exception) -> None:
     _, plain, _ = ending(None, tmp_path, Classifier())
     trainer, weights, said = ending(ViTExplainCallback(every_n_steps=1), tmp_path, Failing(error, (4, 5)))
     assert_trained_alike(weights, plain)
-    assert len(said) == 2
-    assert f"the snapshot at step 4 failed, and training goes on: {error!r}" in said[0]
+    (only,) = said  # of two
+    assert f"the snapshot at step 4 failed, and training goes on: {error!r}" in only
     assert [snapshot.step for snapshot in saved(trainer)] == [0, 1, 2, 3, 6, 7, 8]
     with pytest.raises(type(error)):
         fit(ViTExplainCallback(every_n_steps=1, on_error="raise"), tmp_path, Failing(error, (4, 5)))
@@ -105,16 +105,16 @@ def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
                 with torch.no_grad():
                     self.net.blocks[0].attn.qkv.weight.fill_(value)
 
-    trainer, _, said = ending(ViTExplainCallback(every_n_steps=1), tmp_path, Diverges())
+    trainer, _, said = ending(ViTExplainCallback(every_n_steps=1, detail="full"), tmp_path, Diverges())
     assert len(said) == 2
     assert "100% of the `rollout` maps are degenerate" in said[0]
     assert "100% of the `grad_rollout` maps are degenerate" in said[1]
-    drift = [event.value for event in events(trainer).Scalars("drift_baseline/rollout/spearman")]
+    drift = [event.value for event in events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")]
     assert np.isfinite(drift[:4]).all()
     assert np.isnan(drift[4:]).all()
     assert len(drift) == 9
     assert all(maps.isnan().all() for maps in saved(trainer)[-1].maps.values())
-    assert events(trainer).Scalars("map_stats/rollout/degenerate")[-1].value == 1
+    assert events(trainer).Scalars("explain/statistics/map/rollout/degenerate")[-1].value == 1
 
 
 def test_a_logger_that_raises(tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ def test_a_logger_that_raises(tmp_path: Path) -> None:
     assert_trained_alike(weights, plain)
     (only,) = said
     assert "cannot write to Broken (logger 0), and training goes on: ConnectionError('no network')" in only
-    assert [event.step for event in events(trainer, board.log_dir).Scalars("probe/accuracy")] == [0, 4, 8]
-    assert logger[2].pictures["explain_filmstrip/rollout"] == [0, 4, 8]
+    assert [event.step for event in events(trainer, board.log_dir).Scalars("explain/probe/accuracy")] == [0, 4, 8]
+    assert logger[2].pictures["explain/filmstrip/rollout"] == [0, 4, 8, 8]
     assert len(list(tmp_path.rglob("step_*.safetensors"))) == 3
     with pytest.raises(ConnectionError):
         fit(ViTExplainCallback(["rollout"], on_error="raise"), tmp_path, logger=[Broken()])
@@ -147,7 +147,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot write to the folder" in only
     assert "No space left on device" in only
     assert list(tmp_path.rglob("step_*")) == []
-    assert len(events(trainer).Scalars("drift_baseline/rollout/spearman")) == 9
+    assert len(events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")) == 9
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     trainer, _, said = ending(callback, tmp_path, Classifier(), logger=logger)
     (only,) = said
     assert "cannot write to the folder" in only
-    assert len(events(trainer).Scalars("drift_baseline/rollout/spearman")) == 9
-    assert events(trainer).Images("explain_filmstrip/rollout")[-1].step == 8
+    assert len(events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")) == 9
+    assert events(trainer).Images("explain/filmstrip/rollout")[-1].step == 8
 
 
 class Dying(Pictures):
@@ -188,7 +188,7 @@ def test_a_validation_loader_that_dies(tmp_path: Path) -> None:
     assert "the snapshot at step 0 failed" in only
     assert "Reading the probe images from the validation loader failed: OSError('the share is gone')" in only
     assert [snapshot.step for snapshot in saved(trainer)] == [4, 8]
-    drift = events(trainer).Scalars("drift_baseline/rollout/spearman")
+    drift = events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")
     assert drift[0].value == pytest.approx(1)  # step 4 is the baseline
     trainer, weights, said = ending(
         ViTExplainCallback(["rollout"]), tmp_path, Classifier(), validation=loader(Dying(99)), **options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from tests.models import CLASSES, random_images, tiny_vit
-from tests.runs import Classifier, Pictures, events, fit, loader, saved
+from tests.models import CLASSES, random_images, symmetric_vit, tiny_vit
+from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
 from vit_explain_callback import Rollout, ViTExplainCallback, explain
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.localisation import region_statistics
@@ -29,65 +30,147 @@ METRICS = ("spearman", "jensen_shannon", "top10_iou", "centroid_shift", "cosine"
 BLOCKS = ("block_01", "block_02", "block_03")
 
 
-def documented_tags(methods: tuple[str, ...], region: str | None = None) -> set[str]:
-    """Every scalar of a run, from the README's table."""
-    tags = {"probe/accuracy", "probe/target_probability", "probe/changed_predictions", "faithfulness/random/srg"}
+def brief_tags(*methods: str, region: str | None = None) -> set[str]:
+    """The scalars of a run by default, from the docstring."""
+    probe = ("accuracy", "changed_predictions", "target_probability")
+    tags = {"explain/faithfulness/random", *(f"explain/probe/{name}" for name in probe)}
+    of_method = ["drift/noise_to_unrelated", "drift/baseline_rank_correlation", "drift/previous_rank_correlation"]
+    of_method += ["faithfulness", "map/entropy", "map/sink_lift", *([] if region is None else [f"lift/{region}"])]
+    return tags | {f"explain/{name}/{method}" for name in of_method for method in methods}
+
+
+def full_tags(*methods: str, region: str) -> set[str]:
+    """Every scalar of a run with `detail="full"`, from the docstring."""
+    tags: set[str] = set()
     for method in methods:
-        tags |= {f"final/drift/{method}", f"final/faithfulness/{method}", f"faithfulness/{method}/srg"}
-        tags |= {f"map_stats/{method}/{stat}" for stat in (*map_statistics(torch.rand(1, 2, 2)), "sink_lift")}
+        tags |= {f"explain/final/{name}/{method}" for name in ("drift", "faithfulness", f"lift/{region}")}
+        stats = map_statistics(torch.rand(1, 2, 2)).keys() - {"entropy"}
+        tags |= {f"explain/statistics/map/{method}/{stat}" for stat in stats}
+        stats = region_statistics(torch.rand(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool)).keys() - {"lift"}
+        tags |= {f"explain/statistics/region/{region}/{method}/{stat}" for stat in stats}
         for metric in METRICS:
-            tags |= {f"drift_scale/{method}/{metric}/{bar}" for bar in ("noise", "unrelated")}
-            for drift in ("drift_baseline", "drift_previous"):
-                tags |= {f"{drift}/{method}/{metric}", f"{drift}_scaled/{method}/{metric}"}
-                tags |= {f"{drift}_spread/{method}/{metric}/{part}" for part in ("median", "p10", "p90")}
-                tags |= {f"{drift}_split/{method}/{metric}/{part}" for part in ("changed", "unchanged")}
-        if region is not None:
-            tags.add(f"final/lift/{region}/{method}")
-            found = region_statistics(torch.rand(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))
-            tags |= {f"region/{region}/{method}/{stat}" for stat in found}
+            tail = f"{method}/{metric}"
+            tags |= {f"explain/statistics/drift_scale/{tail}/{bar}" for bar in ("noise", "unrelated")}
+            for drift in ("explain/statistics/drift_baseline", "explain/statistics/drift_previous"):
+                tags |= {f"{drift}/{tail}", f"{drift}_scaled/{tail}"}
+                tags |= {f"{drift}_spread/{tail}/{part}" for part in ("median", "p10", "p90")}
+                tags |= {f"{drift}_split/{tail}/{part}" for part in ("changed", "unchanged")}
+        # Those of the rank correlation that are among the first.
+        first = ("drift_baseline", "drift_previous", "drift_baseline_scaled")
+        tags -= {f"explain/statistics/{name}/{method}/spearman" for name in first}
     for block in BLOCKS:
-        tags |= {f"drift_blocks/{metric}/{block}" for metric in ("spearman", "jensen_shannon")}
+        tags |= {f"explain/statistics/drift_blocks/{metric}/{block}" for metric in ("spearman", "jensen_shannon")}
         statistics = ("entropy", "lowest_head_entropy", "distance", "class_self", "sink_share")
-        tags |= {f"attention/{statistic}/{block}" for statistic in statistics}
-    return tags
+        tags |= {f"explain/statistics/attention/{statistic}/{block}" for statistic in statistics}
+    return tags | brief_tags(*methods, region=region)
 
 
 def test_zero_configuration_writes_exactly_the_documented_tags(tmp_path: Path) -> None:
-    tags = events(fit(ViTExplainCallback(), tmp_path)).Tags()
+    trainer = fit(ViTExplainCallback(), tmp_path, Classifier(symmetric_vit()))
+    tags = events(trainer).Tags()
+    expected = brief_tags("rollout", "grad_rollout")
+    assert set(tags["scalars"]) - {"epoch"} == expected
+    assert len(expected) == 16 <= 24
+    pictures = ["explain/filmstrip/grad_rollout", "explain/filmstrip/rollout", "explain/heatmap/blocks"]
+    assert sorted(tags["images"]) == pictures
+    assert tags["tensors"] == ["explain/summary/text_summary"]
+    assert (
+        {tag for tag in trainer.callback_metrics if tag.startswith("explain/")}
+        == expected
+        == set(trainer.callback_metrics)
+    )
+
+
+def masks(count: int = 16) -> dict[str, Tensor]:
+    left = torch.zeros(count, 32, 32, dtype=torch.bool)
+    left[:, :, :16] = True
+    return {"left": left}
+
+
+def test_full_detail_writes_exactly_the_documented_tags(tmp_path: Path) -> None:
+    callback = ViTExplainCallback(detail="full", regions=masks())
+    tags = events(fit(callback, tmp_path, Classifier(symmetric_vit()))).Tags()
     methods = ("rollout", "grad_rollout")
-    images = {f"explain_filmstrip/{method}" for method in methods}
-    kinds = ("overlay", "diff", "gif")
-    images |= {f"explain_{kind}/{method}/{i}" for kind in kinds for method in methods for i in range(6)}
+    assert set(tags["scalars"]) - {"epoch"} == full_tags(*methods, region="left")
+    images = {f"explain/filmstrip/{method}" for method in methods} | {"explain/heatmap/blocks"}
+    kinds = ("overlay", "overlay_change", "overlay_animation")
+    images |= {f"explain/{kind}/{method}/{i}" for kind in kinds for method in methods for i in range(3)}
     assert set(tags["images"]) == images
-    assert set(tags["scalars"]) - {"epoch"} == documented_tags(methods)
-    assert set(tags["tensors"]) == {"explain_verdict/text_summary", "custom_scalars__config__"}
+    assert set(tags["tensors"]) == {"explain/summary/text_summary", "custom_scalars__config__"}
+
+
+def test_regions_add_their_lift_to_the_first_scalars(tmp_path: Path) -> None:
+    tags = events(fit(ViTExplainCallback(regions=masks()), tmp_path, Classifier(symmetric_vit()))).Tags()
+    assert set(tags["scalars"]) - {"epoch"} == brief_tags("rollout", "grad_rollout", region="left")
 
 
 def test_what_is_not_asked_for_is_not_written(tmp_path: Path) -> None:
     callback = ViTExplainCallback(
-        ["rollout"], check_every_n_snapshots=None, block_statistics=False, margin_charts=False
+        ["rollout"], check_every_n_snapshots=None, block_statistics=False, margin_charts=False, detail="full"
     )
-    tags = events(fit(callback, tmp_path)).Tags()
-    left_out = (
-        "faithfulness",
-        "final/faithfulness",
-        "drift_scale",
-        "attention",
-        "drift_blocks",
-        "map_stats/rollout/sink",
-    )
-    expected = {tag for tag in documented_tags(("rollout",)) if not tag.startswith(left_out) and "_scaled/" not in tag}
+    tags = events(fit(callback, tmp_path, Classifier(symmetric_vit()))).Tags()
+    left_out = re.compile("faithfulness|scale|noise_to|attention|drift_blocks|sink_lift|left")
+    expected = {tag for tag in full_tags("rollout", region="left") if not left_out.search(tag)}
     assert set(tags["scalars"]) - {"epoch"} == expected
-    assert tags["tensors"] == ["explain_verdict/text_summary"]
+    assert tags["tensors"] == ["explain/summary/text_summary"]
+    assert not [tag for tag in tags["images"] if "heatmap" in tag]
 
 
-def test_every_tag_family_is_named_in_the_docstring_and_the_readme(tmp_path: Path) -> None:
-    tags = events(fit(ViTExplainCallback(["rollout"], num_shown=1), tmp_path)).Tags()
+def test_every_tag_is_named_in_the_docstring_and_its_family_in_the_readme(tmp_path: Path) -> None:
+    known = re.findall("`(explain/[^`]*)`", ViTExplainCallback.__doc__ or "")
+    patterns = [re.sub(r"\{\w+\}", r"[^/]+", tag) for tag in known]
+    tags = events(fit(ViTExplainCallback(detail="full", regions=masks()), tmp_path)).Tags()
     readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
     for tag in {*tags["images"], *tags["scalars"]} - {"epoch"}:
-        family = tag.split("/")[0]
-        assert family in (ViTExplainCallback.__doc__ or ""), tag
-        assert family in readme, tag
+        assert any(re.fullmatch(pattern, tag) for pattern in patterns), tag
+        assert "/".join(tag.split("/")[:2]) in readme, tag
+
+
+def test_the_event_file_stays_small(tmp_path: Path) -> None:
+    """Images of noise, which compress worst, and a model of the usual size of grid."""
+    images = torch.rand(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"images": (images, torch.arange(8) % CLASSES), "every_n_steps": 1}
+
+    def trained(**more: Any) -> tuple[int, int]:
+        folder = tmp_path / more.get("detail", "brief")
+        data: Any = [(image, 0) for image in images[:2]]
+        vit = tiny_vit(img_size=224, patch_size=16)
+        trainer = fit(
+            ViTExplainCallback(**options, **more), folder, Classifier(vit, lr=0.0), train=loader(data, 1), max_epochs=1
+        )
+        size = sum(path.stat().st_size for path in Path(trainer.log_dir or "").glob("events*"))
+        tags = events(trainer).Tags()
+        return size, len(tags["scalars"]) + len(tags["images"])
+
+    size, tags = trained()
+    assert size < 3 * 300e3 + 500e3
+    full_size, full_count = trained(detail="full")
+    assert tags <= 25
+    assert full_count > 200
+    assert full_size > 1.5 * size
+
+
+def test_pictures_stop_at_the_bound_and_it_is_said_once(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=1, max_pictures_mb=1), tmp_path)
+    assert len([text for text in messages(caught) if "a larger `max_pictures_mb` than 1" in text]) == 1
+    board = events(trainer)
+    pictures = [event for tag in board.Tags()["images"] for event in board.Images(tag)]
+    assert 0.5e6 < sum(len(event.encoded_image_string) for event in pictures) <= 1e6
+    steps = [event.step for event in board.Images("explain/filmstrip/rollout")]
+    assert steps[-1] == 8 > steps[-2]  # the end is there
+    assert len(board.Scalars("explain/map/entropy/rollout")) == 9
+
+
+def test_a_key_of_the_users_is_left_alone(tmp_path: Path) -> None:
+    class Same(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("explain/probe/accuracy", 7.0)
+
+    trainer = fit(ViTExplainCallback(["rollout"]), tmp_path, Same())
+    assert trainer.callback_metrics["explain/probe/accuracy"] == 7
+    assert "explain/probe/target_probability" in trainer.callback_metrics
 
 
 @pytest.mark.parametrize(
@@ -106,7 +189,7 @@ def test_snapshots_are_taken_before_the_first_step_on_schedule_and_at_the_end(
 ) -> None:
     trainer = fit(ViTExplainCallback(["rollout"], **schedule), tmp_path)
     assert [snapshot.step for snapshot in saved(trainer)] == steps
-    drift = events(trainer).Scalars("drift_baseline/rollout/spearman")
+    drift = events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")
     assert [event.step for event in drift] == steps
     assert drift[0].value == pytest.approx(1)  # the baseline against itself
 
@@ -127,13 +210,13 @@ def test_saved_maps_are_those_of_the_model_at_that_step(tmp_path: Path) -> None:
         torch.testing.assert_close(snapshot.logits, explanation.logits)
         for name, maps in explanation.maps.items():
             torch.testing.assert_close(snapshot.maps[name], maps)
-    drift = events(trainer).Scalars("drift_baseline/grad_rollout/spearman")[-1].value
+    drift = events(trainer).Scalars("explain/drift/baseline_rank_correlation/grad_rollout")[-1].value
     expected = spearman(after.maps["grad_rollout"], before.maps["grad_rollout"]).mean().item()
     assert drift == pytest.approx(expected, abs=1e-6)
     changed = (after.logits.argmax(1) != before.logits.argmax(1)).float().mean().item()
-    assert events(trainer).Scalars("probe/changed_predictions")[-1].value == pytest.approx(changed)
+    assert events(trainer).Scalars("explain/probe/changed_predictions")[-1].value == pytest.approx(changed)
     accuracy = (after.logits.argmax(1) == data.labels).float().mean().item()
-    assert events(trainer).Scalars("probe/accuracy")[-1].value == pytest.approx(accuracy)
+    assert events(trainer).Scalars("explain/probe/accuracy")[-1].value == pytest.approx(accuracy)
 
 
 def test_the_last_filmstrip_still_shows_the_baseline_after_many_snapshots(
@@ -152,7 +235,7 @@ def test_the_last_filmstrip_still_shows_the_baseline_after_many_snapshots(
     assert len(saved(trainer)) == 21
     accumulator = EventAccumulator(trainer.log_dir, size_guidance={"images": 10})
     accumulator.Reload()
-    kept = accumulator.Images("explain_filmstrip/rollout")
+    kept = accumulator.Images("explain/filmstrip/rollout")
     assert kept[-1].step == 20
     picture = Image.open(io.BytesIO(kept[-1].encoded_image_string))
     assert picture.width == 700
@@ -216,7 +299,7 @@ def test_a_model_that_is_not_timms_needs_no_configuration_either(tmp_path: Path)
     with pytest.warns(UserWarning, match="100% of the `grad_rollout` maps are degenerate"):  # its new head is all zero
         trainer = fit(ViTExplainCallback(on_error="raise"), tmp_path, Torchvision())
     assert [snapshot.maps["grad_rollout"].shape for snapshot in saved(trainer)] == [(16, 4, 4)] * 3
-    picture = events(trainer).Images("explain_filmstrip/grad_rollout")[-1].encoded_image_string
+    picture = events(trainer).Images("explain/filmstrip/grad_rollout")[-1].encoded_image_string
     left_column = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))[18:146, :128]
     assert left_column.min() < 60
     assert left_column.max() > 195
@@ -303,6 +386,8 @@ def test_fewer_images_than_asked_for_are_used_and_said(tmp_path: Path) -> None:
         ({"num_images": 0}, ValueError, "`num_images` of at least 1"),
         ({"num_shown": 0}, ValueError, "`num_shown` of at least 1"),
         ({"batch_size": 0}, ValueError, "`batch_size` of at least 1"),
+        ({"detail": "all"}, ValueError, "`detail` to be 'brief' or 'full', but got 'all'"),
+        ({"max_pictures_mb": 0}, ValueError, "`max_pictures_mb` above 0, but got 0"),
         ({"target": "lable"}, ValueError, "'label', 'prediction' or a class index, but got 'lable'"),
         ({"on_error": "ignore"}, ValueError, "`on_error` to be 'warn' or 'raise'"),
         ({"images": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, TypeError, "torch.uint8"),
@@ -393,12 +478,12 @@ def test_class_names_come_from_the_data_set(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("vit_explain_callback.tracking.pictures.with_strip", spy)
     data = Pictures()
     data.classes = ["ant", "bee", "cat", "dog", "eel"]  # type: ignore[attr-defined]
-    fit(ViTExplainCallback(["rollout"], every_n_epochs=2), tmp_path, validation=loader(data))
+    fit(ViTExplainCallback(["rollout"], every_n_epochs=2, detail="full"), tmp_path, validation=loader(data))
     assert {predicted(text) for text in texts} <= set(data.classes)  # type: ignore[attr-defined]
     assert texts[0].startswith("step 0 · ")
     assert re.search(r" · p(\(\w+\))? 0\.\d\d$", texts[0])
     texts.clear()
-    fit(ViTExplainCallback(["rollout"], class_names=["one"], every_n_epochs=2), tmp_path)
+    fit(ViTExplainCallback(["rollout"], class_names=["one"], every_n_epochs=2, detail="full"), tmp_path)
     assert {predicted(text) for text in texts} <= {
         "one",
         "class 1",

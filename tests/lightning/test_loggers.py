@@ -22,13 +22,11 @@ def test_without_a_logger_maps_are_still_saved_and_it_is_said_once(tmp_path: Pat
         warnings.simplefilter("always")
         fit(ViTExplainCallback(["rollout"]), tmp_path, logger=False)
     assert len(messages(caught)) == 1
-    assert "no logger of this run shows pictures" in messages(caught)[0]
+    assert "add a `TensorBoardLogger` to see every picture" in messages(caught)[0]
     assert len(list((tmp_path / "explanations").glob("step_*.safetensors"))) == 3
     pictures = {path.name for path in (tmp_path / "explanations").glob("*.png")}
-    assert pictures == {"explain_filmstrip-rollout.png"} | {
-        f"explain_{kind}-rollout-{i}.png" for kind in ("overlay", "diff") for i in range(6)
-    }
-    with Image.open(tmp_path / "explanations" / "explain_filmstrip-rollout.png") as picture:
+    assert pictures == {"explain-filmstrip-rollout.png", "explain-heatmap-blocks.png"}
+    with Image.open(tmp_path / "explanations" / "explain-filmstrip-rollout.png") as picture:
         assert picture.width >= 4 * 128
 
 
@@ -37,7 +35,7 @@ def test_another_logger_gets_the_scalars(tmp_path: Path) -> None:
         trainer = fit(ViTExplainCallback(["rollout"]), tmp_path, logger=CSVLogger(str(tmp_path)))
     trainer.logger.save()  # type: ignore[union-attr]
     table = Path(trainer.log_dir or "", "metrics.csv").read_text(encoding="utf-8")
-    assert "drift_baseline/rollout/spearman" in table
+    assert "explain/drift/baseline_rank_correlation/rollout" in table
 
 
 class Spy(Logger):
@@ -104,13 +102,14 @@ class LikeComet(Spy):
 @pytest.mark.parametrize("kind", [LikeWandb, LikeMLflow, LikeComet])
 def test_loggers_that_take_pictures_another_way(tmp_path: Path, kind: type[Spy]) -> None:
     logger = kind()
-    fit(ViTExplainCallback(["rollout"], num_shown=1), tmp_path, logger=logger)
+    fit(ViTExplainCallback(["rollout"], num_shown=1, detail="full"), tmp_path, logger=logger)
     assert logger.pictures == {
-        "explain_filmstrip/rollout": [0, 4, 8],
-        "explain_overlay/rollout/0": [0, 4, 8],
-        "explain_diff/rollout/0": [4, 8],
+        "explain/filmstrip/rollout": [0, 4, 8, 8],
+        "explain/heatmap/blocks": [0, 4, 8],
+        "explain/overlay/rollout/0": [0, 4, 8],
+        "explain/overlay_change/rollout/0": [4, 8],
     }
-    assert logger.scalars["drift_baseline/rollout/spearman"] == [0, 4, 8]
+    assert logger.scalars["explain/drift/baseline_rank_correlation/rollout"] == [0, 4, 8]
     assert list(tmp_path.rglob("*.png")) == []
 
 
@@ -121,16 +120,21 @@ def test_several_loggers_each_get_everything(tmp_path: Path) -> None:
     trainer = fit(ViTExplainCallback(["rollout"], num_shown=1), tmp_path, logger=[spy, board, table])
     table.save()
     written = events(trainer, board.log_dir)
-    assert [event.step for event in written.Scalars("probe/accuracy")] == spy.scalars["probe/accuracy"] == [0, 4, 8]
-    still = {tag for tag in written.Tags()["images"] if not tag.startswith("explain_gif")}
-    assert still == set(spy.pictures)
-    assert "probe/accuracy" in Path(table.log_dir, "metrics.csv").read_text(encoding="utf-8")
+    assert (
+        [event.step for event in written.Scalars("explain/probe/accuracy")]
+        == spy.scalars["explain/probe/accuracy"]
+        == [0, 4, 8]
+    )
+    assert set(written.Tags()["images"]) == set(spy.pictures)
+    assert "explain/probe/accuracy" in Path(table.log_dir, "metrics.csv").read_text(encoding="utf-8")
 
 
 def test_drift_can_be_monitored_by_lightnings_own_callbacks(tmp_path: Path) -> None:
-    tag = "drift_baseline/rollout/jensen_shannon"
+    tag = "explain/map/entropy/rollout"
     keeper = ModelCheckpoint(tmp_path, monitor=tag, mode="max", save_top_k=1)
-    impatient = EarlyStopping("drift_previous/rollout/spearman", mode="min", patience=1, check_on_train_epoch_end=True)
+    impatient = EarlyStopping(
+        "explain/drift/previous_rank_correlation/rollout", mode="min", patience=1, check_on_train_epoch_end=True
+    )
     # At the end of validation, and so before the first epoch's drift.
     first = EarlyStopping(tag, mode="max", patience=9, check_on_train_epoch_end=False)
     trainer = fit(
@@ -150,7 +154,7 @@ def test_drift_can_be_monitored_by_lightnings_own_callbacks(tmp_path: Path) -> N
 def test_drift_can_be_monitored_from_the_first_moment_of_a_resumed_run(tmp_path: Path) -> None:
     def patient() -> EarlyStopping:
         # Of the end of validation, which is before the resumed run's first snapshot.
-        tag = "drift_previous/rollout/spearman"
+        tag = "explain/drift/previous_rank_correlation/rollout"
         return EarlyStopping(tag, mode="max", patience=9, check_on_train_epoch_end=False)
 
     trainer = fit(ViTExplainCallback(["rollout"]), tmp_path, more_callbacks=[patient()])

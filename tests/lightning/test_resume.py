@@ -20,7 +20,11 @@ from tests.runs import Classifier, Pictures, events, fit, loader, saved
 from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.tracking.snapshot import Snapshot
 
-CURVES = ("drift_baseline/grad_rollout/spearman", "drift_previous/rollout/jensen_shannon", "probe/accuracy")
+CURVES = (
+    "explain/drift/baseline_rank_correlation/grad_rollout",
+    "explain/drift/previous_rank_correlation/rollout",
+    "explain/probe/accuracy",
+)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -33,7 +37,10 @@ def test_a_resumed_run_keeps_its_baseline_and_takes_no_snapshot_twice(tmp_path: 
     first.save_checkpoint(tmp_path / "half.ckpt")
     second = fit(ViTExplainCallback(), tmp_path / "parts", max_epochs=4, ckpt_path=str(tmp_path / "half.ckpt"))
     assert [snapshot.step for snapshot in saved(second)] == [12, 16]
-    for tag in ("drift_baseline/grad_rollout/spearman", "drift_previous/rollout/jensen_shannon"):
+    for tag in (
+        "explain/drift/baseline_rank_correlation/grad_rollout",
+        "explain/drift/previous_rank_correlation/rollout",
+    ):
         curve = [(event.step, event.value) for run in (first, second) for event in events(run).Scalars(tag)]
         assert curve == [(event.step, event.value) for event in events(whole).Scalars(tag)]
 
@@ -48,7 +55,7 @@ def test_a_run_resumed_from_lightnings_own_checkpoint_misses_no_snapshot(
     (checkpoint,) = Path(first.log_dir or "").rglob("*.ckpt")
     resumed: dict[str, Any] = {"enable_checkpointing": True, "ckpt_path": str(checkpoint)}
     second = fit(ViTExplainCallback(**schedule), tmp_path / "second", max_epochs=3, **resumed)
-    tag = "drift_baseline/grad_rollout/spearman"
+    tag = "explain/drift/baseline_rank_correlation/grad_rollout"
     curve = {event.step: event.value for run in (first, second) for event in events(run).Scalars(tag)}
     assert curve == {event.step: event.value for event in events(whole).Scalars(tag)}
 

@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ import torch
 from PIL import Image
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
+from tqdm import tqdm
 
-from tests.models import random_images, tiny_vit
+from tests.models import random_images, symmetric_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
 from vit_explain_callback import ViTExplainCallback, explain
 from vit_explain_callback.explainer import Explainer
@@ -30,14 +32,14 @@ from vit_explain_callback.tracking.snapshot import Snapshot
 def test_checks_are_made_on_their_own_schedule_and_at_both_ends(
     tmp_path: Path, every: int | None, steps: list[int]
 ) -> None:
-    callback = ViTExplainCallback(["rollout"], every_n_steps=2, check_every_n_snapshots=every, on_error="raise")
+    callback = ViTExplainCallback(["rollout"], every_n_steps=2, check_every_n_snapshots=every, detail="full")
     trainer = fit(callback, tmp_path)
     assert [one.step for one in saved(trainer) if one.reliability is not None] == steps
     assert [one.step for one in saved(trainer)] == [0, 2, 4, 6, 8]
     if every is not None:
-        for tag in ("faithfulness/rollout/srg", "drift_scale/rollout/spearman/noise"):
+        for tag in ("explain/faithfulness/rollout", "explain/statistics/drift_scale/rollout/spearman/noise"):
             assert [event.step for event in events(trainer).Scalars(tag)] == steps
-    for tag in ("probe/accuracy", "drift_baseline/rollout/cosine"):
+    for tag in ("explain/probe/accuracy", "explain/statistics/drift_baseline/rollout/cosine"):
         assert [event.step for event in events(trainer).Scalars(tag)] == [0, 2, 4, 6, 8]
 
 
@@ -66,31 +68,25 @@ def test_checks_and_blocks_of_the_baseline_are_those_of_explain(tmp_path: Path, 
 
 
 def test_the_scale_is_fixed_at_the_baseline(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["grad_rollout"], on_error="raise"), tmp_path, Classifier(symmetric_vit()))
+    trainer = fit(ViTExplainCallback(["grad_rollout"], detail="full"), tmp_path, Classifier(symmetric_vit()))
     board = events(trainer)
 
     def curve(tag: str) -> list[float]:
         return [event.value for event in board.Scalars(tag)]
 
-    noise, unrelated = (curve(f"drift_scale/grad_rollout/cosine/{bar}")[0] for bar in ("noise", "unrelated"))
-    drift, scaled = curve("drift_baseline/grad_rollout/cosine"), curve("drift_baseline_scaled/grad_rollout/cosine")
+    noise, unrelated = (
+        curve(f"explain/statistics/drift_scale/grad_rollout/cosine/{bar}")[0] for bar in ("noise", "unrelated")
+    )
+    drift, scaled = (
+        curve("explain/statistics/drift_baseline/grad_rollout/cosine"),
+        curve("explain/statistics/drift_baseline_scaled/grad_rollout/cosine"),
+    )
     assert noise == pytest.approx(1, abs=1e-4)
     assert scaled == pytest.approx([(value - noise) / (unrelated - noise) for value in drift], abs=1e-3)
 
 
-def symmetric_vit() -> Any:
-    """A ViT to which a mirrored image is the same image mirrored: position embedding and filters are symmetric."""
-    vit = tiny_vit()
-    with torch.no_grad():
-        position = vit.pos_embed[:, 1:].view(1, 4, 4, -1)
-        vit.pos_embed[:, 1:] = (position + position.flip(2)).view(1, 16, -1) / 2
-        filters = vit.patch_embed.proj.weight
-        vit.patch_embed.proj.weight.copy_((filters + filters.flip(3)) / 2)
-    return vit
-
-
 def test_spread_and_split_by_hand(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["rollout"]), tmp_path)
+    trainer = fit(ViTExplainCallback(["rollout"], detail="full"), tmp_path)
     first, *_, last = saved(trainer)
     values = spearman(last.maps["rollout"], first.maps["rollout"])
     changed = last.prediction != first.prediction
@@ -103,7 +99,9 @@ def test_spread_and_split_by_hand(tmp_path: Path) -> None:
     }
     board = events(trainer)
     for tag, value in expected.items():
-        assert board.Scalars(f"drift_baseline_{tag}")[-1].value == pytest.approx(value.item(), abs=1e-6)
+        assert board.Scalars(f"explain/statistics/drift_baseline_{tag}")[-1].value == pytest.approx(
+            value.item(), abs=1e-6
+        )
 
 
 def test_regions_are_measured_and_kept_for_the_page(tmp_path: Path) -> None:
@@ -111,14 +109,14 @@ def test_regions_are_measured_and_kept_for_the_page(tmp_path: Path) -> None:
     masks[:, :16, :16] = True
     data = Pictures()
     callback = ViTExplainCallback(
-        ["rollout"], images=(data.images[:4], data.labels[:4]), regions={"corner": masks}, on_error="raise"
+        ["rollout"], images=(data.images[:4], data.labels[:4]), regions={"corner": masks}, detail="full"
     )
     trainer = fit(callback, tmp_path)
     maps = saved(trainer)[-1].maps["rollout"]
     mass = (maps[:, :2, :2].sum(dim=(1, 2)) / maps.sum(dim=(1, 2))).mean().item()
     board = events(trainer)
-    assert board.Scalars("region/corner/rollout/mass")[-1].value == pytest.approx(mass, abs=1e-5)
-    assert board.Scalars("final/lift/corner/rollout")[-1].value == pytest.approx(4 * mass, abs=1e-5)
+    assert board.Scalars("explain/statistics/region/corner/rollout/mass")[-1].value == pytest.approx(mass, abs=1e-5)
+    assert board.Scalars("explain/final/lift/corner/rollout")[-1].value == pytest.approx(4 * mass, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -144,16 +142,83 @@ def test_regions_of_validation_images_must_be_as_many(tmp_path: Path) -> None:
         fit(callback, tmp_path)
 
 
-def test_the_verdict_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_at_the_start_and_the_summary_at_the_end_are_all_that_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(None, tmp_path / "without")
+    without = capsys.readouterr().out
     trainer = fit(ViTExplainCallback(), tmp_path)
-    text = Path(trainer.log_dir or "", "explanations", "verdict.txt").read_text(encoding="utf-8")
-    assert text in capsys.readouterr().out
-    assert "16 probe images over 3 snapshots" in text
-    tensor = events(trainer).Tensors("explain_verdict/text_summary")[-1]
-    assert tensor.tensor_proto.string_val[0].decode() == "\n".join(f"    {line}" for line in text.splitlines())
+    text = Path(trainer.log_dir or "", "explanations", "summary.txt").read_text(encoding="utf-8")
+    first, *rest = capsys.readouterr().out.removeprefix(without).splitlines()
+    assert first == (
+        "ViTExplainCallback watches VisionTransformer at `net`: rollout, grad_rollout of 16 images of 5 classes, with "
+        f"each validation; to see them: tensorboard --logdir {tmp_path} or vit-explain report {trainer.log_dir}"
+    )
+    assert rest == text.splitlines()
+    assert 5 < len(rest) <= 10
+    tensor = events(trainer).Tensors("explain/summary/text_summary")[-1]
+    shown = tensor.tensor_proto.string_val[0].decode()
+    assert shown.split() == text.split()
+    assert all(line.startswith("    ") and len(line) <= 114 for line in shown.splitlines())
 
 
-def test_a_run_that_ends_without_a_snapshot_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class Unwritable(io.TextIOBase):
+    def write(self, text: str) -> int:
+        raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize("kind", ["ascii", "cp1252", "closed", "none", "unwritable"])
+def test_a_run_needs_no_standard_output(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    stream: Any = {"none": None, "unwritable": Unwritable()}.get(kind)
+    if kind in ("ascii", "cp1252", "closed"):
+        stream = io.TextIOWrapper(raw, "ascii" if kind == "closed" else kind)
+    if kind == "closed":
+        stream.close()
+    for name in ("_terminal", "tracking.progress"):
+        monkeypatch.setattr(f"vit_explain_callback.{name}.sys", SimpleNamespace(stdout=stream, stderr=stream))
+    fit(ViTExplainCallback(["rollout"], on_error="raise", class_names=["ä→"] * 5), tmp_path)
+    if kind in ("ascii", "cp1252"):
+        lines = raw.getvalue().decode(kind).splitlines()
+        assert lines[0].startswith("ViTExplainCallback watches")
+        assert len(lines) > 3
+
+
+def test_the_bar_is_shown_where_the_trainers_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: dict[str, tuple[int, int]] = {}
+
+    class Noting(tqdm):  # type: ignore[misc]
+        def close(self) -> None:
+            done[self.desc] = (self.n, self.total)
+            super().close()
+
+    monkeypatch.setattr("vit_explain_callback.tracking.progress.SECONDS", 0.0)
+    monkeypatch.setattr("vit_explain_callback.tracking.progress.tqdm", Noting)
+    fit(ViTExplainCallback(["rollout"]), tmp_path)
+    assert capsys.readouterr().err == ""
+    assert done == {}
+    fit(ViTExplainCallback(["rollout"]), tmp_path, enable_progress_bar=True)
+    assert "explaining 16 images at step 0" in capsys.readouterr().err
+    # One of the images, one of the mirrored ones, ten for the method and for a random order each.
+    assert done == {
+        "ViTExplainCallback: explaining 16 images at step 0": (22, 22),
+        "ViTExplainCallback: explaining 16 images at step 4": (1, 1),
+        "ViTExplainCallback: explaining 16 images at step 8": (1, 1),
+        "ViTExplainCallback: checking the maps at step 8": (21, 21),
+    }
+
+
+def test_nothing_is_shown_of_what_is_quick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vit_explain_callback.tracking.progress.SECONDS", 600.0)
+    fit(ViTExplainCallback(["rollout"]), tmp_path, enable_progress_bar=True)
+    assert "ViTExplainCallback" not in capsys.readouterr().err
+
+
+def test_a_run_that_ends_without_a_snapshot_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Broken(Classifier):
         def forward(self, images: torch.Tensor) -> Any:
             if not self.net.training:
@@ -163,13 +228,14 @@ def test_a_run_that_ends_without_a_snapshot_says_nothing(tmp_path: Path, capsys:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(ViTExplainCallback(), tmp_path, Broken())
-    assert len(messages(caught)) == 3
-    assert "Explanation drift" not in capsys.readouterr().out
+    (said,) = messages(caught)
+    assert "`on_error='raise'`" in said.split(". ")[0]
+    assert "changed" not in capsys.readouterr().out
 
 
 def test_animations_have_a_frame_for_each_snapshot(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=2, num_shown=1), tmp_path)
-    (event,) = events(trainer).Images("explain_gif/rollout/0")
+    trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=2, num_shown=1, detail="full"), tmp_path)
+    (event,) = events(trainer).Images("explain/overlay_animation/rollout/0")
     with Image.open(io.BytesIO(event.encoded_image_string)) as picture:
         assert picture.format == "GIF"
         assert getattr(picture, "n_frames", 1) == 5
@@ -182,20 +248,20 @@ def test_final_values_are_declared_beside_the_hyperparameters(tmp_path: Path) ->
             super().__init__(lr=lr)
             self.save_hyperparameters()
 
-    board = events(fit(ViTExplainCallback(["rollout"]), tmp_path, WithHyperparameters()))
+    board = events(fit(ViTExplainCallback(["rollout"], detail="full"), tmp_path, WithHyperparameters()))
     experiment = plugin_data_pb2.HParamsPluginData.FromString(
         board.SummaryMetadata("_hparams_/experiment").plugin_data.content
     ).experiment
     declared = {info.name.tag for info in experiment.metric_infos}
-    assert {"final/drift/rollout", "final/faithfulness/rollout"} <= declared
+    assert {"explain/final/drift/rollout", "explain/final/faithfulness/rollout"} <= declared
     assert {info.name for info in experiment.hparam_infos} == {"lr", "patience"}
-    last = board.Scalars("drift_baseline/rollout/spearman")[-1]
-    final = board.Scalars("final/drift/rollout")[-1]
+    last = board.Scalars("explain/drift/baseline_rank_correlation/rollout")[-1]
+    final = board.Scalars("explain/final/drift/rollout")[-1]
     assert (final.step, final.value) == (last.step, last.value)
 
 
 def test_margin_charts_show_tags_that_exist(tmp_path: Path) -> None:
-    board = events(fit(ViTExplainCallback(["rollout"]), tmp_path))
+    board = events(fit(ViTExplainCallback(["rollout"], detail="full"), tmp_path))
     (tensor,) = board.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(tensor.tensor_proto.string_val[0])
     charts = layout.category[0].chart
@@ -232,15 +298,15 @@ def test_sinks_are_said_once(tmp_path: Path) -> None:
         )
     (said,) = [message for message in messages(caught) if "artifact tokens" in message]
     assert "`rollout` maps" in said
-    assert events(trainer).Scalars("map_stats/rollout/sink_lift")[0].value > 8
+    assert events(trainer).Scalars("explain/map/sink_lift/rollout")[0].value > 8
 
 
 def test_every_scalar_of_a_short_run_is_a_number(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(), tmp_path)
+    trainer = fit(ViTExplainCallback(detail="full"), tmp_path)
     board = events(trainer)
     for tag in board.Tags()["scalars"]:
         values = [event.value for event in board.Scalars(tag)]
-        if not tag.startswith("final") and "_split/" not in tag and "_scaled/" not in tag:
+        if not tag.startswith("explain/final") and "_split/" not in tag and "_scaled/" not in tag:
             assert all(math.isfinite(value) for value in values), tag
 
 
@@ -249,7 +315,7 @@ def test_files_are_those_the_page_reads(tmp_path: Path) -> None:
     folder = Path(trainer.log_dir or "", "explanations")
     assert {path.name for path in folder.iterdir()} == {
         "probe.safetensors",
-        "verdict.txt",
+        "summary.txt",
         *(f"step_{step:08d}.safetensors" for step in (0, 4, 8)),
     }
     assert isinstance(Snapshot.load(folder / "step_00000008.safetensors"), Snapshot)

@@ -8,13 +8,16 @@ import pytest
 
 from vit_explain_callback.tracking.charts import block_values, charts, number
 
-DRIFT = "drift_baseline_spread/rollout/spearman"
+DRIFT = "explain/statistics/drift_baseline_spread/rollout/spearman"
 
 
 def rows(noise: float = 0.8, unrelated: float = 0.2) -> list[dict[str, float]]:
-    scale = {"drift_scale/rollout/spearman/noise": noise, "drift_scale/rollout/spearman/unrelated": unrelated}
+    scale = {
+        "explain/statistics/drift_scale/rollout/spearman/noise": noise,
+        "explain/statistics/drift_scale/rollout/spearman/unrelated": unrelated,
+    }
     spread = [{f"{DRIFT}/p10": m - 0.1, f"{DRIFT}/median": m, f"{DRIFT}/p90": m + 0.1} for m in (1.0, 0.5, math.nan)]
-    return [spread[0] | scale | {"faithfulness/rollout/srg": 0.3, "faithfulness/random/srg": 0.0}, *spread[1:]]
+    return [spread[0] | scale | {"explain/faithfulness/rollout": 0.3, "explain/faithfulness/random": 0.0}, *spread[1:]]
 
 
 def test_drift_stands_between_noise_and_unrelated() -> None:
@@ -40,16 +43,19 @@ def test_charts_without_a_value_and_lines_without_one_are_left_out() -> None:
     assert [chart["title"] for chart in found] == ["Drift", "Faithfulness"]
     assert [line["name"] for line in found[1]["lines"]] == ["rollout", "random order"]
     assert found[1]["lines"][1] == {"name": "random order", "values": [0.0, None, None], "reference": True}
-    (output,) = charts([{"probe/output": 2.0}], [], [])
+    (output,) = charts([{"explain/probe/output": 2.0}], [], [])
     assert (output["title"], output["lines"]) == ("Output", [{"name": "output", "values": [2.0]}])
 
 
 def test_blocks_are_rows_in_order() -> None:
     found = block_values(
-        [{f"attention/entropy/block_{block:02d}": block + step for block in (2, 100, 11)} for step in (0, 1)]
+        [
+            {f"explain/statistics/attention/entropy/block_{block:02d}": block + step for block in (2, 100, 11)}
+            for step in (0, 1)
+        ]
     )
     assert found == {"attention/entropy": [[2, 3], [11, 12], [100, 101]]}
-    assert block_values([{"probe/accuracy": 1.0}]) == {}
+    assert block_values([{"explain/probe/accuracy": 1.0}]) == {}
 
 
 def test_numbers_are_short_and_finite() -> None:

@@ -6,8 +6,10 @@ import io
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.attention import BlockStatistics
@@ -105,3 +107,28 @@ def test_only_the_first_and_the_latest_keep_what_is_large() -> None:
     history.update_latest(checks)
     assert history.checked[-1] is history.now.reliability is checks
     assert (history.now.step, history.previous.step) == (5, 4)
+
+
+def test_the_drift_of_the_blocks_is_kept_of_every_snapshot_that_is_kept() -> None:
+    """Against scipy, although the blocks themselves are let go."""
+    history = History(capacity=5)
+    for step in range(8):
+        history.add(snapshot(step, whole=True))
+    kept = [one.step for one in history.snapshots]
+    assert sorted(history.block_drift) == kept
+    assert len(kept) == 5
+    baseline = snapshot(0, whole=True).blocks
+    for step in kept:
+        blocks = snapshot(step, whole=True).blocks
+        assert baseline is not None
+        assert blocks is not None
+        expected = [
+            np.mean([spearmanr(blocks.rows[i, block].ravel(), baseline.rows[i, block].ravel())[0] for i in range(2)])
+            for block in range(4)
+        ]
+        assert history.block_drift[step].tolist() == pytest.approx(expected, abs=1e-6)
+    restored = History()
+    restored.load_state_dict(history.state_dict())
+    assert restored.block_drift.keys() == history.block_drift.keys()
+    assert all(row.equal(history.block_drift[step]) for step, row in restored.block_drift.items())
+    assert history_of([0, 1]).block_drift == {}

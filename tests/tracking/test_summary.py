@@ -1,9 +1,14 @@
-"""The verdict in words, against histories made by hand."""
+"""The summary in words, against histories made by hand."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
+import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -27,8 +32,10 @@ def snapshot(step: int, maps: dict[str, Tensor], classes: list[int], checks: Rel
     return Snapshot(step, Explanation(maps, logits, torch.zeros(COUNT, dtype=torch.long)), checks)
 
 
-def said_of(run: History, labels: Tensor | None, regions: dict[str, Tensor], names: list[str] | None) -> str:
-    return summary(run, Probe(None, [], labels, regions, names))
+def said_of(run: History, labels: Tensor | None = None, **about: Any) -> list[str]:
+    lines = summary(run, Probe(None, [], labels, **about)).splitlines()
+    assert len(lines) <= 10
+    return lines
 
 
 def history(*snapshots: Snapshot) -> History:
@@ -38,7 +45,23 @@ def history(*snapshots: Snapshot) -> History:
     return found
 
 
-def test_what_changed_most_and_when() -> None:
+def mirrored(maps: dict[str, Tensor], by: float, gain: float = 0.0, spread: float = 0.1) -> Reliability:
+    """Mirrored maps that differ by some noise, and a gain over a random order."""
+    signs = torch.tensor([1.0, -1.0] * (COUNT // 2), dtype=torch.float64)
+    gains = dict.fromkeys(maps, gain + spread * signs) | {"random": torch.zeros(COUNT, dtype=torch.float64)}
+    return Reliability({name: one + by * noise(5) for name, one in maps.items()}, gains)
+
+
+def run_of(moved: dict[str, float], by: float | None = 0.05, gain: float = 0.5, **about: Any) -> list[str]:
+    """What is said where the maps of some methods move so much between two snapshots."""
+    before = {name: noise(index) for index, name in enumerate(moved)}
+    after = {name: before[name] + amount * noise(90 + index) for index, (name, amount) in enumerate(moved.items())}
+    checks = [None if by is None else mirrored(maps, by, gain) for maps in (before, after)]
+    ends = zip((0, 9), (before, after), checks, strict=True)
+    return said_of(history(*(snapshot(step, maps, [0] * COUNT, check) for step, maps, check in ends)), **about)
+
+
+def test_what_changed_when_and_on_which_images() -> None:
     start = noise(0)
     slightly = start + 0.01 * noise(1)
     later = slightly.clone()
@@ -49,33 +72,59 @@ def test_what_changed_most_and_when() -> None:
         snapshot(20, {"rollout": later}, [0, 0, 0, 0, 2, 0]),
         snapshot(30, {"rollout": later}, [0, 0, 0, 0, 2, 1]),
     )
-    text = said_of(run, torch.zeros(COUNT, dtype=torch.long), {}, ["cat", "dog", "hare"])
-    assert "6 probe images over 4 snapshots, steps 0 to 30" in text
-    assert "predictions: 2 of 6 changed, accuracy 1.00 → 0.67" in text
-    assert "most in image 4 (-1.00, predicted cat, now hare); fastest between steps 10 and 20" in text
-    assert "not that the change is for the worse" in text
-    assert "accuracy" not in said_of(run, None, {}, None)
-    assert "predicted class 0, now class 2" in said_of(run, None, {}, None)
+    lines = said_of(run, torch.zeros(COUNT, dtype=torch.long), class_names=["cat", "dog", "hare"])
+    assert "as the noise was not measured (6 images, 4 snapshots, steps 0 to 30)" in lines[0]
+    assert "When: most between steps 10 and 20 (rollout)." in lines
+    (images,) = [line for line in lines if line.startswith("Images")]
+    assert images.startswith("Images: most in image 4 (-1.00, cat, now hare), ")
+    assert images.endswith("counted from 0 (rollout).")
+    (said,) = [line for line in lines if line.startswith("Predictions")]
+    assert said.startswith("Predictions: 2 of 6 changed, accuracy 1.00 → 0.67, target probability 0.96 → ")
+    assert "class 0, now class 2" in "\n".join(said_of(run))
 
 
-def test_drift_is_put_on_its_scale_and_faithfulness_against_chance() -> None:
-    maps = {"rollout": noise(0)}
+@pytest.mark.parametrize(
+    ("moved", "first"),
+    [
+        ({"rollout": 0.5}, "The model changed where it looks, by more than noise, in the maps of rollout ("),
+        ({"rollout": 0.0005}, "The model looks where it looked before: the maps changed by no more than noise ("),
+        ({"a": 0.5, "b": 0.0005}, "The model changed where it looks, by more than noise, in the maps of a, not in th"),
+        ({"a": 0.5, "b": 0.5}, "The model changed where it looks, by more than noise, in the maps of "),
+    ],
+)
+def test_the_first_line_says_whether_the_change_is_more_than_noise(moved: dict[str, float], first: str) -> None:
+    assert run_of(moved)[0].startswith(first)
 
-    def checks(gain: float, spread: float, mirror: float) -> Reliability:
-        signs = torch.tensor([1.0, -1.0] * (COUNT // 2), dtype=torch.float64)
-        gains = {"rollout": gain + spread * signs, "random": torch.zeros(COUNT, dtype=torch.float64)}
-        return Reliability({"rollout": maps["rollout"] + mirror * noise(5)}, gains)
 
-    def said(after: Reliability, moved: float) -> str:
-        now = {"rollout": maps["rollout"] + moved * noise(9)}
-        first = snapshot(0, maps, [0] * COUNT, checks(0.3, 0.1, 0.05))
-        return said_of(history(first, snapshot(9, now, [0] * COUNT, after)), None, {}, None)
+def test_more_than_noise_is_a_paired_comparison() -> None:
+    """By hand: 1.96 standard errors of each image's own difference."""
+    for amount in torch.linspace(0.01, 0.12, 12, dtype=torch.float64).tolist():
+        before, after = noise(0), noise(0) + amount * noise(90)
+        of_mirror = [scipy.stats.spearmanr(*pair)[0] for pair in pairs(before, before + 0.05 * noise(5))]
+        of_drift = [scipy.stats.spearmanr(*pair)[0] for pair in pairs(before, after)]
+        further = np.array(of_mirror) - np.array(of_drift)
+        expected = further.mean() > 1.96 * further.std(ddof=1) / COUNT**0.5
+        assert ("by more than noise" in run_of({"rollout": amount})[0]) == expected, amount
 
-    good = said(checks(0.5, 0.1, 0.05), 0.5)
-    assert "(SRG) 0.30 → 0.50, +0.50 ± 0.09 against a random order: more faithful than chance" in good
-    assert "% of the way between" in good
-    assert "within the noise" in said(checks(0.5, 0.1, 0.05), 0.001)
-    assert "not told from chance" in said(checks(0.05, 0.2, 0.05), 0.5)
+
+def pairs(one: Tensor, other: Tensor) -> list[tuple[Any, Any]]:
+    return list(zip(one.flatten(1).numpy(), other.flatten(1).numpy(), strict=True))
+
+
+def test_drift_stands_on_its_scale_and_the_most_changed_method_first() -> None:
+    lines = run_of({"still": 0.0005, "moved": 0.5})
+    assert lines[1].startswith("  moved: rank correlation with the baseline 0.")
+    assert "% of the way from noise (0.9" in lines[1]
+    assert lines[2].startswith("  still: rank correlation with the baseline 1.00; noise 1.00, another image -0.0")
+
+
+def test_trust_is_a_gain_over_a_random_order() -> None:
+    def trust(gain: float) -> str:
+        return next(line for line in run_of({"rollout": 0.5}, gain=gain) if "trusted" in line)
+
+    assert trust(0.5).endswith("? more faithful than chance: rollout (+0.50 ± 0.09).")
+    assert trust(0.05).endswith("? not told from chance: rollout (+0.05 ± 0.09).")
+    assert not [line for line in run_of({"rollout": 0.5}, by=None) if "trusted" in line]
 
 
 def test_regions_and_blocks() -> None:
@@ -91,24 +140,66 @@ def test_regions_and_blocks() -> None:
         Snapshot(s.step, replace(s.explanation, blocks=BlockStatistics(rows, rows, *rest)))
         for s, rows in zip(snapshots, (one, other), strict=True)
     ]
-    text = said_of(history(*snapshots), None, {"left": left, "right": right}, None)
-    assert (
-        "lift (1 = its share of the image): right 0.0 → 4.9, left 4.9 → 0.0" in text or "left 4.9 → 0.0, right" in text
-    )
-    assert "changed most in block 2 of 3" in text
+    empty = torch.zeros(COUNT, 8, 10, dtype=torch.bool)
+    text = "\n".join(said_of(history(*snapshots), regions={"left": left, "right": right, "nowhere": empty}))
+    lift = "Regions (lift, 1 = their share of the image, rollout): "
+    assert f"{lift}right 0.0 → 4.9, left 4.9 → 0.0." in text or f"{lift}left 4.9 → 0.0, right 0.0 → 4.9." in text
+    assert "Blocks: attention changed most in block 2 of 3" in text
 
 
-def test_degenerate_maps_are_said_and_many_methods_are_cut_to_fifteen_lines() -> None:
-    zero = {"rollout": torch.zeros(COUNT, *GRID)}
-    run = history(snapshot(0, zero, [0] * COUNT), snapshot(1, zero, [0] * COUNT))
-    assert "rollout: no drift can be measured" in said_of(run, None, {}, None)
-    many = {f"rollout_from{i}": noise(i) for i in range(1, 13)}
-    text = said_of(history(snapshot(0, many, [0] * COUNT), snapshot(1, many, [0] * COUNT)), None, {}, None)
-    assert len(text.splitlines()) <= 15
-    assert "7 of 12 methods are left out here." in text
+def test_maps_that_nothing_can_be_measured_of() -> None:
+    zero = {"rollout": torch.full((COUNT, *GRID), math.nan)}
+    checks = Reliability(zero, {name: torch.full((COUNT,), math.nan) for name in ("rollout", "random")})
+    lines = said_of(history(snapshot(0, zero, [0] * COUNT, checks), snapshot(1, zero, [0] * COUNT, checks)))
+    assert lines[0].startswith("Whether the model changed where it looks cannot be told: the maps are degenerate")
+    assert "  rollout: no drift can be measured, the maps are degenerate" in lines
+    assert "Can the maps be trusted (SRG over a random order)? not known: rollout." in lines
+    assert "nan" not in "\n".join(lines)
 
 
-def test_one_snapshot_alone_has_a_said_of() -> None:
-    text = said_of(history(snapshot(3, {"rollout": noise(0)}, [0] * COUNT)), None, {}, None)
-    assert "over 1 snapshots, steps 3 to 3" in text
-    assert "rank correlation with the baseline 1.00" in text
+def test_many_methods_are_cut_to_ten_lines() -> None:
+    lines = run_of({f"rollout_from{i}": 0.5 for i in range(1, 13)})
+    assert len(lines) == 10
+    assert [line for line in lines if line.endswith("more methods")] == [lines[-4]]
+    assert "and 9 more" in lines[0]
+
+
+def test_noise_as_large_as_what_another_image_gives_tells_nothing() -> None:
+    assert "cannot be told, as a mirror moves the maps as far as another image does (" in run_of({"a": 0.3}, by=50)[0]
+
+
+def test_one_image_is_too_few() -> None:
+    def one(step: int, seed: int) -> Snapshot:
+        maps = {"rollout": noise(seed, 1, *GRID)}
+        explanation = Explanation(maps, torch.tensor([[1.0, 2.0]]), torch.zeros(1, dtype=torch.long))
+        return Snapshot(step, explanation, Reliability(maps, {"rollout": torch.ones(1), "random": torch.zeros(1)}))
+
+    lines = said_of(history(one(0, 0), one(3, 1)))
+    assert "cannot be told, as one image is too few (1 image, 2 snapshots, steps 0 to 3)." in lines[0]
+    assert "nan" not in "\n".join(lines)
+
+
+def test_one_snapshot_alone_has_nothing_to_compare() -> None:
+    lines = said_of(history(snapshot(3, {"rollout": noise(0)}, [0] * COUNT)))
+    assert lines == ["Whether the model changed where it looks is not known: there is one snapshot only, at step 3."]
+
+
+def test_of_maps_that_did_not_change_nothing_else_is_said() -> None:
+    lines = run_of({"rollout": 0.0}, by=None)
+    assert lines[0].startswith("The model looks where it looked before: the order of the patches is the same (")
+    assert not [line for line in lines if line.startswith(("When", "Images", "Blocks"))]
+
+
+def test_labels_that_are_not_known_do_not_count() -> None:
+    unknown = torch.full((COUNT,), -1)
+    run = history(*(snapshot(step, {"rollout": noise(step)}, [0, 0, 0, 1, 1, 1]) for step in (0, 1)))
+    assert "accuracy" not in "\n".join(said_of(run, unknown))
+    unknown[0] = 0
+    assert "accuracy 1.00 → 1.00" in "\n".join(said_of(run, unknown))
+
+
+def test_quantities_are_no_classes() -> None:
+    run = history(*(snapshot(step, {"rollout": noise(step)}, [0] * COUNT) for step in (0, 1)))
+    text = "\n".join(said_of(run, regression=True))
+    assert "Output: mean 4 → 4." in text
+    assert not [word for word in ("class", "accuracy", "probability", "rediction") if word in text]

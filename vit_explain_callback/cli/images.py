@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vit_explain_callback._terminal import printable
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.photograph import Photograph, image_files
 from vit_explain_callback.cli.results import ResultFolder, result_name
-from vit_explain_callback.cli.terminal import complain, printable, say
+from vit_explain_callback.cli.terminal import complain, say
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method

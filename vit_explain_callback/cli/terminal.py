@@ -6,14 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TextIO
+
+from vit_explain_callback._terminal import print_line, printable
 
 _WIDEST = 40  # characters of a cell
-
-
-def printable(text: str) -> str:
-    """The text with control characters and bytes that are no UTF-8 spelt out: they are shown, not obeyed."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(text: str) -> None:
@@ -23,7 +19,7 @@ def say(text: str) -> None:
         OSError: If it cannot be written. A reader that has seen enough is no error.
     """
     try:
-        _print(text, sys.stdout)
+        print_line(text, sys.stdout)
     except BrokenPipeError:
         return
     except OSError as error:
@@ -33,15 +29,7 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     """Print one line on standard error, named as the command's, if it can be written."""
     with suppress(OSError):
-        _print(f"vit-explain: {' '.join(text.split())}", sys.stderr)
-
-
-def _print(text: str, stream: TextIO | None) -> None:
-    if stream is None or stream.closed:
-        return
-    encoding = stream.encoding or "utf-8"
-    line = printable(text).encode(encoding, "replace").decode(encoding)
-    print(line, file=stream, flush=True)
+        print_line(f"vit-explain: {' '.join(text.split())}", sys.stderr)
 
 
 def discard_unwritten() -> None:

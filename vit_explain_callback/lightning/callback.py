@@ -15,7 +15,7 @@ from vit_explain_callback.lightning.settings import Display, Schedule, Settings
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.faithfulness import Removal
-from vit_explain_callback.tracking.scalars import final_tags
+from vit_explain_callback.tracking.scalars import Detail, final_tags
 from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.vit.adapter import LogitsOf
 
@@ -23,33 +23,58 @@ from vit_explain_callback.vit.adapter import LogitsOf
 class ViTExplainCallback(Callback):
     """Explains the same validation images again and again while a Vision Transformer is fine-tuned.
 
-    A snapshot is taken before the first optimiser step (the baseline), on schedule, and at the end of fit. It logs, for
-    every method, to TensorBoard:
+    A snapshot is taken before the first optimiser step (the baseline), on schedule, and at the end of fit. For every
+    method, and for every region of `regions=`, it writes to TensorBoard the scalars
 
-    - `explain_filmstrip/{method}`: image, baseline, earlier snapshots, now; a row for each shown image.
-    - `explain_overlay/{method}/{i}`: the map of shown image i.
-    - `explain_diff/{method}/{i}`: now minus baseline (from the second snapshot on).
-    - `explain_gif/{method}/{i}`: its overlays over the run; at the end.
-    - `explain_verdict`: what changed most, in words; at the end, and on the standard output.
-    - `drift_baseline/{method}/{metric}`, `drift_previous/…`: means over the images, `metric` as in
-      `vit_explain_callback.metrics.drift`; the baseline is compared with itself.
-    - `drift_baseline_spread/{method}/{metric}/…`: `median`, `p10`, `p90`. `drift_baseline_split/…`: mean over images
-      whose prediction is `unchanged` or `changed`. `drift_baseline_scaled/{method}/{metric}`: 0 = noise, 1 = unrelated,
-      as measured at the baseline. Likewise `drift_previous_spread`, `drift_previous_split`, `drift_previous_scaled`.
-    - `drift_scale/{method}/{metric}/…`: `noise`, the drift that mirroring the images causes; `unrelated`, the drift
-      between different images.
-    - `drift_blocks/{metric}/{block}`: of what the classifier's tokens attend to in each block.
-    - `attention/{stat}/{block}`: see `BlockStatistics`.
-    - `map_stats/{method}/{stat}`: see `map_statistics`.
-    - `region/{name}/{method}/{stat}`: see `region_statistics`.
-    - `faithfulness/{method}/srg`, `faithfulness/random/srg`: see `symmetric_relevance_gain`.
-    - `probe/target_probability`, `probe/accuracy` (with labels), `probe/changed_predictions` (since the baseline).
-    - `final/…`: drift, faithfulness and lift of the last snapshot, which are in the HParams pane too.
+    - `explain/drift/baseline_rank_correlation/{method}`: mean rank correlation with the baseline's maps; 1 = unchanged.
+    - `explain/drift/noise_to_unrelated/{method}`: drift since the baseline, 0 = as far as a mirror moves the baseline's
+      maps and less below it, 1 = as far apart as maps of different images; left out where these are about the same.
+    - `explain/drift/previous_rank_correlation/{method}`: the same with the last snapshot's maps.
+    - `explain/faithfulness/{method}`, `explain/faithfulness/random`: see `symmetric_relevance_gain`.
+    - `explain/lift/{region}/{method}`: share of the map on a region; 1 = the region's share of the image.
+    - `explain/map/entropy/{method}`, `explain/map/sink_lift/{method}`: see `map_statistics` and `sink_lift`.
+    - `explain/probe/accuracy` (with labels), `explain/probe/changed_predictions` (since the baseline),
+      `explain/probe/target_probability`; or `explain/probe/output` for regression.
+
+    the pictures and the text
+
+    - `explain/filmstrip/{method}`: image, baseline, earlier snapshots, now; a row for each shown image, and at the end
+      for two more that changed most.
+    - `explain/heatmap/blocks`: blocks by steps, rank correlation of what the classifier's tokens attend to with the
+      baseline.
+    - `explain/summary`: the run in words; at the end, on the standard output and in `summary.txt` too.
+
+    and, with `detail="full"`,
+
+    - `explain/final/drift/{method}`, `explain/final/faithfulness/{method}`, `explain/final/lift/{region}/{method}`: of
+      the last snapshot, for the HParams pane.
+    - `explain/overlay/{method}/{i}`, `explain/overlay_change/{method}/{i}`: the map of shown image i; now minus
+      baseline. `explain/overlay_animation/{method}/{i}`: its overlays over the run; at the end.
+    - `explain/statistics/attention/{stat}/{block}`: see `BlockStatistics`.
+    - `explain/statistics/drift_baseline/{method}/{metric}`: means over the images, for the other metrics in
+      `vit_explain_callback.metrics.drift`.
+    - `explain/statistics/drift_baseline_scaled/{method}/{metric}`: 0 = noise, 1 = unrelated.
+    - `explain/statistics/drift_baseline_split/{method}/{metric}/{part}`: mean over images whose prediction is
+      `unchanged` or `changed`.
+    - `explain/statistics/drift_baseline_spread/{method}/{metric}/{part}`: `median`, `p10`, `p90`.
+    - `explain/statistics/drift_previous/{method}/{metric}`,
+      `explain/statistics/drift_previous_scaled/{method}/{metric}`,
+      `explain/statistics/drift_previous_split/{method}/{metric}/{part}`,
+      `explain/statistics/drift_previous_spread/{method}/{metric}/{part}`: likewise since the last snapshot.
+    - `explain/statistics/drift_blocks/{metric}/{block}`: of what the classifier's tokens attend to in each block.
+    - `explain/statistics/drift_scale/{method}/{metric}/{part}`: `noise`, the drift that mirroring the images causes;
+      `unrelated`, the drift between different images.
+    - `explain/statistics/map/{method}/{stat}`, `explain/statistics/region/{region}/{method}/{stat}`: the rest of
+      `map_statistics` and `region_statistics`.
+
+    The raw maps, from which `load_run` computes all of this again, go to `explanations/step_{step}.safetensors`
+    in the run's folder. TensorBoard's event file grows by at most 300 kB a snapshot with two methods and `num_shown=3`,
+    and by 500 kB more at the end; `max_pictures_mb` bounds it.
 
     Noise and faithfulness take extra passes and are measured every `check_every_n_snapshots`, and at the end. Every
-    scalar is in `trainer.callback_metrics` too, for `ModelCheckpoint(monitor=…)` and `EarlyStopping`. Raw maps go to
-    `explanations/step_{step}.safetensors` in the run's folder. Training is left as it was: no random stream, gradient,
-    buffer or training flag differs after a snapshot. Under several processes each explains a share.
+    scalar that is logged is in `trainer.callback_metrics` too, for `ModelCheckpoint(monitor=…)` and `EarlyStopping`.
+    One line says at the start what is watched. Training is left as it was: no random stream, gradient, buffer or
+    training flag differs after a snapshot. Under several processes each explains a share.
 
     Args:
         methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout`, `GradRollout`
@@ -63,7 +88,7 @@ class ViTExplainCallback(Callback):
         num_images: Images taken from the start of the validation set; drift is averaged over them.
         images: Images to explain instead, (B, C, H, W) normalised for the model; or the pair (images, labels).
         regions: Boolean masks (B, H, W) of the probe images by name, such as the object or a watermark.
-        num_shown: Images drawn, the first of them.
+        num_shown: Images drawn, spread over the classes.
         target: Class whose logit gradient rollout follows: `"label"` is the image's label where the batch has one and
             else the prediction at the baseline; `"prediction"` is always the latter; or one class index. It stays
             fixed over the run.
@@ -78,8 +103,10 @@ class ViTExplainCallback(Callback):
         grid_size: Patches as (grid_h, grid_w), likewise.
         batch_size: Images explained in one pass; None takes all at once.
         save_maps: Whether to save the raw maps of every snapshot, from which `vit-explain report` makes a page.
-        margin_charts: Whether to lay out TensorBoard's custom scalars pane as charts of the median between p10 and p90.
-            TensorBoard knows one layout a run.
+        margin_charts: Whether to lay out TensorBoard's custom scalars pane as charts of the median between p10 and p90,
+            with `detail="full"`. TensorBoard knows one layout a run.
+        detail: `"brief"` logs what is to be looked at first, `"full"` everything.
+        max_pictures_mb: Megabytes that all pictures of a run may take in TensorBoard's event file.
         on_error: What becomes of a snapshot that fails during training: `"warn"` says so and goes on, `"raise"` stops.
 
     Raises:
@@ -98,7 +125,7 @@ class ViTExplainCallback(Callback):
         num_images: int = 16,
         images: Tensor | tuple[Tensor, Tensor] | None = None,
         regions: Mapping[str, Tensor] | None = None,
-        num_shown: int = 6,
+        num_shown: int = 3,
         target: Literal["label", "prediction"] | int = "label",
         block_statistics: bool = True,
         vit: str | None = None,
@@ -111,12 +138,14 @@ class ViTExplainCallback(Callback):
         batch_size: int | None = None,
         save_maps: bool = True,
         margin_charts: bool = True,
+        detail: Detail = "brief",
+        max_pictures_mb: float = 100.0,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         self.settings = Settings(
             methods=resolve_methods(methods),
             schedule=Schedule(every_n_epochs, every_n_steps),
-            display=Display(num_shown, class_names, mean, std, margin_charts),
+            display=Display(num_shown, class_names, mean, std, margin_charts, max_pictures_mb),
             model={"vit": vit, "forward": forward, "prefix_tokens": prefix_tokens, "grid_size": grid_size},
             check_every_n_snapshots=check_every_n_snapshots,
             removal=removal,
@@ -127,6 +156,7 @@ class ViTExplainCallback(Callback):
             block_statistics=block_statistics,
             batch_size=batch_size,
             save_maps=save_maps,
+            detail=detail,
             on_error=on_error,
         )
         self._fit: Fit | None = None
@@ -147,9 +177,10 @@ class ViTExplainCallback(Callback):
                     "Expected a validation loader (and a `validation_step`) to take the probe images from, but there "
                     "is none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
                 )
-            names = [method.name for method in self.settings.methods]
-            tags = final_tags(names, self.settings.regions, bool(self.settings.check_every_n_snapshots))
-            declare_final_metrics(trainer, pl_module, tags)
+            if self.settings.detail == "full":
+                names = [method.name for method in self.settings.methods]
+                tags = final_tags(names, self.settings.regions, bool(self.settings.check_every_n_snapshots))
+                declare_final_metrics(trainer, pl_module, tags)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the probe images and take the baseline, unless a checkpoint brought one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from vit_explain_callback.lightning._compat import LightningModule, Trainer
+from vit_explain_callback._terminal import announce
+from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import Watched
 from vit_explain_callback.lightning.loggers import LoggerWriter, shows_pictures
 from vit_explain_callback.lightning.settings import Settings
@@ -51,6 +53,7 @@ class Fit:
         self._watched = watched
         self._guard = Guard(settings.on_error)
         self._last_step = trainer.global_step
+        self._published: dict[str, Tensor] = {}
         self._seen: Tensor | None = None
         # `log_dir` needs every rank.
         suffix = f"_{place + 1}" if place else ""
@@ -114,8 +117,9 @@ class Fit:
         tracker = self._ready()
         if tracker is None:
             rank_zero_warn(
-                "ViTExplainCallback: the validation data are a stream or cannot be copied, so the probe images, and "
-                "the baseline with them, are taken at the first validation; `images=` gives them before training."
+                "ViTExplainCallback: give `images=` to have a baseline before training, as the validation data are a "
+                "stream or cannot be copied; the probe images, and the baseline with them, are taken at the first "
+                "validation."
             )
         elif not tracker.history.count or self._is_overdue(tracker.history.now.step):
             self._take()
@@ -134,12 +138,7 @@ class Fit:
             self._attempt(self._take)
 
     def _failed(self, error: Exception) -> None:
-        if self._settings.on_error == "raise":
-            raise error
-        rank_zero_warn(
-            f"ViTExplainCallback: the snapshot at step {self._trainer.global_step} failed, and training goes on: "
-            f"{error!r}. Pass `on_error='raise'` to stop here and see where."
-        )
+        self._guard.failed(f"the snapshot at step {self._trainer.global_step} failed", error)
 
     def _take(self) -> None:
         tracker = self._ready()
@@ -164,25 +163,45 @@ class Fit:
                 removal=settings.removal,
                 batch_size=settings.batch_size,
                 block_statistics=settings.block_statistics,
+                detail=settings.detail,
+                progress=self._trainer.progress_bar_callback is not None,
                 on_error=settings.on_error,
                 ranks=ranks,
             )
             if self._state is not None:
                 self.tracker.load_state_dict(self._state)
+            if self._trainer.is_global_zero:
+                announce(self._watched_in_words(subject))
         return self.tracker
+
+    def _watched_in_words(self, subject: Subject) -> str:
+        """What is watched, when, and where it is to be seen."""
+        settings, labels = self._settings, subject.probe.labels
+        classes = 0 if labels is None else len({label for label in labels.tolist() if label >= 0})
+        images = f"{len(subject.probe)} images" + (f" of {classes} classes" if classes else "")
+        methods = ", ".join(method.name for method in settings.methods)
+        board = next((logger for logger in self._trainer.loggers if is_kind(logger, "TensorBoardLogger")), None)
+        where = [] if board is None else [f"tensorboard --logdir {shlex.quote(str(board.save_dir))}"]
+        if settings.save_maps and not self._leaves_no_files:
+            where.append(f"vit-explain report {shlex.quote(str(self._folder.parent))}")
+        seen = f"; to see them: {' or '.join(where)}" if where else ""
+        return f"ViTExplainCallback watches {subject.explainer.name}: {methods} of {images}, {settings.schedule}{seen}"
 
     def _writers(self) -> list[Writer]:
         """Every logger, and a folder where none of them shows pictures; nothing but on the first process."""
         if not self._trainer.is_global_zero:
             return []
-        charts = [method.name for method in self._settings.methods] if self._settings.display.margin_charts else []
+        settings, display = self._settings, self._settings.display
+        has_charts = display.margin_charts and settings.detail == "full"  # which alone logs what they show
+        charts = [method.name for method in settings.methods] if has_charts else []
         loggers = self._trainer.loggers
-        writers: list[Writer] = [LoggerWriter(logger, index, charts) for index, logger in enumerate(loggers)]
+        most = display.max_pictures_mb
+        writers: list[Writer] = [LoggerWriter(logger, index, charts, most) for index, logger in enumerate(loggers)]
         if not self._leaves_no_files and not any(map(shows_pictures, loggers)):
             writers.append(FolderWriter(self._folder))
             rank_zero_warn(
-                "ViTExplainCallback: no logger of this run shows pictures, as `TensorBoardLogger` does; the latest of "
-                f"each are PNG files in {self._folder}."
+                "ViTExplainCallback: add a `TensorBoardLogger` to see every picture, as no logger of this run shows "
+                f"pictures; the latest of each are PNG files in {self._folder}."
             )
         return writers
 
@@ -200,8 +219,11 @@ class Fit:
         return step > last and self._trainer.is_last_batch and due
 
     def _publish(self, values: Mapping[str, float]) -> None:
-        """Of the latest snapshot; on every rank, for `ModelCheckpoint` and `EarlyStopping`."""
-        self._trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
+        """Of the latest snapshot; on every rank, for `ModelCheckpoint` and `EarlyStopping`. The user's keys stay."""
+        metrics = self._trainer.callback_metrics
+        for tag, value in values.items():
+            if tag not in metrics or metrics[tag] is self._published.get(tag):
+                metrics[tag] = self._published[tag] = torch.tensor(value)
 
     def _conclude(self) -> None:
         tracker = self.tracker
@@ -210,7 +232,7 @@ class Fit:
         text = tracker.finish()
         self._publish(tracker.scalars())
         if self._trainer.is_global_zero:
-            print(text)
+            announce(text)
 
     def _first_target(self, probe: Probe) -> int | Tensor | None:
         if isinstance(self._settings.target, int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -19,15 +20,18 @@ class LoggerWriter:
         logger: Any logger of Lightning.
         index: Of it among those of the trainer.
         margin_charts: Methods for the charts of a TensorBoard's custom scalars pane.
+        max_pictures_mb: Megabytes that all pictures may take in a TensorBoard's event file.
     """
 
-    def __init__(self, logger: Logger, index: int, margin_charts: Sequence[str] = ()) -> None:
+    def __init__(
+        self, logger: Logger, index: int, margin_charts: Sequence[str] = (), max_pictures_mb: float = math.inf
+    ) -> None:
         self._logger = logger
         self._index = index
         any_logger: Any = logger
-        self._board = (
-            TensorBoardWriter(any_logger.experiment, margin_charts) if is_kind(logger, "TensorBoardLogger") else None
-        )
+        self._board: TensorBoardWriter | None = None
+        if is_kind(logger, "TensorBoardLogger"):
+            self._board = TensorBoardWriter(any_logger.experiment, margin_charts, max_pictures_mb)
 
     def __repr__(self) -> str:
         return f"{type(self._logger).__name__} (logger {self._index})"
@@ -44,10 +48,12 @@ class LoggerWriter:
             for tag, picture in pictures.items():
                 show(tag, picture, step)
 
-    def finish(self, summary: str, animations: Mapping[str, bytes], step: int) -> None:
-        """Add summary and animations, which only TensorBoard takes."""
+    def finish(self, summary: str, pictures: Mapping[str, Picture], animations: Mapping[str, bytes], step: int) -> None:
+        """Show the last pictures; add summary and animations, which only TensorBoard takes."""
         if self._board is not None:
-            self._board.finish(summary, animations, step)
+            self._board.finish(summary, pictures, animations, step)
+        else:
+            self.pictures(pictures, step)
 
 
 def shows_pictures(logger: Logger) -> bool:

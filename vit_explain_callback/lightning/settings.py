@@ -15,6 +15,7 @@ from vit_explain_callback.methods.base import Method
 from vit_explain_callback.metrics.faithfulness import Removal
 from vit_explain_callback.tracking.guard import OnError
 from vit_explain_callback.tracking.probe import check_regions
+from vit_explain_callback.tracking.scalars import Detail
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Schedule:
             raise ValueError("Expected one schedule, `every_n_epochs` or `every_n_steps`, but got neither.")
         check_counts(every_n_epochs=epochs, every_n_steps=self.every_n_steps)
 
+    def __str__(self) -> str:
+        if self.every_n_steps is not None:
+            return f"every {self.every_n_steps} steps"
+        return "with each validation" if self.with_validation else f"every {self.every_n_epochs} epochs"
+
     @property
     def with_validation(self) -> bool:
         """Whether a snapshot is due with each validation, and at the end of an epoch that has none."""
@@ -55,7 +61,8 @@ class Display:
     """How images are shown.
 
     Raises:
-        ValueError: If one of `mean` and `std` is given without the other, or `num_shown` is below 1.
+        ValueError: If one of `mean` and `std` is given without the other, if `num_shown` is below 1, or if
+            `max_pictures_mb` is not above 0.
     """
 
     num_shown: int
@@ -63,9 +70,12 @@ class Display:
     mean: Sequence[float] | None
     std: Sequence[float] | None
     margin_charts: bool
+    max_pictures_mb: float
 
     def __post_init__(self) -> None:
         check_counts(num_shown=self.num_shown)
+        if not self.max_pictures_mb > 0:
+            raise ValueError(f"Expected `max_pictures_mb` above 0, but got {self.max_pictures_mb!r}.")
         if (self.mean is None) != (self.std is None):
             raise ValueError("Expected both `mean` and `std`, or neither, but got one of them.")
 
@@ -97,6 +107,7 @@ class Settings:
     block_statistics: bool
     batch_size: int | None
     save_maps: bool
+    detail: Detail
     on_error: OnError
 
     def __post_init__(self) -> None:
@@ -107,6 +118,7 @@ class Settings:
         )
         if isinstance(self.target, str):
             _check_word("target", self.target, ("label", "prediction"), " or a class index")
+        _check_word("detail", self.detail, ("brief", "full"))
         _check_word("on_error", self.on_error, ("warn", "raise"))
         _check_word("removal", self.removal, ("mean_colour", "tokens"))
         for name, masks in self.regions.items():

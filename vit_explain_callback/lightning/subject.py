@@ -80,8 +80,8 @@ class Subject:
             images, labels = images[:wanted], None if labels is None else labels[:wanted]
             if len(images) < wanted:
                 rank_zero_warn(
-                    f"ViTExplainCallback: `num_images={wanted}`, but the validation set gave {len(images)}; these are "
-                    "used."
+                    f"ViTExplainCallback: give `images=` to explain more: `num_images={wanted}`, but the validation "
+                    f"set gave {len(images)}. These are used."
                 )
         vit = find_vit(adapter.model, adapter.vit)
         probe = Probe.of(

@@ -9,21 +9,22 @@ from typing import Any
 
 from vit_explain_callback.metrics.drift import UNCHANGED
 from vit_explain_callback.metrics.reference import on_scale
+from vit_explain_callback.tracking.scalars import STATISTICS
 
 Rows = Sequence[Mapping[str, float]]
 """The scalars of each snapshot by tag."""
 
-_DRIFT = {part: f"drift_baseline_spread/{{}}/spearman/{part}" for part in ("p10", "median", "p90")}
-_NOISE, _UNRELATED = "drift_scale/{}/spearman/noise", "drift_scale/{}/spearman/unrelated"
-_FAITHFULNESS = "faithfulness/{}/srg"
+_DRIFT = {part: f"{STATISTICS}/drift_baseline_spread/{{}}/spearman/{part}" for part in ("p10", "median", "p90")}
+_NOISE, _UNRELATED = (f"{STATISTICS}/drift_scale/{{}}/spearman/{bar}" for bar in ("noise", "unrelated"))
+_FAITHFULNESS = "explain/faithfulness/{}"
 _PROBE = {
-    "accuracy": "probe/accuracy",
-    "target probability": "probe/target_probability",
-    "changed predictions": "probe/changed_predictions",
+    "accuracy": "explain/probe/accuracy",
+    "target probability": "explain/probe/target_probability",
+    "changed predictions": "explain/probe/changed_predictions",
 }
-_OUTPUT = "probe/output"
-_LIFT = "region/{}/{}/lift"
-_BLOCK = re.compile(r"(.+)/block_(\d+)")
+_OUTPUT = "explain/probe/output"
+_LIFT = "explain/lift/{}/{}"
+_BLOCK = re.compile(rf"{STATISTICS}/(.+)/block_(\d+)")
 
 
 def number(value: float, digits: int = 4) -> float | None:
@@ -67,7 +68,7 @@ def block_values(rows: Rows) -> dict[str, list[list[float | None]]]:
     found = [match.groups() for tag in rows[-1] if (match := _BLOCK.fullmatch(tag))]
     values: dict[str, list[list[float | None]]] = {}
     for name, block in sorted(found, key=lambda each: (each[0], int(each[1]))):
-        values.setdefault(name, []).append(curve(rows, f"{name}/block_{block}"))
+        values.setdefault(name, []).append(curve(rows, f"{STATISTICS}/{name}/block_{block}"))
     return values
 
 

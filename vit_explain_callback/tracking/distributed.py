@@ -15,6 +15,7 @@ from torch import Tensor
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.faithfulness import (
+    SHARES,
     Removal,
     Remover,
     mean_colour,
@@ -22,6 +23,7 @@ from vit_explain_callback.metrics.faithfulness import (
     symmetric_relevance_gain,
 )
 from vit_explain_callback.tracking.guard import raised_by_us
+from vit_explain_callback.tracking.progress import Advance
 from vit_explain_callback.tracking.snapshot import Reliability
 
 T = TypeVar("T")
@@ -109,15 +111,18 @@ def check_together(
     target: Tensor,
     batch_size: int | None,
     removal: Removal | None = "mean_colour",
+    advance: Advance = lambda: None,
 ) -> Reliability:
     """Explain the mirrored images and measure the faithfulness of `maps`, each process its share.
 
-    Without a `removal`, as where there are no probabilities, faithfulness is left out.
+    Without a `removal`, as where there are no probabilities, faithfulness is left out. `advance` is called
+    after each of the `passes_of_checks`.
 
     Raises:
         Exception: What the model raised on any of them.
     """
     mirrored = explain_together(ranks, explainer, images.flip(-1), target, batch_size).maps
+    advance()
     grid = next(iter(maps.values())).shape[1:]
     ordered = {**maps, "random": random_maps(len(images), (grid[0], grid[1]))}
     mirrored = {name: found.flip(-1) for name, found in mirrored.items()}
@@ -131,12 +136,24 @@ def check_together(
             remove: Remover = partial(explainer.logits_without, batch_size=batch_size, first=share.start)
         else:
             remove = mean_colour(partial(explainer.logits, batch_size=batch_size, first=share.start))
-        return symmetric_relevance_gain(remove, images[share], own, target[share]) if len(images[share]) else {}
+
+        def remove_and_advance(images: Tensor, taken: Tensor) -> Tensor:
+            logits = remove(images, taken)
+            advance()
+            return logits
+
+        own_images, own_target = images[share], target[share]
+        return symmetric_relevance_gain(remove_and_advance, own_images, own, own_target) if len(own_images) else {}
 
     parts = [part for part in ranks.together(measure_share) if part]
     parts = parts if ranks.divided else parts[:1]
     gains = {name: torch.cat([part[name] for part in parts]) for name in ordered}
     return Reliability(mirrored, gains)
+
+
+def passes_of_checks(methods: int, removal: Removal | None) -> int:
+    """Passes that `check_together` makes over the images of a process: the mirrored ones, and those of faithfulness."""
+    return 1 if removal is None else 1 + 2 * len(SHARES) * (methods + 1)
 
 
 def _sendable(error: Exception | None) -> Exception | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -36,11 +37,20 @@ class Guard:
         try:
             work()
         except Exception as error:
-            if self._on_error == "raise":
-                raise
-            if what not in self._said:
-                self._said.add(what)
-                rank_zero_warn(
-                    f"ViTExplainCallback {what}, and training goes on: {error!r}. Pass `on_error='raise'` to stop "
-                    "here and see where."
-                )
+            self.failed(what, error, what)
+
+    def failed(self, what: str, error: Exception, kind: str | None = None) -> None:
+        """Say that something failed, once for each kind; by default, a kind of error: the same but for its numbers.
+
+        Raises:
+            Exception: The error itself, with `on_error="raise"`.
+        """
+        if self._on_error == "raise":
+            raise error
+        kind = re.sub(r"\d+", "0", repr(error)) if kind is None else kind
+        if kind not in self._said:
+            self._said.add(kind)
+            rank_zero_warn(
+                f"ViTExplainCallback: pass `on_error='raise'` to stop here and see where; {what}, and training goes on"
+                f": {error!r}. The same is not said again."
+            )

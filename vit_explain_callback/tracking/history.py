@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 
 
@@ -18,11 +20,14 @@ class History:
         capacity: Snapshots kept at most. The baseline and the latest two are always among them.
         snapshots: Those kept, oldest first.
         count: Snapshots taken, kept or not.
+        block_drift: (L,) mean rank correlation of what each block's readout attends to with the baseline's, by step, of
+            each snapshot that is kept; float64. Empty where no blocks were measured.
     """
 
     capacity: int = 48
     snapshots: list[Snapshot] = field(default_factory=list)
     count: int = 0
+    block_drift: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def baseline(self) -> Snapshot:
@@ -51,6 +56,9 @@ class History:
         """
         self.snapshots.append(snapshot)
         self.count += 1
+        drift = snapshot.block_drift_from(self.baseline, "spearman")
+        if drift is not None:
+            self.block_drift[snapshot.step] = drift
         for index in range(1, len(self.snapshots) - 1):
             old = self.snapshots[index]
             known_later = any(later.reliability for later in self.snapshots[index + 1 :])
@@ -58,7 +66,8 @@ class History:
             self.snapshots[index] = Snapshot(old.step, explanation, None if known_later else old.reliability)
         if len(self.snapshots) > self.capacity:
             # The one before the latest is what the next drift is measured against.
-            del self.snapshots[_most_crowded(self.snapshots[:-1])]
+            gone = self.snapshots.pop(_most_crowded(self.snapshots[:-1]))
+            self.block_drift.pop(gone.step, None)
 
     def columns(self, count: int) -> list[Snapshot]:
         """At most `count` snapshots to show: baseline, some between it and now, spaced by the log of the step, now."""
@@ -69,7 +78,7 @@ class History:
 
     def drop_latest(self) -> None:
         """Let go of the latest snapshot."""
-        self.snapshots.pop()
+        self.block_drift.pop(self.snapshots.pop().step, None)
         self.count -= 1
 
     def update_latest(self, reliability: Reliability) -> None:
@@ -79,11 +88,11 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""
         snapshots = [snapshot.state_dict() for snapshot in self.snapshots]
-        return {"count": self.count, "snapshots": snapshots}
+        return {"count": self.count, "snapshots": snapshots, "block_drift": dict(self.block_drift)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        self.count = state["count"]
+        self.count, self.block_drift = state["count"], dict(state.get("block_drift", {}))
         self.snapshots = [Snapshot.from_state(snapshot) for snapshot in state["snapshots"]]
 
 

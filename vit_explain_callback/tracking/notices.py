@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from vit_explain_callback.tracking.scalars import STATISTICS
+
 _SINK_LIFT = 8.0
 
 
@@ -18,20 +20,22 @@ class Notices:
         self._methods = methods
         self._found: set[tuple[str, str]] = set()
 
-    def of(self, scalars: Mapping[str, float]) -> Iterator[str]:
-        """What is new in a snapshot."""
+    def of(self, values: Mapping[str, float]) -> Iterator[str]:
+        """What is new in a snapshot, of which every scalar is given."""
         for method in self._methods:
-            degenerate = scalars[f"map_stats/{method}/degenerate"]
+            degenerate = values[f"{STATISTICS}/map/{method}/degenerate"]
             if degenerate > 0 and self._is_new(method, "degenerate"):
                 yield (
-                    f"{degenerate:.0%} of the `{method}` maps are degenerate (flat, zero or not finite); their drift "
-                    "is NaN. `map_stats` counts them from here on."
+                    f"{degenerate:.0%} of the `{method}` maps are degenerate (flat, zero or not finite), so check that "
+                    "the weights are finite, and for gradient rollout that the classifier is not all zero, as a new "
+                    "one may be before its first step. Until then their drift is NaN."
                 )
-            sinks = scalars.get(f"map_stats/{method}/sink_lift", 0)
+            sinks = values.get(f"explain/map/sink_lift/{method}", 0)
             if sinks > _SINK_LIFT and self._is_new(method, "sinks"):
                 yield (
-                    f"the 1 % of patches that receive the most attention have {sinks:.0f} times their share of the "
-                    f"`{method}` maps, as artifact tokens do (arXiv:2309.16588). A later `start_layer` shows the rest."
+                    f"a later `start_layer` shows more of the `{method}` maps, as the 1 % of patches that receive the "
+                    f"most attention have {sinks:.0f} times their share of them, like artifact tokens "
+                    "(arXiv:2309.16588)."
                 )
 
     def _is_new(self, method: str, kind: str) -> bool:

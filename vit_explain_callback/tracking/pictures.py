@@ -1,49 +1,53 @@
-"""The pictures of a run's history, by TensorBoard tag."""
+"""The pictures of a run's history, by TensorBoard tag.
+
+TensorBoard sorts tags by the alphabet: the filmstrips stand first, then the heat map, then the overlays.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import torch
 
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.tracking.scalars import Detail
 from vit_explain_callback.tracking.snapshot import Snapshot
-from vit_explain_callback.visualization.captions import caption, quantity_caption, title
+from vit_explain_callback.visualization.captions import CHANGED_MOST, caption, quantity_caption, title
 from vit_explain_callback.visualization.encode import animation
 from vit_explain_callback.visualization.filmstrip import filmstrip
+from vit_explain_callback.visualization.heatmap import block_heatmap
 from vit_explain_callback.visualization.overlay import Picture, colour_limit, difference, overlay
+from vit_explain_callback.visualization.selection import most_changed
 from vit_explain_callback.visualization.text import with_strip
 
 _FILMSTRIP_MAPS = 4
+_ADDED = 2
+HEAT_MAP = "explain/heatmap/blocks"
 
 
-def figures(history: History, probe: Probe) -> Iterator[tuple[str, Picture]]:
-    """Tag and picture of each figure of the latest snapshot: filmstrips, overlays and differences."""
-    now, baseline = history.now, history.baseline
-    columns = history.columns(_FILMSTRIP_MAPS)
-    steps = [snapshot.step for snapshot in columns]
-    shown = probe.shown
-    pictures = [probe.pictures[index] for index in shown]
-    captions = [[_caption(probe, snapshot, row, "\n") for row in shown] for snapshot in columns]
-    targets = [None if probe.regression else int(now.target[row]) for row in shown]
-    titles = [
-        title(target, _label(probe, row), probe.class_names, "\n") for target, row in zip(targets, shown, strict=True)
-    ]
-    masks = [of_images[shown] for of_images in probe.regions.values()]
-    for method, maps in now.maps.items():
-        limit = colour_limit(baseline.maps[method])
-        over_time = [snapshot.maps[method][shown] for snapshot in columns]
-        drift = [spearman(maps_then, over_time[0]).tolist() for maps_then in over_time]
-        levels = baseline.scale(method, "spearman") or (math.nan, math.nan)
-        strip = filmstrip(pictures, titles, steps, over_time, captions, drift, method, limit, *levels, masks)
-        yield f"explain_filmstrip/{method}", strip
-        for index, picture in zip(shown, pictures, strict=True):
-            text = f"step {now.step} · {_caption(probe, now, index)}"
-            yield f"explain_overlay/{method}/{index}", with_strip(overlay(picture, maps[index], limit), text)
-            if now is not baseline:
-                change = difference(picture, maps[index], baseline.maps[method][index], limit)
-                yield f"explain_diff/{method}/{index}", with_strip(change, text)
+def figures(history: History, probe: Probe, detail: Detail = "full") -> Iterator[tuple[str, Picture]]:
+    """Tag and picture of each figure of the latest snapshot: filmstrips, heat map; in full also every overlay."""
+    for method in history.now.maps:
+        yield filmstrip_tag(method), _filmstrip(history, probe, method)
+    if history.block_drift:
+        known = [one.step for one in history.snapshots if one.step in history.block_drift]
+        yield HEAT_MAP, block_heatmap(torch.stack([history.block_drift[step] for step in known], dim=1), known)
+    if detail == "full":
+        for method in history.now.maps:
+            yield from _overlays(history, probe, method)
+
+
+def last_filmstrips(history: History, probe: Probe) -> Iterator[tuple[str, Picture]]:
+    """Tag and filmstrip of each method, with the images added that changed most; nothing where all are shown."""
+    for method in history.now.maps:
+        change = 1 - history.now.drift_from(history.baseline, method, "spearman")
+        change[probe.shown] = math.nan
+        added = most_changed(change, _ADDED)
+        if added:
+            yield filmstrip_tag(method), _filmstrip(history, probe, method, added)
 
 
 def animations(history: History, probe: Probe) -> Iterator[tuple[str, bytes]]:
@@ -58,7 +62,53 @@ def animations(history: History, probe: Probe) -> Iterator[tuple[str, bytes]]:
                 )
                 for snapshot in history.snapshots
             ]
-            yield f"explain_gif/{method}/{index}", animation(frames)
+            yield f"explain/overlay_animation/{method}/{index}", animation(frames)
+
+
+def filmstrip_tag(method: str) -> str:
+    """Tag of the filmstrip of a method."""
+    return f"explain/filmstrip/{method}"
+
+
+def _filmstrip(history: History, probe: Probe, method: str, added: Sequence[int] = ()) -> Picture:
+    """A filmstrip of the shown images, and of some that are added."""
+    baseline = history.baseline
+    columns = history.columns(_FILMSTRIP_MAPS)
+    rows = [*probe.shown, *added]
+    over_time = [snapshot.maps[method][rows] for snapshot in columns]
+    return filmstrip(
+        [probe.pictures[row] for row in rows],
+        [_title(history, probe, row, row in added) for row in rows],
+        [snapshot.step for snapshot in columns],
+        over_time,
+        [[_caption(probe, snapshot, row, "\n") for row in rows] for snapshot in columns],
+        [spearman(maps, over_time[0]).tolist() for maps in over_time],
+        method,
+        colour_limit(baseline.maps[method]),
+        *(baseline.scale(method, "spearman") or (math.nan, math.nan)),
+        [masks[rows] for masks in probe.regions.values()],
+    )
+
+
+def _overlays(history: History, probe: Probe, method: str) -> Iterator[tuple[str, Picture]]:
+    """The map of each shown image, and what changed in it since the baseline."""
+    now, baseline = history.now, history.baseline
+    limit = colour_limit(baseline.maps[method])
+    for index in probe.shown:
+        picture, maps = probe.pictures[index], now.maps[method][index]
+        text = f"step {now.step} · {_caption(probe, now, index)}"
+        yield f"explain/overlay/{method}/{index}", with_strip(overlay(picture, maps, limit), text)
+        if now is not baseline:
+            change = difference(picture, maps, baseline.maps[method][index], limit)
+            yield f"explain/overlay_change/{method}/{index}", with_strip(change, text)
+
+
+def _title(history: History, probe: Probe, row: int, added: bool) -> str:
+    target = None if probe.regression else int(history.now.target[row])
+    words = title(target, _label(probe, row), probe.class_names, "\n")
+    if not added or "\n" in words:  # there is room for two lines
+        return words
+    return f"{words}\n{CHANGED_MOST}" if words else CHANGED_MOST
 
 
 def _caption(probe: Probe, snapshot: Snapshot, row: int, separator: str = " · ") -> str:

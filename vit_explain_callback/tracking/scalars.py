@@ -1,8 +1,14 @@
-"""The scalars of a run's latest snapshot, by TensorBoard tag."""
+"""The scalars of a run's latest snapshot, by TensorBoard tag: the few to look at first, and everything else.
+
+TensorBoard sorts tags by the alphabet, so that drift stands first and `explain/statistics/` last; what tells two tags
+apart stands early in a name, as its narrow cards cut the middle.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,101 +21,140 @@ from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.snapshot import Snapshot
 
+Detail: TypeAlias = Literal["brief", "full"]
+
 BLOCK_METRICS = ("spearman", "jensen_shannon")
 ATTENTION_STATISTICS = ("entropy", "lowest_head_entropy", "distance", "class_self", "sink_share")
+STATISTICS = "explain/statistics"
+_FIRST_OF_MAPS = ("entropy", "sink_lift")
 
 
 def scalars(history: History, probe: Probe) -> dict[str, float]:
     """Every scalar of the latest snapshot, averaged over the images for which it is known; NaN if there are none.
 
-    The baseline is compared with itself.
+    The baseline is compared with itself. Drift on the scale from noise to unrelated is left out where there is none:
+    where the mirrored images were not explained, or have maps about as different as those of different images.
 
     Args:
         history: The snapshots, the latest one last.
         probe: The images; their labels and regions.
     """
-    now, baseline, regions = history.now, history.baseline, probe.regions
+    now, baseline = history.now, history.baseline
     values = _outputs(now, baseline, probe)
     for method, maps in now.maps.items():
-        values |= {f"map_stats/{method}/{stat}": _mean(v) for stat, v in map_statistics(maps).items()}
-        if now.blocks is not None:
-            values[f"map_stats/{method}/sink_lift"] = _mean(sink_lift(maps, now.blocks.columns.mean(dim=1)))
-        for region, masks in regions.items():
-            found = region_statistics(maps, masks)
-            values |= {f"region/{region}/{method}/{stat}": _mean(v) for stat, v in found.items()}
+        values |= _maps(now, method)
+        for region, masks in probe.regions.items():
+            found = {name: _mean(value) for name, value in region_statistics(maps, masks).items()}
+            values |= {region_tag(region, method, name): value for name, value in found.items()}
         for metric in METRICS:
             values |= _drift(history, method, metric, probe.regression)
     if now.blocks is not None:
         values |= _blocks(now, baseline)
     if now.reliability is not None:
-        values |= {f"faithfulness/{name}/srg": _mean(gain) for name, gain in now.reliability.gains.items()}
+        values |= {f"explain/faithfulness/{name}": _mean(gain) for name, gain in now.reliability.gains.items()}
     return values
+
+
+def of_detail(values: Mapping[str, float], detail: Detail) -> dict[str, float]:
+    """Those of all scalars that are logged: all of them, or those that are not under `explain/statistics/`."""
+    return {tag: value for tag, value in values.items() if detail == "full" or not tag.startswith(f"{STATISTICS}/")}
+
+
+def drift_tag(method: str, metric: str, reference: Literal["baseline", "previous"] = "baseline") -> str:
+    """Tag of the mean drift since the baseline or the previous snapshot.
+
+    Example:
+        >>> drift_tag("rollout", "spearman"), drift_tag("rollout", "cosine")
+        ('explain/drift/baseline_rank_correlation/rollout', 'explain/statistics/drift_baseline/rollout/cosine')
+    """
+    if metric == "spearman":
+        return f"explain/drift/{reference}_rank_correlation/{method}"
+    return f"{STATISTICS}/drift_{reference}/{method}/{metric}"
+
+
+def region_tag(region: str, method: str, statistic: str) -> str:
+    """Tag of the mean of one of the `region_statistics`."""
+    if statistic == "lift":
+        return f"explain/lift/{region}/{method}"
+    return f"{STATISTICS}/region/{region}/{method}/{statistic}"
 
 
 def final_tags(methods: Sequence[str], regions: Iterable[str], checked: bool) -> dict[str, str]:
     """Tag of each value that is kept for the whole run, and the tag of the scalar that it is the last of."""
     tags: dict[str, str] = {}
     for method in methods:
-        tags[f"final/drift/{method}"] = f"drift_baseline/{method}/spearman"
+        tags[f"explain/final/drift/{method}"] = drift_tag(method, "spearman")
         if checked:
-            tags[f"final/faithfulness/{method}"] = f"faithfulness/{method}/srg"
+            tags[f"explain/final/faithfulness/{method}"] = f"explain/faithfulness/{method}"
         for region in regions:
-            tags[f"final/lift/{region}/{method}"] = f"region/{region}/{method}/lift"
+            tags[f"explain/final/lift/{region}/{method}"] = region_tag(region, method, "lift")
     return tags
 
 
 def _outputs(now: Snapshot, baseline: Snapshot, probe: Probe) -> dict[str, float]:
     """What the model makes of the images: quantities, or classes and their probabilities."""
     if probe.regression:
-        return {"probe/output": _mean(now.logits.gather(1, now.target[:, None]))}
+        return {"explain/probe/output": _mean(now.logits.gather(1, now.target[:, None]))}
     values = {
-        "probe/target_probability": _mean(now.target_probability),
-        "probe/changed_predictions": _mean((now.prediction != baseline.prediction).double()),
+        "explain/probe/target_probability": _mean(now.target_probability),
+        "explain/probe/changed_predictions": _mean((now.prediction != baseline.prediction).double()),
     }
     if probe.labels is not None:
         known = probe.labels >= 0
-        values["probe/accuracy"] = _mean((now.prediction == probe.labels).double()[known])
+        values["explain/probe/accuracy"] = _mean((now.prediction == probe.labels).double()[known])
     return values
 
 
+def _maps(now: Snapshot, method: str) -> dict[str, float]:
+    """The shape of the maps."""
+    maps = now.maps[method]
+    found = {name: _mean(value) for name, value in map_statistics(maps).items()}
+    if now.blocks is not None:
+        found["sink_lift"] = _mean(sink_lift(maps, now.blocks.columns.mean(dim=1)))
+    first = {f"explain/map/{name}/{method}": found.pop(name) for name in _FIRST_OF_MAPS if name in found}
+    return first | {f"{STATISTICS}/map/{method}/{name}": value for name, value in found.items()}
+
+
 def _drift(history: History, method: str, metric: str, regression: bool) -> dict[str, float]:
+    """Drift by one metric since the baseline and since the previous snapshot: mean, spread, split, scale."""
     now = history.now
     tail = f"{method}/{metric}"
     fixed = history.baseline.scale(method, metric)
     values: dict[str, float] = {}
-    for name, reference in (("drift_baseline", history.baseline), ("drift_previous", history.previous)):
+    references: tuple[tuple[Literal["baseline", "previous"], Snapshot], ...] = (
+        ("baseline", history.baseline),
+        ("previous", history.previous),
+    )
+    for name, reference in references:
         by_image = now.drift_from(reference, method, metric)
         changed = now.prediction != reference.prediction
         mean = _mean(by_image)
-        low, middle, high = _quantiles(by_image)
-        values |= {
-            f"{name}/{tail}": mean,
-            f"{name}_spread/{tail}/p10": low,
-            f"{name}_spread/{tail}/median": middle,
-            f"{name}_spread/{tail}/p90": high,
-        }
+        values[drift_tag(method, metric, name)] = mean
+        parts = zip(("p10", "median", "p90"), _quantiles(by_image), strict=True)
+        values |= {f"{STATISTICS}/drift_{name}_spread/{tail}/{part}": value for part, value in parts}
         if not regression:
-            values[f"{name}_split/{tail}/unchanged"] = _mean(by_image[~changed])
-            values[f"{name}_split/{tail}/changed"] = _mean(by_image[changed])
-        if fixed is not None:
-            values[f"{name}_scaled/{tail}"] = on_scale(mean, *fixed, UNCHANGED[metric])
+            values[f"{STATISTICS}/drift_{name}_split/{tail}/unchanged"] = _mean(by_image[~changed])
+            values[f"{STATISTICS}/drift_{name}_split/{tail}/changed"] = _mean(by_image[changed])
+        if fixed is not None and math.isfinite(on_scale(UNCHANGED[metric], *fixed, UNCHANGED[metric])):
+            first = metric == "spearman" and name == "baseline"
+            tag = f"explain/drift/noise_to_unrelated/{method}" if first else f"{STATISTICS}/drift_{name}_scaled/{tail}"
+            values[tag] = on_scale(mean, *fixed, UNCHANGED[metric])
     if (current := now.scale(method, metric)) is not None:
-        values |= {f"drift_scale/{tail}/noise": current[0], f"drift_scale/{tail}/unrelated": current[1]}
+        names = zip(("noise", "unrelated"), current, strict=True)
+        values |= {f"{STATISTICS}/drift_scale/{tail}/{name}": value for name, value in names}
     return values
 
 
 def _blocks(now: Snapshot, baseline: Snapshot) -> dict[str, float]:
     assert now.blocks is not None
     values: dict[str, float] = {}
-    for block in range(now.blocks.rows.shape[1]):
-        for statistic in ATTENTION_STATISTICS:
-            values[f"attention/{statistic}/{block_name(block)}"] = _mean(getattr(now.blocks, statistic)[:, block])
-        if baseline.blocks is not None:
-            one, other = now.blocks.rows[:, block], baseline.blocks.rows[:, block]
-            values |= {
-                f"drift_blocks/{metric}/{block_name(block)}": _mean(METRICS[metric](one, other))
-                for metric in BLOCK_METRICS
-            }
+    for statistic in ATTENTION_STATISTICS:
+        for block, value in enumerate(getattr(now.blocks, statistic).T):
+            values[f"{STATISTICS}/attention/{statistic}/{block_name(block)}"] = _mean(value)
+    for metric in BLOCK_METRICS:
+        drift = now.block_drift_from(baseline, metric)
+        for block, mean in enumerate([] if drift is None else drift.tolist()):
+            values[f"{STATISTICS}/drift_blocks/{metric}/{block_name(block)}"] = mean
     return values
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vit_explain_callback._files import read_tensors, write_tensors
@@ -76,6 +77,17 @@ class Snapshot:
     def drift_from(self, reference: Snapshot, method: str, metric: str) -> Tensor:
         """(B,) values of a drift metric for each image."""
         return METRICS[metric](self.maps[method], reference.maps[method])
+
+    def block_drift_from(self, reference: Snapshot, metric: str) -> Tensor | None:
+        """(L,) means over the images of a drift metric of what each block's readout attends to, in float64.
+
+        None where the blocks of either are not known.
+        """
+        if self.blocks is None or reference.blocks is None:
+            return None
+        rows, other = self.blocks.rows, reference.blocks.rows
+        measure = METRICS[metric]
+        return torch.stack([torch.nanmean(measure(rows[:, block], other[:, block])) for block in range(rows.shape[1])])
 
     def scale(self, method: str, metric: str) -> tuple[float, float] | None:
         """Noise floor and unrelated level of a drift metric; None where the mirrored images were not looked at."""

@@ -1,155 +1,250 @@
-"""Summarise a run in at most 15 lines, with no claim that its numbers do not carry."""
+"""Summarise a run in at most ten lines, with no claim that its numbers do not carry."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from vit_explain_callback.metrics.drift import UNCHANGED, spearman
+from vit_explain_callback.metrics.drift import METRICS, UNCHANGED, spearman
 from vit_explain_callback.metrics.localisation import region_statistics
 from vit_explain_callback.metrics.reference import on_scale
 from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.tracking.snapshot import Snapshot
+from vit_explain_callback.visualization.captions import class_name
+from vit_explain_callback.visualization.selection import most_changed
 
-_LINES = 15
+_LINES = 10
+_NAMES = 3
+_CONFIDENCE = 1.96  # standard errors
 
 
 def summary(history: History, probe: Probe) -> str:
-    """Which images, blocks and regions changed most, when, whether predictions did, and whether maps are faithful.
+    """Whether the model changed where it looks, by more than noise, when, on which images; whether to trust the maps.
+
+    Drift is more than noise where the images drifted further than a mirror moves their maps at the baseline, on average
+    by more than 1.96 standard errors.
 
     Args:
         history: The snapshots of the run.
         probe: Its images; their labels, regions and names of classes.
 
     Returns:
-        At most 15 lines.
+        At most 10 lines.
     """
-    regions, class_names = probe.regions, probe.class_names
-    lines = [_heading(history), _predictions(history, probe)]
-    last = [*_blocks(history), "Drift says that maps changed, not that the change is for the worse."]
-    parts = [_method(history, method, regions, class_names) for method in history.baseline.maps]
-    for index, part in enumerate(parts):
-        left_out = len(parts) - index
-        if len(lines) + len(part) + len(last) + (left_out > 1) > _LINES:
-            lines.append(f"{left_out} of {len(parts)} methods are left out here.")
-            break
-        lines += part
-    return "\n".join([*lines, *last])
+    changes = sorted((_change(history, method) for method in history.baseline.maps), key=_by_change)
+    known = [change for change in changes if math.isfinite(change.mean)]
+    first = [_headline(history, changes)]
+    if history.count == 1:
+        return "\n".join([*first, *_trust(history, [change.method for change in changes])])
+    last: list[str] = []
+    if known and _has_changed(known[0]):
+        last += [*_when(history, known[0].method), _images(history, probe, known[0])]
+    last += [_outputs(history, probe), *_trust(history, [change.method for change in changes])]
+    if known:
+        last += _regions(history, probe, known[0].method)
+    last += _blocks(history) if any(map(_has_changed, known)) else []
+    room = _LINES - len(first) - len(last)
+    methods = [_method(change) for change in changes]
+    if len(methods) > room:
+        methods = [*methods[: room - 1], f"  and {len(methods) - room + 1} more methods"]
+    return "\n".join([*first, *methods, *last])
 
 
-def _heading(history: History) -> str:
-    images = len(history.now.target)
-    steps = f"steps {history.baseline.step} to {history.now.step}"
-    return f"Explanation drift of {images} probe images over {history.count} snapshots, {steps}"
+@dataclass(frozen=True)
+class _Change:
+    """How far the maps of one method are from the baseline's.
+
+    Attributes:
+        method: Its name.
+        by_image: (B,) rank correlations with the baseline; NaN where there is none.
+        mean: Of those that are known.
+        levels: Rank correlation under noise and between different images, or None where they were not measured.
+        beyond_noise: Whether the drift is more than noise; None where that cannot be told.
+    """
+
+    method: str
+    by_image: Tensor
+    mean: float
+    levels: tuple[float, float] | None
+    beyond_noise: bool | None
 
 
-def _predictions(history: History, probe: Probe) -> str:
-    now, baseline, labels = history.now, history.baseline, probe.labels
-    if probe.regression:
-        before, after = (one.logits.gather(1, one.target[:, None]).mean().item() for one in (baseline, now))
-        return f"mean output {before:.3g} → {after:.3g}"
-    changed = int((now.prediction != baseline.prediction).sum())
-    parts = [f"predictions: {changed} of {len(now.target)} changed"]
-    if labels is not None:
-        known = labels >= 0
-        before, after = ((one.prediction == labels)[known].double().mean().item() for one in (baseline, now))
-        parts.append(f"accuracy {before:.2f} → {after:.2f}")
-    before, after = (snapshot.target_probability.mean().item() for snapshot in (baseline, now))
-    return ", ".join([*parts, f"target probability {before:.2f} → {after:.2f}"])
+def _change(history: History, method: str) -> _Change:
+    baseline = history.baseline
+    by_image = history.now.drift_from(baseline, method, "spearman")
+    levels, beyond_noise = baseline.scale(method, "spearman"), None
+    if baseline.reliability is not None:
+        noise = METRICS["spearman"](baseline.maps[method], baseline.reliability.mirrored[method])
+        further = noise - by_image
+        margin = _margin(further)
+        if margin is not None:
+            beyond_noise = torch.nanmean(further).item() > margin or (False if _is_scale(levels) else None)
+    return _Change(method, by_image, torch.nanmean(by_image).item(), levels, beyond_noise)
 
 
-def _method(
-    history: History, method: str, regions: Mapping[str, Tensor], class_names: Sequence[str] | None
-) -> list[str]:
-    now, baseline = history.now, history.baseline
-    by_image = now.drift_from(baseline, method, "spearman")
-    known = by_image.isfinite()
-    if not known.any():
-        return [f"{method}: no drift can be measured, the maps are degenerate"]
-    mean = by_image[known].mean().item()
-    lines = [f"{method}: rank correlation with the baseline {mean:.2f}{_on_scale(baseline, method, mean)}"]
-    worst = int(by_image.nan_to_num(math.inf).argmin())
-    old, new = (_name(int(snapshot.prediction[worst]), class_names) for snapshot in (baseline, now))
-    prediction = f"still predicted {new}" if old == new else f"predicted {old}, now {new}"
-    lines.append(f"  most in image {worst} ({by_image[worst]:.2f}, {prediction}){_when(history, method)}")
-    if faithful := _faithfulness(history, method):
-        lines.append(f"  {faithful}")
-    if regions:
-        lines.append(f"  {_regions(now, baseline, method, regions)}")
-    return lines
+def _is_scale(levels: tuple[float, float] | None) -> bool:
+    """Whether noise and unrelated maps are apart, so that drift can be called little."""
+    return levels is not None and math.isfinite(on_scale(1.0, *levels, UNCHANGED["spearman"]))
 
 
-def _on_scale(baseline: Snapshot, method: str, mean: float) -> str:
-    bars = baseline.scale(method, "spearman")
-    if bars is None:
-        return ""
-    text = f"; mirrored images {bars[0]:.2f}, different images {bars[1]:.2f}"
-    share = on_scale(mean, *bars, UNCHANGED["spearman"])
-    if not math.isfinite(share):
+def _has_changed(change: _Change) -> bool:
+    return change.mean < 1 - 1e-6
+
+
+def _by_change(change: _Change) -> tuple[bool, bool, float]:
+    """Sorts what changed most first: beyond noise, then within it, then what is not known."""
+    return not math.isfinite(change.mean), not change.beyond_noise, change.mean if math.isfinite(change.mean) else 0.0
+
+
+def _headline(history: History, changes: Sequence[_Change]) -> str:
+    images, step = len(history.now.target), history.now.step
+    what = f"({_count(images, 'image')}, {history.count} snapshots, steps {history.baseline.step} to {step})"
+    if history.count == 1:
+        return f"Whether the model changed where it looks is not known: there is one snapshot only, at step {step}."
+    known = [change for change in changes if math.isfinite(change.mean)]
+    moved = [change.method for change in known if change.beyond_noise]
+    still = [change.method for change in known if change.beyond_noise is False]
+    if not known:
+        return f"Whether the model changed where it looks cannot be told: the maps are degenerate {what}."
+    if moved:
+        but = f", not in those of {_names(still)}" if still else ""
+        return f"The model changed where it looks, by more than noise, in the maps of {_names(moved)}{but} {what}."
+    if still:
+        return f"The model looks where it looked before: the maps changed by no more than noise {what}."
+    if not any(map(_has_changed, known)):
+        return f"The model looks where it looked before: the order of the patches is the same {what}."
+    return f"The maps changed; whether by more than noise cannot be told, as {_why_not(history)} {what}."
+
+
+def _why_not(history: History) -> str:
+    if history.baseline.reliability is None:
+        return "the noise was not measured"
+    if len(history.now.target) == 1:
+        return "one image is too few"
+    return "a mirror moves the maps as far as another image does"
+
+
+def _method(change: _Change) -> str:
+    if not math.isfinite(change.mean):
+        return f"  {change.method}: no drift can be measured, the maps are degenerate"
+    text = f"  {change.method}: rank correlation with the baseline {change.mean:.2f}"
+    if change.levels is None or not all(map(math.isfinite, change.levels)):
         return text
-    return f"{text}: {share:.0%} of the way between" if share > 0 else f"{text}: within the noise"
+    noise, unrelated = change.levels
+    share = on_scale(change.mean, noise, unrelated, UNCHANGED["spearman"])
+    if math.isfinite(share) and share > 0:
+        return f"{text}, {share:.0%} of the way from noise ({noise:.2f}) to another image ({unrelated:.2f})"
+    return f"{text}; noise {noise:.2f}, another image {unrelated:.2f}"
 
 
-def _when(history: History, method: str) -> str:
+def _when(history: History, method: str) -> list[str]:
     steps = [
         (torch.nanmean(spearman(later.maps[method], earlier.maps[method])).item(), earlier.step, later.step)
         for earlier, later in pairwise(history.snapshots)
     ]
     steps = [step for step in steps if math.isfinite(step[0])]
-    if not steps:
-        return ""
+    if len(steps) < 2:
+        return []
     _, start, end = min(steps)
-    return f"; fastest between steps {start} and {end}"
+    return [f"When: most between steps {start} and {end} ({method})."]
 
 
-def _faithfulness(history: History, method: str) -> str:
-    if not history.checked or method not in history.checked[0].gains:
+def _images(history: History, probe: Probe, change: _Change) -> str:
+    worst = most_changed(1 - change.by_image, _NAMES)
+    parts = [f"{index} ({change.by_image[index]:.2f}{_said_of(history, probe, index)})" for index in worst]
+    return f"Images: most in image {', '.join(parts)}, counted from 0 ({change.method})."
+
+
+def _said_of(history: History, probe: Probe, index: int) -> str:
+    """The predicted class of an image, before and now."""
+    if probe.regression:
         return ""
-    before, after = (known.gains[method].nanmean().item() for known in (history.checked[0], history.checked[-1]))
+    old, new = (int(one.prediction[index]) for one in (history.baseline, history.now))
+    name = class_name(old, probe.class_names)
+    return f", {name}" if old == new else f", {name}, now {class_name(new, probe.class_names)}"
+
+
+def _outputs(history: History, probe: Probe) -> str:
+    ends = (history.baseline, history.now)
+    if probe.regression:
+        before, after = (one.logits.gather(1, one.target[:, None]).double().mean().item() for one in ends)
+        return f"Output: mean {before:.3g} → {after:.3g}."
+    changed = int((history.now.prediction != history.baseline.prediction).sum())
+    parts = [f"{changed} of {len(history.now.target)} changed"]
+    if probe.labels is not None and (known := probe.labels >= 0).any():
+        before, after = ((one.prediction == probe.labels)[known].double().mean().item() for one in ends)
+        parts.append(f"accuracy {before:.2f} → {after:.2f}")
+    before, after = (one.target_probability.mean().item() for one in ends)
+    return f"Predictions: {', '.join([*parts, f'target probability {before:.2f} → {after:.2f}'])}."
+
+
+def _trust(history: History, methods: Sequence[str]) -> list[str]:
+    """Which methods are more faithful than chance, by their gain over a random order."""
+    if not history.checked or "random" not in history.checked[-1].gains:
+        return []
     gains = history.checked[-1].gains
-    better = gains[method] - gains["random"]
-    better = better[better.isfinite()]
-    if len(better) < 2:
-        return f"faithfulness (SRG) {before:.2f} → {after:.2f}"
-    margin = 1.96 * better.std().item() / math.sqrt(len(better))
-    against = f"{better.mean().item():+.2f} ± {margin:.2f} against a random order"
-    holds = "more faithful than chance" if better.mean().item() > margin else "not told from chance"
-    return f"faithfulness (SRG) {before:.2f} → {after:.2f}, {against}: {holds}"
+    faithful: list[str] = []
+    others: list[str] = []
+    unknown: list[str] = []
+    for method in methods:
+        better = gains[method] - gains["random"]
+        margin = _margin(better)
+        if margin is None:
+            unknown.append(method)
+        else:
+            mean = torch.nanmean(better).item()
+            (faithful if mean > margin else others).append(f"{method} ({mean:+.2f} ± {margin:.2f})")
+    parts = [f"more faithful than chance: {_names(faithful)}"] if faithful else []
+    parts += [f"not told from chance: {_names(others)}"] if others else []
+    parts += [f"not known: {_names(unknown)}"] if unknown else []
+    return [f"Can the maps be trusted (SRG over a random order)? {'; '.join(parts)}."]
 
 
-def _regions(now: Snapshot, baseline: Snapshot, method: str, regions: Mapping[str, Tensor]) -> str:
+def _regions(history: History, probe: Probe, method: str) -> list[str]:
     changes = []
-    for name, masks in regions.items():
-        before, after = (
-            region_statistics(snapshot.maps[method], masks)["lift"].nanmean().item() for snapshot in (baseline, now)
-        )
-        changes.append((abs(math.log(max(after, 1e-3) / max(before, 1e-3))), f"{name} {before:.1f} → {after:.1f}"))
+    for name, masks in probe.regions.items():
+        lifts = [region_statistics(one.maps[method], masks)["lift"] for one in (history.baseline, history.now)]
+        before, after = (torch.nanmean(lift).item() for lift in lifts)
+        if math.isfinite(before) and math.isfinite(after):
+            size = abs(math.log(max(after, 1e-3) / max(before, 1e-3)))
+            changes.append((size, f"{name} {before:.1f} → {after:.1f}"))
     changes.sort(reverse=True)
-    return "lift (1 = its share of the image): " + ", ".join(text for _, text in changes[:4])
+    if not changes:
+        return []
+    return [f"Regions (lift, 1 = their share of the image, {method}): {', '.join(text for _, text in changes[:4])}."]
 
 
 def _blocks(history: History) -> list[str]:
-    now, baseline = history.now.blocks, history.baseline.blocks
-    if now is None or baseline is None:
-        return []
-    means = [
-        torch.nanmean(spearman(now.rows[:, block], baseline.rows[:, block])).item()
-        for block in range(now.rows.shape[1])
-    ]
-    known = [(mean, block + 1) for block, mean in enumerate(means) if math.isfinite(mean)]
-    if not known:
+    drift = history.block_drift.get(history.now.step)
+    means = [] if drift is None else drift.tolist()
+    known = [(mean, block) for block, mean in enumerate(means, start=1) if math.isfinite(mean)]
+    if len(known) < 2:
         return []
     (most, first), (least, second) = min(known), max(known)
     return [
-        f"blocks: what the readout attends to changed most in block {first} of {len(means)} (rank correlation "
-        f"{most:.2f}), least in block {second} ({least:.2f})"
+        f"Blocks: attention changed most in block {first} of {len(means)} (rank correlation {most:.2f}), least in "
+        f"block {second} ({least:.2f})."
     ]
 
 
-def _name(index: int, class_names: Sequence[str] | None) -> str:
-    return str(class_names[index]) if class_names is not None and index < len(class_names) else f"class {index}"
+def _margin(values: Tensor) -> float | None:
+    """1.96 standard errors of the mean; None for fewer than two known values."""
+    known = values[values.isfinite()]
+    if len(known) < 2:
+        return None
+    return _CONFIDENCE * known.double().std().item() / math.sqrt(len(known))
+
+
+def _names(names: Sequence[str]) -> str:
+    if len(names) > _NAMES:
+        return f"{', '.join(names[:_NAMES])} and {len(names) - _NAMES} more"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from vit_explain_callback._files import write_text
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.faithfulness import Removal
-from vit_explain_callback.tracking.distributed import Ranks, check_together, explain_together
+from vit_explain_callback.tracking.distributed import Ranks, check_together, explain_together, passes_of_checks
 from vit_explain_callback.tracking.guard import Guard, OnError
 from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.notices import Notices
-from vit_explain_callback.tracking.pictures import animations, figures
+from vit_explain_callback.tracking.pictures import animations, figures, last_filmstrips
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.tracking.scalars import final_tags, scalars
+from vit_explain_callback.tracking.progress import Advance, progress
+from vit_explain_callback.tracking.scalars import Detail, final_tags, of_detail, scalars
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 from vit_explain_callback.tracking.summary import summary
 from vit_explain_callback.tracking.writers import Writer
@@ -44,6 +46,8 @@ class ExplanationTracker:
         removal: How faithfulness takes patches away, `"mean_colour"` or `"tokens"`.
         batch_size: Images explained in one pass; None takes all at once.
         block_statistics: Whether to measure what each block attends to.
+        detail: `"brief"` measures everything, and writes what is to be looked at first; `"full"` writes everything.
+        progress: Whether a bar on standard error shows what takes longer than two seconds.
         on_error: What becomes of a writer that fails: `"warn"` says it once and goes on, `"raise"` raises.
         ranks: Place of this process among those of the run.
 
@@ -64,10 +68,11 @@ class ExplanationTracker:
         >>> probe = Probe.of(torch.randn(2, 3, 224, 224), torch.tensor([0, 3]))
         >>> tracker = ExplanationTracker(Explainer(model, ["rollout"]), probe, check_every=None)
         >>> values = tracker.observe(step=0)  # before the first optimiser step, and as often as wanted after it
-        >>> values["drift_baseline/rollout/spearman"]
+        >>> values["explain/drift/baseline_rank_correlation/rollout"]
         1.0
-        >>> tracker.finish().splitlines()[0]
-        'Explanation drift of 2 probe images over 1 snapshots, steps 0 to 0'
+        >>> values = tracker.observe(step=10)
+        >>> print(tracker.finish().splitlines()[0].split(":")[0])
+        The model looks where it looked before
     """
 
     def __init__(
@@ -82,6 +87,8 @@ class ExplanationTracker:
         removal: Removal = "mean_colour",
         batch_size: int | None = None,
         block_statistics: bool = True,
+        detail: Detail = "brief",
+        progress: bool = False,
         on_error: OnError = "warn",
         ranks: Ranks | None = None,
     ) -> None:
@@ -98,6 +105,8 @@ class ExplanationTracker:
         self._batch_size, self._block_statistics = batch_size, block_statistics
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
         self._notices = Notices(self.methods)
+        self._detail: Detail = detail
+        self._shows_progress = progress and self._ranks.rank == 0
         self._begun = False
         self._written: set[str] = set()
 
@@ -110,29 +119,34 @@ class ExplanationTracker:
             step: Optimiser steps taken so far.
 
         Returns:
-            Every scalar of it by tag; the same on every process.
+            The scalars that are logged of it, by tag; the same on every process.
 
         Raises:
             Exception: What the model raised on any process.
         """
-        target = self.history.baseline.target if self.history.count else self._first_target()
-        explanation = explain_together(
-            self._ranks, self._model(), self._images, target, self._batch_size, self._block_statistics
-        )
-        if self.history.count > 1 and self.history.now.step == step:
+        again = self.history.count > 1 and self.history.now.step == step
+        due = bool(self._check_every) and (self.history.count - again) % (self._check_every or 1) == 0
+        with self._progress(f"explaining {len(self.probe)} images at step {step}", 1, due) as advance:
+            target = self.history.baseline.target if self.history.count else self._first_target()
+            explanation = explain_together(
+                self._ranks, self._model(), self._images, target, self._batch_size, self._block_statistics
+            )
+            advance()
+            reliability = self._reliability(explanation, advance) if due else None
+        if again:
             self.history.drop_latest()
-        due = self._check_every and self.history.count % self._check_every == 0
-        self.history.add(Snapshot(step, explanation, self._reliability(explanation) if due else None))
-        values = self.scalars()
+        self.history.add(Snapshot(step, explanation, reliability))
+        values = scalars(self.history, self.probe)
+        logged = of_detail(values, self._detail)
         if self._ranks.rank == 0:
             for notice in self._notices.of(values):
                 rank_zero_warn(f"ViTExplainCallback: {notice}")
-            self._write(values)
-        return values
+            self._write(logged)
+        return logged
 
     def scalars(self) -> dict[str, float]:
-        """Every scalar of the latest snapshot by tag."""
-        return scalars(self.history, self.probe)
+        """The scalars that are logged of the latest snapshot, by tag."""
+        return of_detail(scalars(self.history, self.probe), self._detail)
 
     def finish(self) -> str:
         """Check the latest snapshot, unless that is done, and write what is known at the end only.
@@ -147,7 +161,8 @@ class ExplanationTracker:
             raise RuntimeError("Expected at least one `observe(step)` before `finish()`, but there was none.")
         now = self.history.now
         if self._check_every and now.reliability is None:
-            self.history.update_latest(self._reliability(now.explanation))
+            with self._progress(f"checking the maps at step {now.step}", 0, True) as advance:
+                self.history.update_latest(self._reliability(now.explanation, advance))
         text = summary(self.history, self.probe)
         if self._ranks.rank == 0:
             self._write_end(text)
@@ -175,10 +190,20 @@ class ExplanationTracker:
             return
         self.history = history
 
-    def _reliability(self, explanation: Explanation) -> Reliability:
+    def _reliability(self, explanation: Explanation, advance: Advance) -> Reliability:
         maps, target = explanation.maps, explanation.target
-        removal = None if self.probe.regression else self._removal
-        return check_together(self._ranks, self._model(), self._images, maps, target, self._batch_size, removal)
+        return check_together(
+            self._ranks, self._model(), self._images, maps, target, self._batch_size, self._measured_by, advance
+        )
+
+    @property
+    def _measured_by(self) -> Removal | None:
+        """How faithfulness takes patches away; None where there are no probabilities to measure it by."""
+        return None if self.probe.regression else self._removal
+
+    def _progress(self, what: str, units: int, checks: bool) -> AbstractContextManager[Advance]:
+        units += passes_of_checks(len(self.methods), self._measured_by) if checks else 0
+        return progress(f"ViTExplainCallback: {what}", units, self._shows_progress)
 
     def _first_target(self) -> int | Tensor | None:
         target = self._target
@@ -200,21 +225,23 @@ class ExplanationTracker:
             self._to_folder(lambda folder: self.probe.save(folder / "probe.safetensors"))
         self._to_folder(lambda folder: now.save(folder / f"step_{now.step:08d}.safetensors"))
         if self._writers:
-            pictures = dict(figures(self.history, self.probe))
+            pictures = dict(figures(self.history, self.probe, self._detail))
             self._each_writer(lambda writer: writer.scalars(values, now.step))
             self._each_writer(lambda writer: writer.pictures(pictures, now.step))
 
     def _write_end(self, text: str) -> None:
-        now, values = self.history.now, self.scalars()
+        now, values, full = self.history.now, self.scalars(), self._detail == "full"
         new = {tag: value for tag, value in values.items() if tag not in self._written}
-        finals = final_tags(self.methods, self.probe.regions, bool(self._check_every))
-        new |= {final: values[tag] for final, tag in finals.items() if tag in values}
+        if full:
+            finals = final_tags(self.methods, self.probe.regions, bool(self._check_every))
+            new |= {final: values[tag] for final, tag in finals.items() if tag in values}
         self._to_folder(lambda folder: now.save(folder / f"step_{now.step:08d}.safetensors"))
-        self._to_folder(lambda folder: write_text(folder / "verdict.txt", text + "\n"))
+        self._to_folder(lambda folder: write_text(folder / "summary.txt", text + "\n"))
         if self._writers:
-            moving = dict(animations(self.history, self.probe))
+            pictures = dict(last_filmstrips(self.history, self.probe))
+            moving = dict(animations(self.history, self.probe)) if full else {}
             self._each_writer(lambda writer: writer.scalars(new, now.step))
-            self._each_writer(lambda writer: writer.finish(text, moving, now.step))
+            self._each_writer(lambda writer: writer.finish(text, pictures, moving, now.step))
 
     def _to_folder(self, write: Callable[[Path], None]) -> None:
         folder = self._folder

@@ -5,14 +5,19 @@ The raw maps do not go through a writer: an `ExplanationTracker` saves them itse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from vit_explain_callback._files import write_bytes
 from vit_explain_callback.tracking.tensorboard import add_file, add_lines, lay_out_margin_charts
-from vit_explain_callback.visualization.encode import png
+from vit_explain_callback.visualization.encode import jpeg, png
 from vit_explain_callback.visualization.overlay import Picture
+
+_QUALITY = 75  # two filmstrips of three rows and a heat map take less than 300 kB, whatever is on the images
 
 
 class Writer(Protocol):
@@ -24,7 +29,7 @@ class Writer(Protocol):
         ...         print(step, len(values))
         ...     def pictures(self, pictures, step):
         ...         print(step, list(pictures))
-        ...     def finish(self, summary, animations, step):
+        ...     def finish(self, summary, pictures, animations, step):
         ...         print(summary)
     """
 
@@ -34,8 +39,8 @@ class Writer(Protocol):
     def pictures(self, pictures: Mapping[str, Picture], step: int) -> None:
         """Take the pictures of a snapshot by tag, (H, W, 3) uint8."""
 
-    def finish(self, summary: str, animations: Mapping[str, bytes], step: int) -> None:
-        """Take what is known at the end only: the summary in words, and GIF files by tag."""
+    def finish(self, summary: str, pictures: Mapping[str, Picture], animations: Mapping[str, bytes], step: int) -> None:
+        """Take what is known at the end only: the summary in words, pictures that replace others, GIF files by tag."""
 
 
 class FolderWriter:
@@ -56,8 +61,9 @@ class FolderWriter:
         for tag, picture in pictures.items():
             self._write(tag, "png", png(picture))
 
-    def finish(self, summary: str, animations: Mapping[str, bytes], step: int) -> None:
-        """Write `{tag}.gif`."""
+    def finish(self, summary: str, pictures: Mapping[str, Picture], animations: Mapping[str, bytes], step: int) -> None:
+        """Write `{tag}.png` and `{tag}.gif`."""
+        self.pictures(pictures, step)
         for tag, gif in animations.items():
             self._write(tag, "gif", gif)
 
@@ -73,10 +79,15 @@ class TensorBoardWriter:
         experiment: The `SummaryWriter`.
         margin_charts: Methods whose drift the custom scalars pane is to show as charts; TensorBoard knows one layout a
             run.
+        max_pictures_mb: Megabytes (10⁶ bytes) that all pictures of the run may take. Pictures that would exceed them
+            are left out, which is said once. Room is kept for those of the end.
     """
 
-    def __init__(self, experiment: Any, margin_charts: Sequence[str] = ()) -> None:
+    def __init__(self, experiment: Any, margin_charts: Sequence[str] = (), max_pictures_mb: float = math.inf) -> None:
         self._experiment = experiment
+        self._most = max_pictures_mb * 1e6
+        self._written = self._largest = 0
+        self._is_full = False
         if margin_charts:
             lay_out_margin_charts(experiment, margin_charts)
 
@@ -87,14 +98,34 @@ class TensorBoardWriter:
         self._experiment.flush()  # so that an open TensorBoard sees the snapshot at once
 
     def pictures(self, pictures: Mapping[str, Picture], step: int) -> None:
-        """Add each picture as a PNG file."""
-        for tag, picture in pictures.items():
-            add_file(self._experiment, tag, png(picture), step)
+        """Add each picture as a PNG or JPEG file, whichever is smaller."""
+        files = _encoded(pictures)
+        size = sum(map(len, files.values()))
+        self._largest = max(size, self._largest)
+        # The filmstrips of the end have more rows.
+        self._add(files, step, reserve=2 * self._largest)
+
+    def finish(self, summary: str, pictures: Mapping[str, Picture], animations: Mapping[str, bytes], step: int) -> None:
+        """Add the summary as text, the last pictures, and each animation as a GIF file."""
+        add_lines(self._experiment, "explain/summary", summary, step)
+        self._add(_encoded(pictures), step)
+        self._add(animations, step)
+
+    def _add(self, files: Mapping[str, bytes], step: int, reserve: int = 0) -> None:
+        size = sum(map(len, files.values()))
+        if self._written + size + reserve <= self._most:
+            self._written += size
+            for tag, file in files.items():
+                add_file(self._experiment, tag, file, step)
+        elif not self._is_full:
+            self._is_full = True
+            rank_zero_warn(
+                f"ViTExplainCallback: a larger `max_pictures_mb` than {self._most / 1e6:g} keeps more pictures; from "
+                f"step {step} on, only those of the end are still written to TensorBoard, if they fit."
+            )
         self._experiment.flush()
 
-    def finish(self, summary: str, animations: Mapping[str, bytes], step: int) -> None:
-        """Add the summary as text and each animation as a GIF file."""
-        add_lines(self._experiment, "explain_verdict", summary, step)
-        for tag, gif in animations.items():
-            add_file(self._experiment, tag, gif, step)
-        self._experiment.flush()
+
+def _encoded(pictures: Mapping[str, Picture]) -> dict[str, bytes]:
+    """PNG or JPEG files, whichever is smaller: photographs are JPEG, diagrams PNG."""
+    return {tag: min(png(picture), jpeg(picture, _QUALITY), key=len) for tag, picture in pictures.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 NAME_LENGTH = 24
 WRONG = "✗"
 DEGENERATE = "degenerate map"
+CHANGED_MOST = "changed most"
 
 
 def class_name(index: int, class_names: Sequence[str] | None) -> str:

@@ -19,13 +19,16 @@ def drift_figure(curves: Curves, method: str) -> bytes:
     """Drift from the baseline by step, one panel a measure: median, p10 to p90, and the two bars; a PNG file."""
     figure = Figure(figsize=(3.1 * len(METRICS), 2.7), layout="constrained", dpi=110)
     for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
-        spread = [curves[f"drift_baseline_spread/{method}/{metric}/{part}"] for part in ("median", "p10", "p90")]
+        spread = [
+            curves[f"explain/statistics/drift_baseline_spread/{method}/{metric}/{part}"]
+            for part in ("median", "p10", "p90")
+        ]
         steps = [step for step, _ in spread[0]]
         median, low, high = ([value for _, value in part] for part in spread)
         axes.fill_between(steps, low, high, color="#b32846", alpha=0.2, linewidth=0, label="p10 to p90")
         axes.plot(steps, median, color="#b32846", marker=".", label="median")
         for bar, style in (("noise", ":"), ("unrelated", "--")):
-            points = curves.get(f"drift_scale/{method}/{metric}/{bar}", [])
+            points = curves.get(f"explain/statistics/drift_scale/{method}/{metric}/{bar}", [])
             if points and math.isfinite(points[0][1]):
                 axes.axhline(points[0][1], color="#555555", linestyle=style, linewidth=1, label=bar)
         _finish(axes, metric.replace("_", " "))
