@@ -156,6 +156,7 @@ def test_a_plain_loop_follows_its_model(tmp_path: Path) -> None:
     run = load_run(tmp_path / "runs" / "plain_loop")
     assert run.steps == [0, 15, 30, 45, 60]
     assert run.summary in summary
+    assert run.probe.labels is not None
     correct = (run.logits.argmax(dim=2) == run.probe.labels).double().mean(dim=1)
     assert correct[0] < 0.7 < 0.9 < correct[-1]  # it learns, so that there is something to follow
 
