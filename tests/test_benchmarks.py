@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks import cost, measure, model, snapshot, training_memory
+from tests.benchmarks import cost, leak, measure, model, snapshot, training_memory
 from tests.benchmarks.contenders import BACKWARD, CONTENDERS, FIVE, FORWARD, materialised_maps
 from tests.models import random_images, tiny_vit
 from vit_explain_callback import explain
@@ -103,3 +104,16 @@ def test_memory_in_training_is_told_as_a_ratio(
     )
     training_memory.main()
     assert re.search(r"1 images: \d+\.\d\d x the limit of \d+ MiB", capsys.readouterr().out)
+
+
+def test_many_snapshots_are_measured() -> None:
+    series = leak.measure(6)
+    assert set(series) == {"resident", "cuda", "handles", "threads", "events", "maps", "pictures"}
+    assert all(len(values) == 6 for values in series.values())
+    for name in ("events", "maps"):
+        assert all(after > before for before, after in itertools.pairwise(series[name]))
+    assert series["handles"][2:] == [series["handles"][-1]] * 4
+    assert series["threads"][2:] == [series["threads"][-1]] * 4
+    assert series["pictures"] == [0.0] * 6
+    (line,) = leak.lines({"events": [0.0, 9, 12, 15]}, 1)
+    assert line.split() == ["events", "15", "bytes", "+3.00", "a", "step"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from vit_explain_callback._files import INTEGERS
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.vit.timm import num_classes
 
@@ -87,6 +91,36 @@ def check_query(query: tuple[int, int], methods: Sequence[Method], grid: tuple[i
             f"Expected no `query` for {', '.join(of_target)}: gradients are of a class, and say nothing about what a "
             "patch attends to. Ask for `attention` or `rollout`."
         )
+
+
+def class_index(target: object) -> int | None:
+    """A class index of any integer type: of Python or numpy, or a tensor without dimensions; None if it is none.
+
+    Booleans are none: they answer another question.
+    """
+    scalar = not isinstance(target, Tensor | np.ndarray) or target.ndim == 0
+    truth = isinstance(target, bool) or getattr(target, "dtype", None) in (torch.bool, np.dtype(bool))
+    try:
+        return operator.index(target) if scalar and not truth else None  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def as_target(target: object, images: int) -> int | Tensor | None:
+    """A target as it is used: None, an int, or (B,) integers on whatever device they are.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If there is not one for each image.
+    """
+    index = class_index(target)
+    if target is None or index is not None:
+        return index
+    if not isinstance(target, Tensor) or target.dtype not in INTEGERS:
+        raise TypeError(f"Expected `target` to be None, an int or an integer tensor, but got {target!r:.80}.")
+    if target.shape != (images,):
+        raise ValueError(f"Expected `target` of shape ({images},), one per image, but got {tuple(target.shape)}.")
+    return target.long()
 
 
 def check_target(target: Tensor, classes: int) -> None:

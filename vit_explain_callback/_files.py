@@ -68,11 +68,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"Expected {path} to be a safetensors file, but it cannot be read: {error}") from error
 
 
-def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[str, ...]]) -> None:
+def check_tensors(path: str | Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[str, ...]]) -> None:
     """Check that a file held the tensors of some names, of any size but none empty.
 
     Args:
-        path: The file, for the error.
+        path: The file, or what else held them, for the error.
         tensors: What it held.
         shapes: A letter for each dimension by name; a letter is of one size in all of them.
 
@@ -90,7 +90,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str
             raise ValueError(f"Expected `{name}` in {path} of shape ({', '.join(wanted)}), but got {shape}.")
 
 
-def check_dtype(path: Path, tensors: Mapping[str, Tensor], name: str, allowed: tuple[torch.dtype, ...]) -> None:
+def check_dtype(path: str | Path, tensors: Mapping[str, Tensor], name: str, allowed: tuple[torch.dtype, ...]) -> None:
     """Check the dtype of a tensor that a file held.
 
     Raises:
@@ -100,7 +100,7 @@ def check_dtype(path: Path, tensors: Mapping[str, Tensor], name: str, allowed: t
         raise ValueError(f"Expected `{name}` in {path} of dtype {allowed[0]} or alike, but got {tensors[name].dtype}.")
 
 
-def read_json(path: Path, metadata: Mapping[str, str], name: str) -> object:
+def read_json(path: str | Path, metadata: Mapping[str, str], name: str) -> object:
     """A value from the text that a file held.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from vit_explain_callback._checks import check_classifier, check_counts, check_images
+from vit_explain_callback._checks import as_target, check_classifier, check_counts, check_images
 from vit_explain_callback._explain_batch import explain_batch
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method
@@ -292,15 +292,8 @@ class Explainer:
 
 
 def _as_targets(target: int | Tensor | None, count: int) -> Tensor | None:
-    if target is None:
-        return None
-    if isinstance(target, int):
-        return torch.full((count,), target)
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
-        raise TypeError(f"Expected `target` to be None, an int or an integer tensor, but got {target!r}.")
-    if target.shape != (count,):
-        raise ValueError(f"Expected `target` of shape ({count},), one per image, but got {tuple(target.shape)}.")
-    return target.long()
+    checked = as_target(target, count)
+    return torch.full((count,), checked) if isinstance(checked, int) else checked
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -163,7 +163,7 @@ class Explanation:
             raise ValueError(f"Expected {path} to be written by `Explanation.save`, but it was not.")
         methods = _names(path, metadata, "methods")
         class_names = None if metadata.get("class_names") == "null" else _names(path, metadata, "class_names")
-        _check_tensors(path, tensors, methods)
+        check_explanation(path, tensors, methods)
         found = cls.from_tensors(tensors)
         return replace(
             found,
@@ -251,7 +251,7 @@ def _are_channels(value: object) -> bool:
     return known and len(value[0]) == len(value[1])
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], methods: Sequence[str]) -> None:
+def check_explanation(path: str | Path, tensors: Mapping[str, Tensor], methods: Sequence[str]) -> None:
     """Check that what a file held makes an explanation.
 
     Raises:

@@ -12,6 +12,16 @@
 | Ctrl-C in the middle of a snapshot | the run ends as Lightning ends it; nothing of ours is left in the model |
 | `SIGKILL` between snapshots | `test_resume.py` |
 | one of several processes fails, or is short of memory | `test_many_processes.py` |
+| `target` of numpy, of torch, a boolean, a float | named or refused: `test_targets.py` |
+| another `target` after resuming; two runs, one folder; folders by URL | `test_run_folder.py`, `test_folder.py` |
+| another readout or another ViT in mid-run; a grid that is not the model's | `test_changed_models.py` |
+| 1,000 edited run folders, 1,000 edited states; states without a version | `test_edited_files.py` |
+| files that are symbolic links | `test_folder.py` |
+| `experiment`, `log_hyperparams`, `save_dir` raise; `log_image` takes other arguments | `test_faulty_loggers.py` |
+| hyperparameters that are secret, or logged by the user | not written; his pane as it was: the same |
+| standard output in ascii, in cp1252, or gone | the same |
+| a disk that fills, a log that may not grow (`RLIMIT_FSIZE`) | said once; the same weights and log: the same |
+| 500 snapshots | memory, handles, threads flat: `python -m tests.benchmarks.leak` |
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import plugin_data_pb2
 from tqdm import tqdm
 
 from tests.models import random_images, symmetric_vit, tiny_vit
@@ -45,10 +44,14 @@ def test_checks_are_made_on_their_own_schedule_and_at_both_ends(
 
 @pytest.mark.parametrize("removal", ["mean_colour", "tokens"])
 def test_checks_and_blocks_of_the_baseline_are_those_of_explain(tmp_path: Path, removal: Any) -> None:
-    trainer = fit(ViTExplainCallback(num_images=5, batch_size=2, removal=removal, on_error="raise"), tmp_path)
+    callback = ViTExplainCallback(num_images=5, batch_size=2, removal=removal, on_error="raise")
+    trainer = fit(callback, tmp_path)
     baseline = saved(trainer)[0]
-    data = Pictures()
-    images, labels = data.images[:5], data.labels[:5]
+    assert callback.tracker is not None
+    images, labels = callback.tracker.probe.images, callback.tracker.probe.labels
+    assert images is not None
+    assert labels is not None
+    assert labels.tolist() == [0, 1, 2, 3, 4]
     expected = explain(tiny_vit(), images, target=labels, block_statistics=True)
     mirrored = explain(tiny_vit(), images.flip(3), target=labels)
     assert baseline.reliability is not None
@@ -152,7 +155,8 @@ def test_one_line_at_the_start_and_the_summary_at_the_end_are_all_that_is_printe
     first, *rest = capsys.readouterr().out.removeprefix(without).splitlines()
     assert first == (
         "ViTExplainCallback watches VisionTransformer at `net`: rollout, grad_rollout of 16 images of 5 classes, with "
-        f"each validation; to see them: tensorboard --logdir {tmp_path} or vit-explain report {trainer.log_dir}"
+        f"each validation; to see them: tensorboard --logdir {tmp_path} or vit-explain report "
+        f"{trainer.log_dir}/explanations"
     )
     assert rest == text.splitlines()
     assert 5 < len(rest) <= 10
@@ -242,19 +246,8 @@ def test_animations_have_a_frame_for_each_snapshot(tmp_path: Path) -> None:
         assert picture.size == (event.width, event.height)
 
 
-def test_final_values_are_declared_beside_the_hyperparameters(tmp_path: Path) -> None:
-    class WithHyperparameters(Classifier):
-        def __init__(self, lr: float = 0.03, patience: int = 7) -> None:
-            super().__init__(lr=lr)
-            self.save_hyperparameters()
-
-    board = events(fit(ViTExplainCallback(["rollout"], detail="full"), tmp_path, WithHyperparameters()))
-    experiment = plugin_data_pb2.HParamsPluginData.FromString(
-        board.SummaryMetadata("_hparams_/experiment").plugin_data.content
-    ).experiment
-    declared = {info.name.tag for info in experiment.metric_infos}
-    assert {"explain/final/drift/rollout", "explain/final/faithfulness/rollout"} <= declared
-    assert {info.name for info in experiment.hparam_infos} == {"lr", "patience"}
+def test_final_values_are_the_last_ones(tmp_path: Path) -> None:
+    board = events(fit(ViTExplainCallback(["rollout"], detail="full"), tmp_path))
     last = board.Scalars("explain/drift/baseline_rank_correlation/rollout")[-1]
     final = board.Scalars("explain/final/drift/rollout")[-1]
     assert (final.step, final.value) == (last.step, last.value)
@@ -315,6 +308,7 @@ def test_files_are_those_the_page_reads(tmp_path: Path) -> None:
     folder = Path(trainer.log_dir or "", "explanations")
     assert {path.name for path in folder.iterdir()} == {
         "probe.safetensors",
+        "run.txt",
         "summary.txt",
         *(f"step_{step:08d}.safetensors" for step in (0, 4, 8)),
     }

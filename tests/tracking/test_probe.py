@@ -40,5 +40,5 @@ def test_a_probe_survives_its_file(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     write_tensors(tmp_path / "a.safetensors", {"pictures": torch.zeros(1)}, {"class_names": "null"})
-    with pytest.raises(ValueError, match=r"a\.safetensors to be written by `Probe.save`, but it lacks 'regression'"):
+    with pytest.raises(ValueError, match=r"a\.safetensors to hold `regression`, but it does not"):
         Probe.load(tmp_path / "a.safetensors")

@@ -23,7 +23,7 @@ def snapshot(step: int, whole: bool = False, checked: bool = False) -> Snapshot:
     maps = {"rollout": torch.rand(2, 3, 5, generator=generator), "grad_rollout_max_0.9": torch.zeros(2, 3, 5)}
     maps_by_block = [torch.rand(2, 4, 3, 5, generator=generator) for _ in range(2)]
     blocks = BlockStatistics(*maps_by_block, *(torch.rand(2, 4, generator=generator) for _ in range(5)))
-    checks = Reliability({"rollout": torch.rand(2, 3, 5)}, {"rollout": torch.rand(2), "random": torch.rand(2)})
+    checks = Reliability({name: torch.rand(2, 3, 5) for name in maps}, {n: torch.rand(2) for n in (*maps, "random")})
     explanation = Explanation(maps, logits, torch.tensor([1, 3]), blocks if whole else None)
     return Snapshot(step, explanation, checks if whole or checked else None)
 

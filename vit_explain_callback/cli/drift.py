@@ -16,6 +16,7 @@ from vit_explain_callback.cli.photograph import SUFFIXES, image_files, read_imag
 from vit_explain_callback.cli.weights import Weights, with_weights
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.methods.base import Method
+from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.tracking.tracker import ExplanationTracker
@@ -98,8 +99,9 @@ def explain_series(
     missing = [path for step, path in series if step not in kept]
     if not missing:
         return
+    own = RunFolder(folder, f"series {probe.fingerprint}")  # the next series of these images adds to it
     options: dict[str, Any] = {"target": target, "check_every": check_every, "batch_size": batch_size}
-    tracker = ExplanationTracker(explainer(missing[0]), probe, folder=folder, on_error="raise", **options)
+    tracker = ExplanationTracker(explainer(missing[0]), probe, folder=own, on_error="raise", **options)
     for step, path in tqdm(series, unit="checkpoint"):
         if step in kept:
             tracker.history.add(kept[step])

@@ -10,12 +10,11 @@ from torch import Tensor
 from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer
 from vit_explain_callback.lightning.batches import Watched, images_and_labels
 from vit_explain_callback.lightning.fit import Fit
-from vit_explain_callback.lightning.loggers import declare_final_metrics
 from vit_explain_callback.lightning.settings import Display, Schedule, Settings
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.faithfulness import Removal
-from vit_explain_callback.tracking.scalars import Detail, final_tags
+from vit_explain_callback.tracking.scalars import Detail
 from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.vit.adapter import LogitsOf
 
@@ -47,7 +46,7 @@ class ViTExplainCallback(Callback):
     and, with `detail="full"`,
 
     - `explain/final/drift/{method}`, `explain/final/faithfulness/{method}`, `explain/final/lift/{region}/{method}`: of
-      the last snapshot, for the HParams pane.
+      the last snapshot.
     - `explain/overlay/{method}/{i}`, `explain/overlay_change/{method}/{i}`: the map of shown image i; now minus
       baseline. `explain/overlay_animation/{method}/{i}`: its overlays over the run; at the end.
     - `explain/statistics/attention/{stat}/{block}`: see `BlockStatistics`.
@@ -177,10 +176,6 @@ class ViTExplainCallback(Callback):
                     "Expected a validation loader (and a `validation_step`) to take the probe images from, but there "
                     "is none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
                 )
-            if self.settings.detail == "full":
-                names = [method.name for method in self.settings.methods]
-                tags = final_tags(names, self.settings.regions, bool(self.settings.check_every_n_snapshots))
-                declare_final_metrics(trainer, pl_module, tags)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the probe images and take the baseline, unless a checkpoint brought one."""

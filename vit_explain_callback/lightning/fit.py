@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from vit_explain_callback._terminal import announce
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import Watched
-from vit_explain_callback.lightning.loggers import LoggerWriter, shows_pictures
+from vit_explain_callback.lightning.folder import run_folder
+from vit_explain_callback.lightning.loggers import LoggerWriter, renamed
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.strategy import ranks_of
 from vit_explain_callback.lightning.subject import Subject
+from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.guard import Guard, raised_by_us
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.tracker import ExplanationTracker
@@ -55,10 +57,7 @@ class Fit:
         self._last_step = trainer.global_step
         self._published: dict[str, Tensor] = {}
         self._seen: Tensor | None = None
-        # `log_dir` needs every rank.
-        suffix = f"_{place + 1}" if place else ""
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / f"explanations{suffix}"
-        self._prefix = f"explain{suffix}/"
+        self._prefix = f"explain_{place + 1}/" if place else "explain/"
 
     def begin(self) -> None:
         """Take the baseline, unless a checkpoint brought one; then, the snapshot that was due after it was written.
@@ -153,11 +152,11 @@ class Fit:
             subject = Subject.of(settings, self._trainer, self._module, ranks, self._watched)
             if subject is None:
                 return None
-            self.tracker = ExplanationTracker(
+            folder = run_folder(self._trainer, self._guard)
+            tracker = ExplanationTracker(
                 subject.explainer,
                 subject.probe,
-                folder=self._folder if settings.save_maps and not self._leaves_no_files else None,
-                writers=self._writers(),
+                folder=folder if settings.save_maps and not self._leaves_no_files else None,
                 target=self._first_target(subject.probe),
                 check_every=settings.check_every_n_snapshots,
                 removal=settings.removal,
@@ -168,13 +167,15 @@ class Fit:
                 on_error=settings.on_error,
                 ranks=ranks,
             )
-            if self._state is not None:
-                self.tracker.load_state_dict(self._state)
+            if self._state:
+                tracker.load_state_dict(self._state)
+            tracker.writers = self._writers(folder)
+            self.tracker = tracker
             if self._trainer.is_global_zero:
-                announce(self._watched_in_words(subject))
+                announce(self._watched_in_words(subject, folder))
         return self.tracker
 
-    def _watched_in_words(self, subject: Subject) -> str:
+    def _watched_in_words(self, subject: Subject, folder: RunFolder) -> str:
         """What is watched, when, and where it is to be seen."""
         settings, labels = self._settings, subject.probe.labels
         classes = 0 if labels is None else len({label for label in labels.tolist() if label >= 0})
@@ -183,27 +184,30 @@ class Fit:
         board = next((logger for logger in self._trainer.loggers if is_kind(logger, "TensorBoardLogger")), None)
         where = [] if board is None else [f"tensorboard --logdir {shlex.quote(str(board.save_dir))}"]
         if settings.save_maps and not self._leaves_no_files:
-            where.append(f"vit-explain report {shlex.quote(str(self._folder.parent))}")
+            where.append(f"vit-explain report {shlex.quote(str(folder))}")
         seen = f"; to see them: {' or '.join(where)}" if where else ""
         return f"ViTExplainCallback watches {subject.explainer.name}: {methods} of {images}, {settings.schedule}{seen}"
 
-    def _writers(self) -> list[Writer]:
+    def _writers(self, folder: RunFolder) -> tuple[Writer, ...]:
         """Every logger, and a folder where none of them shows pictures; nothing but on the first process."""
         if not self._trainer.is_global_zero:
-            return []
+            return ()
         settings, display = self._settings, self._settings.display
         has_charts = display.margin_charts and settings.detail == "full"  # which alone logs what they show
         charts = [method.name for method in settings.methods] if has_charts else []
-        loggers = self._trainer.loggers
-        most = display.max_pictures_mb
-        writers: list[Writer] = [LoggerWriter(logger, index, charts, most) for index, logger in enumerate(loggers)]
-        if not self._leaves_no_files and not any(map(shows_pictures, loggers)):
-            writers.append(FolderWriter(self._folder))
-            rank_zero_warn(
-                "ViTExplainCallback: add a `TensorBoardLogger` to see every picture, as no logger of this run shows "
-                f"pictures; the latest of each are PNG files in {self._folder}."
-            )
-        return writers
+        loggers: list[LoggerWriter] = []
+        for index, logger in enumerate(self._trainer.loggers):
+            what = f"cannot write to {type(logger).__name__} (logger {index})"
+            make = partial(LoggerWriter, logger, index, charts, display.max_pictures_mb, self._prefix)
+            self._guard.attempt(what, lambda: loggers.append(make()))  # noqa: B023
+        if self._leaves_no_files or any(logger.shows_pictures for logger in loggers):
+            return tuple(loggers)
+        self._guard.attempt(f"cannot make the folder {folder}", lambda: folder.path)
+        rank_zero_warn(
+            "ViTExplainCallback: add a `TensorBoardLogger` to see every picture, as no logger of this run shows "
+            f"pictures; the latest of each are PNG files in {folder}."
+        )
+        return (*loggers, FolderWriter(folder))
 
     @property
     def _leaves_no_files(self) -> bool:
@@ -221,7 +225,8 @@ class Fit:
     def _publish(self, values: Mapping[str, float]) -> None:
         """Of the latest snapshot; on every rank, for `ModelCheckpoint` and `EarlyStopping`. The user's keys stay."""
         metrics = self._trainer.callback_metrics
-        for tag, value in values.items():
+        for name, value in values.items():
+            tag = renamed(name, self._prefix)
             if tag not in metrics or metrics[tag] is self._published.get(tag):
                 metrics[tag] = self._published[tag] = torch.tensor(value)
 

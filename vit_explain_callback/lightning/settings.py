@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vit_explain_callback._checks import check_counts, check_images
+from vit_explain_callback._checks import check_counts, check_images, class_index
 from vit_explain_callback.explainer import ModelOptions
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.metrics.faithfulness import Removal
@@ -118,6 +118,8 @@ class Settings:
         )
         if isinstance(self.target, str):
             _check_word("target", self.target, ("label", "prediction"), " or a class index")
+        else:
+            object.__setattr__(self, "target", _class_index(self.target))
         _check_word("detail", self.detail, ("brief", "full"))
         _check_word("on_error", self.on_error, ("warn", "raise"))
         _check_word("removal", self.removal, ("mean_colour", "tokens"))
@@ -129,6 +131,15 @@ class Settings:
         if self.given is not None:
             check_images(self.given[0])
             check_regions(self.regions, len(self.given[0]))
+
+
+def _class_index(target: object) -> int:
+    index = class_index(target)
+    if index is None:
+        raise TypeError(f"Expected `target` to be 'label', 'prediction' or a class index, but got {target!r:.80}.")
+    if index < 0:
+        raise ValueError(f"Expected `target` of at least 0, but got {index}.")
+    return index
 
 
 def _check_word(name: str, word: Any, words: Sequence[str], more: str = "") -> None:

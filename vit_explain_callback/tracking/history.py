@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -91,9 +92,52 @@ class History:
         return {"count": self.count, "snapshots": snapshots, "block_drift": dict(self.block_drift)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self.count, self.block_drift = state["count"], dict(state.get("block_drift", {}))
-        self.snapshots = [Snapshot.from_state(snapshot) for snapshot in state["snapshots"]]
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: If it is not that.
+        """
+        count, states = state.get("count"), state.get("snapshots")
+        if not isinstance(states, list) or not all(isinstance(one, Mapping) for one in states):
+            raise ValueError(f"Expected `snapshots` to be a list of states, but got {type(states).__name__}.")
+        if type(count) is not int or not len(states) <= count < 2**53 or (count and not states):
+            raise ValueError(f"Expected `count` to be that of {len(states)} snapshots or more, but got {count!r:.80}.")
+        snapshots = [Snapshot.from_state(one, f"snapshot {index}") for index, one in enumerate(states)]
+        check_alike(snapshots, [f"snapshot {index}" for index in range(len(snapshots))])
+        self.count, self.snapshots = count, snapshots
+        self.block_drift = _block_drift(state.get("block_drift", {}))
+
+
+def check_alike(snapshots: Sequence[Snapshot], sources: Sequence[str | Path]) -> None:
+    """Refuse snapshots that cannot be of one run; `sources` say for the error where each was read from.
+
+    Raises:
+        ValueError: If their steps do not rise, or images, methods, grids or classes are not those of the first.
+    """
+    for index, (snapshot, source) in enumerate(zip(snapshots, sources, strict=True)):
+        first, found = _forms(snapshots[0]), _forms(snapshot)
+        blocks = snapshots[0].blocks is not None and snapshot.blocks is not None  # not kept of every snapshot
+        for name in [name for name in (*first, *found) if blocks or not name.startswith("block/")]:
+            if first.get(name) != found.get(name):
+                raise ValueError(
+                    f"Expected `{name}` in {source} to be {first.get(name, 'absent')} as in {sources[0]}, but got "
+                    f"{found.get(name, 'none')}."
+                )
+        if index and snapshot.step < snapshots[index - 1].step:
+            before = snapshots[index - 1].step
+            raise ValueError(f"Expected `step` in {source} of {before} or more, but got {snapshot.step}.")
+
+
+def _block_drift(found: object) -> dict[int, Tensor]:
+    """The drift of the blocks in a state; none where that holds something else, as it is only drawn."""
+    if not isinstance(found, Mapping):
+        return {}
+    return {step: row for step, row in found.items() if isinstance(step, int) and isinstance(row, Tensor)}
+
+
+def _forms(snapshot: Snapshot) -> dict[str, str]:
+    tensors = snapshot.explanation.tensors()
+    return {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 def _most_crowded(snapshots: Sequence[Snapshot]) -> int:

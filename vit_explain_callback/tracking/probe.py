@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vit_explain_callback._files import read_tensors, write_tensors
+from vit_explain_callback._files import INTEGERS, check_dtype, check_tensors, read_json, read_tensors, write_tensors
 from vit_explain_callback.explanation import tensors_under
 from vit_explain_callback.visualization.overlay import Picture, range_of, resized, shown_bands, unnormalise
 from vit_explain_callback.visualization.selection import spread
 
 _SIDE = 224
-_ABOUT = ("class_names", "regression", "num_shown", "fingerprint")
+_ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "class_names": (lambda value: value is None or _is_names(value), "a list of names, or null"),
+    "regression": (lambda value: isinstance(value, bool), "true or false"),
+    "num_shown": (lambda value: type(value) is int and 0 < value < 2**31, "a number of images"),
+    "fingerprint": (lambda value: value is None or isinstance(value, str), "text, or null"),
+}
 
 
 @dataclass(frozen=True)
@@ -113,15 +119,17 @@ class Probe:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is another kind of file, or lacks something.
+            ValueError: If it is another kind of file, or one that was changed since.
         """
         tensors, metadata = read_tensors(path)
-        try:
-            about = {name: json.loads(metadata[name]) for name in _ABOUT}
-            pictures = list(tensors["pictures"].numpy())
-        except (KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"Expected {path} to be written by `Probe.save`, but it lacks {error}.") from error
-        return cls(None, pictures, tensors.get("labels"), tensors_under("region", tensors), **about)
+        about: dict[str, Any] = {name: read_json(path, metadata, name) for name in _ABOUT}
+        for name, (is_right, expected) in _ABOUT.items():
+            if not is_right(about[name]):
+                raise ValueError(f"Expected `{name}` in {path} to be {expected}, but got {metadata[name][:80]}.")
+        regions = tensors_under("region", tensors)
+        _check_tensors(path, tensors, regions)
+        labels = tensors["labels"].long() if "labels" in tensors else None
+        return cls(None, list(tensors["pictures"].numpy()), labels, regions, **about)
 
 
 def check_regions(regions: Mapping[str, Tensor], images: int) -> None:
@@ -136,6 +144,25 @@ def check_regions(regions: Mapping[str, Tensor], images: int) -> None:
                 f"Expected `regions[{name!r}]` to hold one mask for each of the {images} probe images, but got "
                 f"{len(masks)}."
             )
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], regions: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that do not make a probe."""
+    shapes: dict[str, tuple[str, ...]] = {"pictures": ("B", "height", "width", "channels")}
+    shapes |= {"labels": ("B",)} if "labels" in tensors else {}
+    check_tensors(path, tensors, shapes)
+    for name in regions:  # masks have the size of the images that the model takes
+        check_tensors(path, tensors, {"pictures": shapes["pictures"], f"region/{name}": ("B", "mask_h", "mask_w")})
+        check_dtype(path, tensors, f"region/{name}", (torch.bool,))
+    check_dtype(path, tensors, "pictures", (torch.uint8,))
+    if "labels" in tensors:
+        check_dtype(path, tensors, "labels", INTEGERS)
+    if tensors["pictures"].shape[3] != 3:
+        raise ValueError(f"Expected `pictures` in {path} of three colours, but got {tensors['pictures'].shape[3]}.")
 
 
 def fingerprint(images: Tensor, labels: Tensor | None) -> str:

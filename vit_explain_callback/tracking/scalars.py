@@ -25,6 +25,7 @@ Detail: TypeAlias = Literal["brief", "full"]
 
 BLOCK_METRICS = ("spearman", "jensen_shannon")
 ATTENTION_STATISTICS = ("entropy", "lowest_head_entropy", "distance", "class_self", "sink_share")
+PREFIX = "explain/"
 STATISTICS = "explain/statistics"
 _FIRST_OF_MAPS = ("entropy", "sink_lift")
 

@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_explain_callback._files import read_tensors, write_tensors
-from vit_explain_callback.explanation import Explanation, tensors_under
+from vit_explain_callback._files import (
+    check_dtype,
+    check_tensors,
+    read_json,
+    read_tensors,
+    write_tensors,
+)
+from vit_explain_callback.explanation import Explanation, check_explanation, tensors_under
 from vit_explain_callback.metrics.attention import BlockStatistics
 from vit_explain_callback.metrics.drift import METRICS
 from vit_explain_callback.metrics.reference import noise_floor, unrelated_level
+
+_LARGEST_STEP = 2**53
 
 
 @dataclass(frozen=True)
@@ -108,13 +116,10 @@ class Snapshot:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is another kind of file, or lacks something.
+            ValueError: If it is another kind of file, or one that was changed since.
         """
         tensors, metadata = read_tensors(path)
-        try:
-            return cls.from_state({"step": int(metadata["step"]), **tensors})
-        except KeyError as error:
-            raise ValueError(f"Expected {path} to be written by `Snapshot.save`, but it lacks {error}.") from error
+        return cls.from_state({**tensors, "step": read_json(path, metadata, "step")}, path)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors by name, and the step: for a checkpoint that loads with `weights_only=True`.
@@ -128,13 +133,47 @@ class Snapshot:
         return state
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Snapshot:
+    def from_state(cls, state: Mapping[str, Any], source: str | Path = "the state of a snapshot") -> Snapshot:
         """The snapshot that gave this `state_dict`.
 
+        Args:
+            state: What it gave.
+            source: Where that was read from, for the error.
+
         Raises:
-            KeyError: If something is missing.
+            ValueError: If something is missing, or is not what it was.
         """
+        step = state.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _LARGEST_STEP:
+            raise ValueError(f"Expected `step` in {source} to be a number of optimiser steps, but got {step!r:.80}.")
         tensors = {name: value for name, value in state.items() if name != "step"}
+        for name, value in tensors.items():
+            if not isinstance(name, str) or not isinstance(value, Tensor):
+                raise ValueError(f"Expected `{name}` in {source} to be a tensor, but got {type(value).__name__}.")
+        _check(source, tensors)
+        tensors["target"] = tensors["target"].long()
         mirrored = tensors_under("mirrored", tensors)
         reliability = Reliability(mirrored, tensors_under("gain", tensors)) if mirrored else None
-        return cls(state["step"], Explanation.from_tensors(tensors), reliability)
+        return cls(step, Explanation.from_tensors(tensors), reliability)
+
+
+def _check(source: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that do not make a snapshot."""
+    methods = list(tensors_under("map", tensors))
+    if not methods:
+        raise ValueError(f"Expected {source} to hold `map/…` of at least one method, but it does not.")
+    check_explanation(source, tensors, methods)
+    # Of a regression, or where faithfulness was left out, there are maps alone.
+    groups = {name: tensors_under(name, tensors) for name in ("mirrored", "gain")}
+    wanted = {"mirrored": set(methods), "gain": {*methods, "random"}} if groups["mirrored"] or groups["gain"] else {}
+    shapes: dict[str, tuple[str, ...]] = {f"map/{methods[0]}": ("B", "grid_h", "grid_w")}
+    for group, names in wanted.items():
+        if group == "gain" and not groups[group]:
+            continue
+        shapes |= {f"{group}/{name}": ("B", "grid_h", "grid_w")[: 3 if group == "mirrored" else 1] for name in names}
+    check_tensors(source, tensors, shapes)
+    for name in ("logits", *(f"map/{name}" for name in methods), *shapes):
+        check_dtype(source, tensors, name, (torch.float32, torch.float64))
+    unknown = [f"{group}/{name}" for group, part in groups.items() for name in part if f"{group}/{name}" not in shapes]
+    if unknown:
+        raise ValueError(f"Expected {source} to hold reliability of its own methods, but got `{unknown[0]}`.")

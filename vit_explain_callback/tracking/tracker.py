@@ -6,18 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from vit_explain_callback._checks import check_counts, check_images
+from vit_explain_callback._checks import as_target, check_counts, check_images
 from vit_explain_callback._files import write_text
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.faithfulness import Removal
 from vit_explain_callback.tracking.distributed import Ranks, check_together, explain_together, passes_of_checks
+from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.guard import Guard, OnError
 from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.notices import Notices
@@ -26,8 +27,11 @@ from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.progress import Advance, progress
 from vit_explain_callback.tracking.scalars import Detail, final_tags, of_detail, scalars
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
+from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.summary import summary
 from vit_explain_callback.tracking.writers import Writer
+
+_VERSION = 1  # of the state
 
 
 class ExplanationTracker:
@@ -36,11 +40,11 @@ class ExplanationTracker:
     Args:
         explainer: Of the model that is trained.
         probe: The images.
-        folder: Where raw maps go, as `step_*.safetensors` beside `probe.safetensors`, which `load_run` reads; None
-            keeps nothing on the disk.
+        folder: Where raw maps go, as `step_*.safetensors` beside `probe.safetensors`, which `load_run` reads. One that
+            holds another run is not added to: `{folder}_1` is taken, and so on. None keeps nothing on the disk.
         writers: Where scalars and pictures go. A writer that fails does not stop the run.
-        target: Class whose logit the gradients are of, an int or (B,); None, and -1 for an image, is the prediction at
-            the baseline.
+        target: Class whose logit the gradients are of, an integer or (B,); None, and -1 for an image, is the prediction
+            at the baseline.
         check_every: Snapshots between those that also measure noise and faithfulness; None: none does. The first and
             the last always do.
         removal: How faithfulness takes patches away, `"mean_colour"` or `"tokens"`.
@@ -53,13 +57,14 @@ class ExplanationTracker:
 
     Attributes:
         history: The snapshots so far.
+        writers: Where scalars and pictures go.
         probe: The images.
         methods: Names of the methods.
         explainer: Of the model; another one with the same methods may take its place, as for the next checkpoint of a
             series. None once it was released.
 
     Raises:
-        TypeError: If the images are of the wrong type.
+        TypeError: If the images or the target are of the wrong type.
         ValueError: If an argument is outside its range.
 
     Example:
@@ -80,9 +85,9 @@ class ExplanationTracker:
         explainer: Explainer,
         probe: Probe,
         *,
-        folder: Path | None = None,
+        folder: Path | RunFolder | None = None,
         writers: Sequence[Writer] = (),
-        target: int | Tensor | None = None,
+        target: SupportsIndex | Tensor | None = None,
         check_every: int | None = 5,
         removal: Removal = "mean_colour",
         batch_size: int | None = None,
@@ -98,9 +103,10 @@ class ExplanationTracker:
         check_images(probe.images)
         self.probe, self.history = probe, History()
         self.methods = [method.name for method in explainer.methods]
-        self._images, self._target = probe.images, target
+        self._images, self._target = probe.images, as_target(target, len(probe.images))
         self.explainer: Explainer | None = explainer
-        self._folder, self._writers = folder, writers
+        self._folder = RunFolder(folder) if isinstance(folder, Path) else folder
+        self.writers = tuple(writers)
         self._check_every, self._removal = check_every, removal
         self._batch_size, self._block_statistics = batch_size, block_statistics
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
@@ -170,25 +176,44 @@ class ExplanationTracker:
 
     def release(self) -> None:
         """Let go of the model and the writers; the snapshots stay."""
-        self.explainer, self._writers = None, ()
+        self.explainer, self.writers = None, ()
 
     def state_dict(self) -> dict[str, Any]:
-        """The snapshots kept, and the fingerprint of the probe; loads with `weights_only=True`."""
-        return {"fingerprint": self.probe.fingerprint, **self.history.state_dict()}
+        """The snapshots kept, and whose they are; loads with `weights_only=True`."""
+        run = None if self._folder is None else self._folder.run
+        about = {"version": _VERSION, "fingerprint": self.probe.fingerprint, "run": run}
+        return {**about, **self.history.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave; if that is of other images or methods, say so and begin anew."""
+        """Go on from what `state_dict` gave; where that cannot be, say why and begin anew.
+
+        It cannot be if the state is of other images, methods or targets, or if it is not readable.
+        """
         history = History()
-        history.load_state_dict(state)
-        if not history.count:
-            return
-        if state["fingerprint"] != self.probe.fingerprint or set(history.baseline.maps) != set(self.methods):
-            rank_zero_warn(
-                "ViTExplainCallback: the checkpoint's explanations are of other images or methods than this run's, so "
-                "a new baseline is taken."
-            )
-            return
-        self.history = history
+        try:
+            if state.get("version") != _VERSION:
+                raise ValueError(f"Expected `version` to be {_VERSION}, but got {state.get('version')!r:.80}.")
+            history.load_state_dict(state)
+            reason = self._other_than(history, state) if history.count else None
+        except ValueError as error:
+            reason = f"cannot be read ({error})"
+        if reason is not None:
+            rank_zero_warn(f"ViTExplainCallback: the checkpoint's explanations {reason}, so a new baseline is taken.")
+        elif history.count:
+            self.history = history
+            if self._folder is not None and isinstance(state.get("run"), str):
+                self._folder.run = state["run"]
+
+    def _other_than(self, history: History, state: Mapping[str, Any]) -> str | None:
+        """What keeps a history from being that of this run."""
+        baseline, target = history.baseline, self._target
+        if state.get("fingerprint") != self.probe.fingerprint or set(baseline.maps) != set(self.methods):
+            return "are of other images or methods than this run's"
+        if isinstance(target, Tensor):
+            wanted = torch.where(target < 0, baseline.prediction, target.cpu())
+        else:
+            wanted = baseline.prediction if target is None else torch.full_like(baseline.target, target)
+        return None if wanted.equal(baseline.target) else "are of another `target` than this run's"
 
     def _reliability(self, explanation: Explanation, advance: Advance) -> Reliability:
         maps, target = explanation.maps, explanation.target
@@ -224,7 +249,7 @@ class ExplanationTracker:
             self._begun = True
             self._to_folder(lambda folder: self.probe.save(folder / "probe.safetensors"))
         self._to_folder(lambda folder: now.save(folder / f"step_{now.step:08d}.safetensors"))
-        if self._writers:
+        if self.writers:
             pictures = dict(figures(self.history, self.probe, self._detail))
             self._each_writer(lambda writer: writer.scalars(values, now.step))
             self._each_writer(lambda writer: writer.pictures(pictures, now.step))
@@ -237,7 +262,7 @@ class ExplanationTracker:
             new |= {final: values[tag] for final, tag in finals.items() if tag in values}
         self._to_folder(lambda folder: now.save(folder / f"step_{now.step:08d}.safetensors"))
         self._to_folder(lambda folder: write_text(folder / "summary.txt", text + "\n"))
-        if self._writers:
+        if self.writers:
             pictures = dict(last_filmstrips(self.history, self.probe))
             moving = dict(animations(self.history, self.probe)) if full else {}
             self._each_writer(lambda writer: writer.scalars(new, now.step))
@@ -248,11 +273,11 @@ class ExplanationTracker:
         if folder is not None:
 
             def make_and_write() -> None:
-                folder.mkdir(parents=True, exist_ok=True)
-                write(folder)
+                check_space(folder.wanted)
+                write(folder.path)
 
             self._guard.attempt(f"cannot write to the folder {folder}", make_and_write)
 
     def _each_writer(self, write: Callable[[Writer], None]) -> None:
-        for writer in self._writers:
+        for writer in self.writers:
             self._guard.attempt(f"cannot write to {writer!r}", partial(write, writer))

@@ -13,6 +13,9 @@ from typing import Any, Protocol
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from vit_explain_callback._files import write_bytes
+from vit_explain_callback.tracking.folder import RunFolder
+from vit_explain_callback.tracking.scalars import PREFIX
+from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.tensorboard import add_file, add_lines, lay_out_margin_charts
 from vit_explain_callback.visualization.encode import jpeg, png
 from vit_explain_callback.visualization.overlay import Picture
@@ -50,8 +53,11 @@ class FolderWriter:
         folder: Made when it is needed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | RunFolder) -> None:
         self._folder = folder
+
+    def __repr__(self) -> str:
+        return f"the folder {self._folder}"
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Nothing: the scalars of a run are computed again from its raw maps."""
@@ -68,8 +74,11 @@ class FolderWriter:
             self._write(tag, "gif", gif)
 
     def _write(self, tag: str, ending: str, content: bytes) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self._folder / f"{tag.replace('/', '-')}.{ending}", content)
+        given = self._folder
+        check_space(given.wanted if isinstance(given, RunFolder) else given)
+        folder = given.path if isinstance(given, RunFolder) else given
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / f"{tag.replace('/', '-')}.{ending}", content)
 
 
 class TensorBoardWriter:
@@ -81,10 +90,17 @@ class TensorBoardWriter:
             run.
         max_pictures_mb: Megabytes (10⁶ bytes) that all pictures of the run may take. Pictures that would exceed them
             are left out, which is said once. Room is kept for those of the end.
+        prefix: What the tag of the summary begins with.
     """
 
-    def __init__(self, experiment: Any, margin_charts: Sequence[str] = (), max_pictures_mb: float = math.inf) -> None:
-        self._experiment = experiment
+    def __init__(
+        self,
+        experiment: Any,
+        margin_charts: Sequence[str] = (),
+        max_pictures_mb: float = math.inf,
+        prefix: str = PREFIX,
+    ) -> None:
+        self._experiment, self._prefix = experiment, prefix
         self._most = max_pictures_mb * 1e6
         self._written = self._largest = 0
         self._is_full = False
@@ -107,7 +123,7 @@ class TensorBoardWriter:
 
     def finish(self, summary: str, pictures: Mapping[str, Picture], animations: Mapping[str, bytes], step: int) -> None:
         """Add the summary as text, the last pictures, and each animation as a GIF file."""
-        add_lines(self._experiment, "explain/summary", summary, step)
+        add_lines(self._experiment, f"{self._prefix}summary", summary, step)
         self._add(_encoded(pictures), step)
         self._add(animations, step)
 
