@@ -9,14 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from shapes import CORNER, CORNER_COLOURS, FINETUNE_CLASSES, IMAGE_SIZE, Shapes
 
-from tests.models import tiny_vit
+from tests.models import random_images, tiny_vit
+from vit_explain_callback import load_run
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+PAGES = [ROOT / "README.md", EXAMPLES / "README.md", ROOT / "tests" / "benchmarks" / "README.md"]
 TINY = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch-size", "4", "--num-images", "4", "--cpu"]
 
 
@@ -145,3 +149,58 @@ def test_the_shortcut_says_what_it_should() -> None:
     assert all(hint != label for hint, label in zip(hints("wrong"), labels, strict=True))
     agreement = np.mean(np.array(hints("random")) == np.array(labels))
     assert 0.05 < agreement < 0.5
+
+
+def test_a_plain_loop_follows_its_model(tmp_path: Path) -> None:
+    summary = script(tmp_path, "plain_loop.py")
+    run = load_run(tmp_path / "runs" / "plain_loop")
+    assert run.steps == [0, 15, 30, 45, 60]
+    assert run.summary in summary
+    assert run.probe.labels is not None
+    correct = (run.logits.argmax(dim=2) == run.probe.labels).double().mean(dim=1)
+    assert correct[0] < 0.7 < 0.9 < correct[-1]  # it learns, so that there is something to follow
+
+
+def test_the_readme_names_the_lines_that_are_run_first() -> None:
+    readme = PAGES[0].read_text(encoding="utf-8")
+    lines = readme.splitlines()
+    assert len(lines) <= 180
+    assert next(line for line in lines if "-m pytest" in line) == (
+        'python3 -m venv .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/python -m pytest'
+    )
+    assert "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/python examples/finetune.py" in lines
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_links_of_a_readme_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not link.startswith("https://") and not (page.parent / link).exists()]
+    assert missing == []
+    assert len(links) > 2
+
+
+def test_pictures_are_shown_and_small() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for picture in (EXAMPLES / "pictures").iterdir():
+        assert f"pictures/{picture.name}" in text, picture
+        assert picture.stat().st_size < 300_000, picture
+
+
+def test_python_in_the_readme_runs(tmp_path: Path) -> None:
+    """Every block of it in turn, with names as a reader would have them."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 4
+    names = {
+        "Trainer": pl.Trainer,
+        "model": tiny_vit(depth=7, num_classes=300),
+        "images": random_images(4),
+        "labels": torch.arange(4),
+        "masks": torch.ones(4, 32, 32, dtype=torch.bool),
+        "folder": tmp_path / "explanations",
+        "loader": range(101),
+        "train": lambda batch: None,
+    }
+    for block in blocks:
+        exec(block, names)
+    assert names["metric"].shape == (2, 4)  # type: ignore[attr-defined]
+    assert (names["metric"] == 0).all()  # type: ignore[operator]

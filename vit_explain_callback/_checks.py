@@ -1,4 +1,4 @@
-"""What is refused before a model is run."""
+"""Refuse images, models and options that cannot be explained, before a model is run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an explanation holds, and how it shows itself."""
+"""The explanation of a batch: maps, logits and targets, and how it shows itself."""
 
 from __future__ import annotations
 

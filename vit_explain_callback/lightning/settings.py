@@ -1,4 +1,4 @@
-"""What the user asks of the callback, grouped by what uses it, and checked."""
+"""Settings of the callback, grouped by what uses them, and checked."""
 
 from __future__ import annotations
 

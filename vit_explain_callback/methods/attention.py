@@ -1,4 +1,4 @@
-"""What the readout attends to in one block.
+"""Attention of one block: what the readout, or a patch, attends to.
 
 Shapes: b images, H heads, N tokens.
 """

@@ -1,4 +1,4 @@
-"""What an explanation method says of itself: the matrix it wants of each block, and what it does with it.
+"""A method: the matrix it wants of each block, and what it does with it.
 
 Shapes: B images, b of them at a time, H heads, N tokens, M keys of an attention pool, Q its queries.
 """

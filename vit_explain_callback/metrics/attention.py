@@ -1,4 +1,4 @@
-"""What each block attends to: statistics of attention matrices, gathered while they exist.
+"""Statistics of what each block attends to, gathered while its attention exists.
 
 Shapes: B images, b of them at a time, L blocks, h heads at a time, N tokens, P patches.
 """

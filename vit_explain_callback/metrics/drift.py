@@ -1,4 +1,4 @@
-"""How far explanation maps have moved: measures between two sets of maps.
+"""Drift: measures of how far explanation maps have moved between two sets.
 
 Maps are (B, grid_h, grid_w); results are (B,) in float64, NaN where either map is degenerate (see `is_degenerate`).
 

@@ -1,4 +1,4 @@
-"""Whether maps are faithful to the model: does taking away what they mark take away the prediction?"""
+"""Faithfulness of maps to the model: does taking away what they mark take away the prediction?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of an explanation map lies on a named region of the image, such as the object or a watermark."""
+"""Localisation: how much of a map lies on a named region, such as the object or a watermark."""
 
 from __future__ import annotations
 

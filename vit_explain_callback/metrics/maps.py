@@ -1,4 +1,4 @@
-"""What can be measured on explanation maps at all, and the parts that measures share.
+"""Maps that can be measured, and the parts that measures share.
 
 Maps are (B, grid_h, grid_w), measured image by image on the native patch grid; results are (B,) in float64. A map that
 carries no ranking (not finite, magnitudes that sum to at most 1e-12, or flat: range at most 1e-6 of its greatest

@@ -1,4 +1,4 @@
-"""What drift is small, and what is large: the noise floor and the unrelated level of a drift measure."""
+"""Reference levels of a drift measure: the noise floor, and the drift between unrelated images."""
 
 from __future__ import annotations
 

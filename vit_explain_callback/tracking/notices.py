@@ -1,4 +1,4 @@
-"""What a user should be told of the maps, each once a run."""
+"""Tell the user what the maps have to be read with, each notice once a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a page stores of its runs, as JSON: maps in 8 bits, pictures as JPEG, curves and scalars as numbers."""
+"""Store runs for a page, as JSON: maps in 8 bits, pictures as JPEG, curves and scalars as numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where scalars and pictures of a run go: a folder, TensorBoard, or a writer of one's own.
+"""Writers of a run's scalars and pictures: to a folder, to TensorBoard, or one of one's own.
 
 The raw maps do not go through a writer: an `ExplanationTracker` saves them itself.
 """

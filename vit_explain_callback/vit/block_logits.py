@@ -1,4 +1,4 @@
-"""What the model's own head makes of the tokens after each block, and its gradient at that block's attention.
+"""Logits that the model's own head gives the tokens after each block, and their gradient at its attention.
 
 The logit s of a block is what the model would give the target if its final norm, pooling and head read the tokens that
 leave this block instead of those that leave the last: its class token in a model that reads the class token, the mean

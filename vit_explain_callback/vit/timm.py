@@ -1,4 +1,4 @@
-"""Where the Vision Transformer is in a model, and what timm says of its own."""
+"""Find the Vision Transformer in a model, and what timm says of its own."""
 
 from __future__ import annotations
 

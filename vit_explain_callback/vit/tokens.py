@@ -1,4 +1,4 @@
-"""Which token is what: prefix tokens, the grid of patches, and the tokens that the classifier reads."""
+"""Token layout: prefix tokens, the grid of patches, and the tokens that the classifier reads."""
 
 from __future__ import annotations
 
