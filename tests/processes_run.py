@@ -17,12 +17,27 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.runs import Classifier, fit, loader, messages
 from vit_explain_callback import ViTExplainCallback
 
+EXPLAINED: list[int] = []
+"""Images in each forward pass in evaluation mode; a list that a twin does not copy."""
+
+
+def counting(net: nn.Module) -> None:
+    """Count the images of every forward pass of a model and of its twins."""
+
+    class Counting(type(net)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if not self.training:
+                EXPLAINED.append(len(args[0]))
+            return super().forward(*args, **kwargs)
+
+    net.__class__ = Counting
+
 
 class Faulty(Classifier):
     """Under explanation, one process only fails at step 2, and is short of memory at step 3."""
 
     def forward(self, images: Tensor) -> Any:
-        if not self.net.training and self.global_rank == 1:
+        if not self.net.training and torch.distributed.get_rank() == 1:
             if self.global_step == 2:
                 raise RuntimeError("this process cannot")
             if self.global_step == 3 and len(images) > 2:
@@ -83,9 +98,9 @@ def run(arguments: argparse.Namespace, callback: ViTExplainCallback | None) -> d
     module = Sharded() if arguments.strategy in ("fsdp2", "tensor_parallel") else Classifier()
     if arguments.faulty:
         module = Faulty()
-    explained: list[int] = []
+    EXPLAINED.clear()
+    counting(module.net)
     reductions: list[int] = []
-    module.net.register_forward_hook(lambda net, args, _: None if net.training else explained.append(len(args[0])))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit(
@@ -101,9 +116,10 @@ def run(arguments: argparse.Namespace, callback: ViTExplainCallback | None) -> d
         "rank": trainer.global_rank,
         "said": messages(caught),
         "weights": {name: _whole(value).clone() for name, value in module.state_dict().items()},
-        "explained": explained,
+        "explained": list(EXPLAINED),
         "reductions": reductions,
         "snapshots": callback.state_dict()["snapshots"] if callback else [],
+        "probe": _probe(callback),
         "metrics": {tag: value for tag, value in trainer.callback_metrics.items() if "drift" in tag},
     }
 
@@ -121,6 +137,15 @@ def main() -> None:
     callback = ViTExplainCallback(every_n_steps=1, num_images=arguments.num_images, num_shown=1, on_error=on_error)
     seen = {"with": run(arguments, callback), "without": run(arguments, None)}
     torch.save(seen, arguments.output / f"rank_{seen['with']['rank']}.pt")
+
+
+def _probe(callback: ViTExplainCallback | None) -> list[Tensor]:
+    if callback is None or callback.tracker is None:
+        return []
+    images, labels = callback.tracker.probe.images, callback.tracker.probe.labels
+    assert images is not None
+    assert labels is not None
+    return [images, labels]
 
 
 def _whole(value: Any) -> Tensor:

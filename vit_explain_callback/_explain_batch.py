@@ -58,9 +58,11 @@ def explain_batch(
         check_query(query, methods, layout.grid)
         layout = _read_by(query, layout)
         stack, gradients = _without_pool(stack, gradients)
-    blocks = Blocks(stack, gradients, own_logits)
-    del stack, gradients, own_logits  # the iterator lets go of each block once nobody else holds it
-    found = _maps(methods, blocks, layout, meter)
+    # Attention is computed again here, in full precision whatever the forward pass ran in.
+    with torch.autocast(logits.device.type, enabled=False):
+        blocks = Blocks(stack, gradients, own_logits)
+        del stack, gradients, own_logits  # the iterator lets go of each block once nobody else holds it
+        found = _maps(methods, blocks, layout, meter)
     statistics = None if meter is None else meter.result()
     return [Explanation(maps, logits, target, statistics) for maps, target in zip(found, targets, strict=True)]
 

@@ -113,7 +113,7 @@ def measure(model: str, num_images: int, snapshots: int, batch: int, **shape: An
     size = vit.patch_embed.img_size[0]
     steps = StepTimes()
     run(vit, size, batch, 4, [steps], None)
-    callback = ViTExplainCallback(every_n_steps=1, num_images=num_images, on_error="raise")
+    callback = ViTExplainCallback(every_n_steps=1, num_images=num_images, detail="full", on_error="raise")
     with timed(PARTS | RARE) as taken:
         run(vit, size, 1, snapshots, [], callback)
     return {"step": statistics.median(steps.seconds[1:]), "parts": dict(taken)}

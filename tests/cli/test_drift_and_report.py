@@ -93,7 +93,7 @@ def test_the_drift_of_a_series_of_checkpoints(
         assert found.target.equal(first.target)
         assert (found.reliability is None) == (seed == 1)
     html = (output / "report.html").read_text(encoding="utf-8")
-    assert "3 probe images over 3 snapshots, steps 0 to 2" in html
+    assert "3 images, 3 snapshots, steps 0 to 2" in html
 
 
 def test_a_series_that_was_interrupted_goes_on(

@@ -16,6 +16,7 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     SequentialSampler,
     Subset,
@@ -78,6 +79,13 @@ def test_loaders_of_every_kind() -> None:
     assert taken(DataLoader(batches, batch_size=None), 3)[1].tolist() == [0, 1, 2, 3]
     doubled = DataLoader(dataset, batch_size=4, collate_fn=lambda items: 2 * torch.stack([i for i, _ in items]))
     assert taken(doubled, 10).equal(2 * IMAGES)
+
+
+def test_a_sampler_that_divides_the_data_among_processes_gives_all_of_them() -> None:
+    dataset = TensorDataset(IMAGES, LABELS)
+    sampler: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=4, rank=0, shuffle=False)
+    assert taken(DataLoader(dataset, 2, sampler=sampler), 10)[1].tolist() == LABELS.tolist()
+    assert sampler.rank == 0
 
 
 def test_what_streams_or_is_no_loader_of_torchs_is_watched() -> None:

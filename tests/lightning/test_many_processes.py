@@ -19,6 +19,8 @@ from vit_explain_callback.tracking.distributed import Ranks
 ROOT = Path(__file__).parents[2]
 SECONDS = 240
 IMAGES = 5
+# Each process learns from the user's step how the model is run, and tries whether it can be called alone.
+LEARNT = [IMAGES, IMAGES]
 
 
 def start(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +44,12 @@ def ranks(folder: Path, *options: str) -> list[dict[str, Any]]:
 
 def assert_first_maps_are_those_of_one_process(seen: dict[str, Any]) -> None:
     data = Pictures()
-    expected = explain(tiny_vit(), data.images[:IMAGES], target=data.labels[:IMAGES])
+    images, labels = seen["probe"]
+    places = [next(i for i, known in enumerate(data.images) if known.equal(image)) for image in images]
+    assert len(set(places)) == IMAGES
+    assert labels.equal(data.labels[places])
+    assert sorted(labels.tolist()) == [0, 1, 2, 3, 4]
+    expected = explain(tiny_vit(), images, target=labels)
     for name, maps in expected.maps.items():
         torch.testing.assert_close(seen["snapshots"][0][f"map/{name}"], maps, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(seen["snapshots"][0]["logits"], expected.logits)
@@ -64,7 +71,7 @@ def test_ddp_divides_the_probe_batch_and_every_process_knows_the_whole(devices: 
     assert len(seen) == devices
     for rank, one in enumerate(seen):
         share = len(range(IMAGES)[Ranks(rank, devices).share(IMAGES)])
-        assert one["explained"] == forward_passes(share)
+        assert one["explained"] == LEARNT + forward_passes(share)
         assert differing(one["snapshots"], seen[0]["snapshots"]) == []
         assert differing(one["metrics"], seen[0]["metrics"]) == []
         assert one["metrics"]
@@ -90,7 +97,7 @@ def test_a_fault_on_one_process_is_shared_by_all_and_training_goes_on(tmp_path: 
     seen = ranks(tmp_path / "run", "--faulty")
     for one in seen:
         assert [snapshot["step"] for snapshot in one["snapshots"]] == [0, 1, 3, 4]
-    assert seen[1]["explained"] == forward_passes(3, [3, 2, 1, 3])
+    assert seen[1]["explained"] == LEARNT + forward_passes(3, [3, 2, 1, 3])
     (said,) = seen[0]["said"]
     assert "the snapshot at step 2 failed, and training goes on: RuntimeError('this process cannot')" in said
 

@@ -18,6 +18,8 @@ from vit_explain_callback.tracking.scalars import Detail
 from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.vit.adapter import LogitsOf
 
+_METHODS = ("rollout", "grad_rollout")
+
 
 class ViTExplainCallback(Callback):
     """Explains the same validation images again and again while a Vision Transformer is fine-tuned.
@@ -117,7 +119,7 @@ class ViTExplainCallback(Callback):
 
     def __init__(
         self,
-        methods: Sequence[str | Method] = ("rollout", "grad_rollout"),
+        methods: Sequence[str | Method] = _METHODS,
         every_n_epochs: int | Literal["auto"] | None = "auto",
         every_n_steps: int | None = None,
         check_every_n_snapshots: int | None = 5,
@@ -161,6 +163,10 @@ class ViTExplainCallback(Callback):
             detail=detail,
             on_error=on_error,
         )
+        names = [method.name for method in self.settings.methods]
+        asked = {"methods": (names, list(_METHODS)), "target": (str(target), "label"), "vit": (vit, None)}
+        other = {name: value for name, (value, default) in asked.items() if value != default}
+        self._state_key = self._generate_state_key(**other) if other else type(self).__qualname__
         self._fit: Fit | None = None
         self._state: dict[str, Any] | None = None
         self._watched = Watched(num_images)
@@ -220,11 +226,8 @@ class ViTExplainCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells the callbacks of one trainer apart."""
-        methods = [method.name for method in self.settings.methods]
-        return self._generate_state_key(
-            methods=methods, target=str(self.settings.target), vit=self.settings.model.get("vit")
-        )
+        """Tells the callbacks of one trainer apart, by what was asked of them."""
+        return self._state_key
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over the state of a run with other options, to say that it cannot go on."""

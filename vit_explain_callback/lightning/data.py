@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
 from vit_explain_callback.lightning._compat import Trainer
 from vit_explain_callback.lightning.batches import joined
@@ -140,7 +140,7 @@ def _as_labels(values: Any, count: int) -> Sequence[int] | None:
 
 
 def _read(loader: DataLoader[Any], data: Any, sampler: Any, collate: Any, num_images: int) -> Any:
-    drawn = itertools.islice(iter(sampler), _MOST_INDICES)
+    drawn = itertools.islice(_of_all_processes(sampler), _MOST_INDICES)
     batched = loader.batch_sampler is not None
     flat = itertools.chain.from_iterable(drawn) if batched else drawn
     indices = sorted(set(itertools.islice(flat, _MOST_INDICES)))
@@ -154,6 +154,15 @@ def _read(loader: DataLoader[Any], data: Any, sampler: Any, collate: Any, num_im
         more = [index for index in spread(indices, None, 3 * num_images) if index not in set(chosen)]
         items = _alike([*items, *_items(loader, data, more)])[:num_images]
     return collate(items) if items else None
+
+
+def _of_all_processes(sampler: Any) -> Iterator[Any]:
+    """What a sampler gives, on all processes together where each has a share."""
+    inner = getattr(sampler, "sampler", sampler)
+    for rank in range(inner.num_replicas if isinstance(inner, DistributedSampler) else 1):
+        if isinstance(inner, DistributedSampler):
+            inner.rank = rank
+        yield from sampler
 
 
 def _items(loader: DataLoader[Any], data: Any, indices: list[int]) -> Any:

@@ -97,7 +97,8 @@ class Fit:
         Callbacks that average weights put the average into the module when training ends: then it is taken again.
         """
         self._take_unless_done()
-        if self._seen is not None and not self._seen.equal(_sample(self._module)):
+        replaced = self._seen is not None and not self._seen.equal(_sample(self._module))
+        if self._trainer.strategy.reduce_boolean_decision(replaced, all=False):  # by all processes or none
             self._attempt(self._take)
         self._guard.attempt("cannot conclude", self._conclude)
 
@@ -250,4 +251,6 @@ class Fit:
 
 def _sample(module: nn.Module) -> Tensor:
     """A few of each parameter's values, which are others when its weights are replaced."""
-    return torch.cat([parameter.detach().flatten()[:16].float().cpu() for parameter in module.parameters()])
+    own: list[Any] = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in module.parameters()]
+    values = torch.cat([part.detach().flatten()[:16].float().cpu() for part in own])
+    return values.view(torch.int32)  # bits, as NaN is not equal to itself

@@ -14,8 +14,9 @@ from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.lightning._compat import LightningModule, Trainer
 from vit_explain_callback.lightning.batches import Watched, images_and_labels
 from vit_explain_callback.lightning.data import class_names, probe_batch
+from vit_explain_callback.lightning.evaluation import evaluating, transferred
 from vit_explain_callback.lightning.settings import Settings
-from vit_explain_callback.lightning.step import LightningAdapter, evaluating, transferred, watch
+from vit_explain_callback.lightning.step import LightningAdapter, watch
 from vit_explain_callback.lightning.strategy import explained_module, forward_of
 from vit_explain_callback.tracking.distributed import Ranks
 from vit_explain_callback.tracking.probe import Probe

@@ -150,7 +150,7 @@ class ExplanationTracker:
         self.history.add(Snapshot(step, explanation, reliability))
         values = scalars(self.history, self.probe)
         logged = of_detail(values, self._detail)
-        self._rows[step] = {"step": step, **values}
+        self._keep_row(values)
         if self._ranks.rank == 0:
             for notice in self._notices.of(values):
                 rank_zero_warn(f"ViTExplainCallback: {notice}")
@@ -262,6 +262,12 @@ class ExplanationTracker:
             self._each_writer(lambda writer: writer.pictures(pictures, now.step))
         self._write_report(is_last=False)
 
+    def _keep_row(self, values: Mapping[str, float]) -> None:
+        """Every scalar of the latest snapshot, for the page; those of snapshots that were thinned out go."""
+        kept = {snapshot.step for snapshot in self.history.snapshots}
+        self._rows = {step: row for step, row in self._rows.items() if step in kept}
+        self._rows[self.history.now.step] = {"step": self.history.now.step, **values}
+
     def _write_report(self, is_last: bool) -> None:
         """The page of the run so far; a snapshot of a run that was resumed has no scalars before it is loaded."""
         report = self._report
@@ -283,7 +289,7 @@ class ExplanationTracker:
             moving = dict(animations(self.history, self.probe)) if full else {}
             self._each_writer(lambda writer: writer.scalars(new, now.step))
             self._each_writer(lambda writer: writer.finish(text, pictures, moving, now.step))
-        self._rows[now.step] = {"step": now.step, **scalars(self.history, self.probe)}
+        self._keep_row(scalars(self.history, self.probe))
         self._write_report(is_last=True)
 
     def _to_folder(self, write: Callable[[Path], None]) -> None:

@@ -191,7 +191,7 @@ class Subject:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return None if seen else (tuple(map(leaf, args)), {name: leaf(given) for name, given in kwargs.items()})
 
-        handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in self.vit.modules()]
+        handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in _outside_lists(self.vit)]
         try:
             yield seen
         finally:
@@ -239,6 +239,14 @@ class Subject:
             return stack.pool is not None
         read = tokens_read(self.logits, stack.entry, stack.exit, stack.tokens, images[:1].detach())
         return read is None or read == known.readout.nonzero().flatten().tolist()
+
+
+def _outside_lists(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and those in it that images may reach: all but the elements of lists, as blocks are."""
+    yield module
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        for child in module.children():
+            yield from _outside_lists(child)
 
 
 def _built(model: nn.Module) -> object:

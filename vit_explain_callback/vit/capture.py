@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from vit_explain_callback.vit._mha import MultiHeadParts, take_apart
-from vit_explain_callback.vit.twin import address
+from vit_explain_callback.vit.copy_on_write import address
 
 _MATMULS = {"matmul", "__matmul__", "bmm"}
 _IN_PLACE = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from vit_explain_callback.vit.copy_on_write import CopyOnWrite, address
+
 _CONTAINERS = (dict, list, set, collections.deque)
+_PLAIN: list[Any] = [object.__new__, types.SimpleNamespace.__new__]
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 # Hooks that run in a backward pass are for the user's own.
 _NOT_TAKEN = {"_backward_hooks", "_backward_pre_hooks"}
@@ -69,7 +71,7 @@ class Twin:
 
         It costs some microseconds for each operation.
         """
-        return _CopyOnWrite(self)
+        return CopyOnWrite(self.parameters, self.moved)
 
     def _copy(self, value: Any) -> Any:
         if value is None or isinstance(value, bool | int | float | complex | str | bytes | type | types.ModuleType):
@@ -197,58 +199,11 @@ class Twin:
         return torch.Generator(value.device).set_state(value.get_state())
 
     def _object(self, value: Any) -> Any:
-        made = object.__new__(type(value))
+        kind: Any = type(value)
+        made = kind.__new__(kind)
         self._remember(value, made)
         made.__dict__.update({name: self._copy(part) for name, part in vars(value).items()})
         return made
-
-
-class _CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives memory of its own to a parameter that an operation is about to write to, and writes there."""
-
-    def __init__(self, twin: Twin) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._parameters, self._moved = twin.parameters, twin.moved
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        written = _written(func)
-        if written:
-            args = tuple(self._own(arg) if place in written else arg for place, arg in enumerate(args))
-            kwargs = {name: self._own(arg) if name in written else arg for name, arg in kwargs.items()}
-        return func(*args, **kwargs)
-
-    def _own(self, arg: Any) -> Any:
-        if isinstance(arg, list | tuple):
-            return type(arg)(map(self._own, arg))
-        if not isinstance(arg, Tensor) or address(arg) not in self._parameters:
-            return arg
-        place = address(arg)
-        with torch.utils._python_dispatch._disable_current_modes():
-            if place not in self._moved:
-                self._moved[place] = arg.untyped_storage().clone()  # type: ignore[no-untyped-call]
-                for parameter in self._parameters[place]:
-                    parameter.data = self._view(self._moved[place], parameter)
-            return self._view(self._moved[place], arg)
-
-    @staticmethod
-    def _view(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
-        made = torch.empty(0, dtype=like.dtype, device=like.device)
-        return made.set_(storage, like.storage_offset(), like.size(), like.stride())
-
-
-@functools.cache
-def _written(func: Any) -> frozenset[int | str]:
-    """Places and names of the arguments that an operation writes to."""
-    arguments = enumerate(func._schema.arguments) if func._schema.is_mutable else ()
-    return frozenset(
-        key
-        for place, argument in arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-        for key in (place, argument.name)
-    )
 
 
 _MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
@@ -283,14 +238,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module if inner is None else unwrapped(inner)
 
 
-def address(tensor: Tensor) -> int:
-    """Where the memory of a tensor begins, the same for all of its views; 0 where it has none of its own."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # a subclass that wraps other tensors
-        return 0
-
-
 def is_sharded(module: nn.Module) -> bool:
     """Whether parameters are spread over processes, as by FSDP, DeepSpeed or tensor parallelism.
 
@@ -318,7 +265,7 @@ def _is_plain(value: Any) -> bool:
     kind: Any = type(value)
     return (
         hasattr(value, "__dict__")
-        and kind.__new__ is object.__new__
+        and kind.__new__ in _PLAIN
         and kind.__reduce_ex__ is object.__reduce_ex__
         and not _pickles_itself(kind)
         and not isinstance(value, torch.utils.data.Dataset | torch.utils.data.DataLoader)

@@ -1,0 +1,64 @@
+"""Evaluate a twin of a LightningModule, in its precision and with a trainer that can be asked but not used."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
+from vit_explain_callback.lightning.stand_in import StandIn
+from vit_explain_callback.vit.isolation import undisturbed
+from vit_explain_callback.vit.twin import Twin, shallow_twin
+
+StepName = Literal["validation_step", "training_step"]
+
+
+@contextmanager
+def evaluating(module: LightningModule, trainer: Trainer, guarded: bool = True) -> Iterator[Twin]:
+    """A twin of a module, in the precision that its weights need."""
+    folder = tempfile.TemporaryDirectory(prefix="vit_explain_")
+    stand_in = StandIn(trainer, folder.name)
+    replaced: dict[int, object] = {id(trainer): stand_in}
+    replaced |= {id(child._trainer): stand_in for child in module.modules() if getattr(child, "_trainer", None)}
+    if (data := getattr(trainer, "datamodule", None)) is not None:
+        replaced[id(data)] = data
+    with folder, ExitStack() as stack:
+        twin = stack.enter_context(undisturbed(module, replaced, guarded))
+        kinds = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+        if kinds - {torch.float32, torch.float64}:  # lower precision, all of it or in parts, needs what training has
+            stack.enter_context(trainer.precision_plugin.forward_context())
+        yield twin
+
+
+def transferred(twin: nn.Module, trainer: Trainer, batch: Any, device: torch.device) -> Any:
+    """A batch after the transfer hooks of the twin, or of a copy of the data module where that has its own."""
+    module: Any = twin
+    data = getattr(trainer, "datamodule", None)
+    if data is not None:
+        data = shallow_twin(data)
+        data.trainer = module.trainer
+    batch = trainer.precision_plugin.convert_input(batch)
+    for name, given in (
+        ("on_before_batch_transfer", (0,)),
+        ("transfer_batch_to_device", (device, 0)),
+        ("on_after_batch_transfer", (0,)),
+    ):
+        owner = data if data is not None and is_overridden(name, data) else module
+        batch = getattr(owner, name)(batch, *given)
+    return batch
+
+
+def run_step(twin: nn.Module, step: StepName, batch: Any) -> Any:
+    """Call a step with as many of its arguments as it takes; what it prints goes nowhere."""
+    function = getattr(twin, step)
+    parameters = inspect.signature(function).parameters
+    given: dict[str, Any] = {"batch_idx": 0, "dataloader_idx": 0}
+    with redirect_stdout(io.StringIO()):
+        return function(batch, **{name: given[name] for name in given if name in parameters})

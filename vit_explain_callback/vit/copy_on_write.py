@@ -1,0 +1,76 @@
+"""Write to a copy of a parameter, whatever operation it is that writes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Context manager that gives memory of its own to a parameter that an operation is about to write to.
+
+    It costs some microseconds for each operation.
+
+    Args:
+        parameters: Those that are not to be written to, by the address of their memory.
+        moved: Takes the memory that a parameter was given, by the address of what it had.
+    """
+
+    def __init__(
+        self, parameters: Mapping[int, Sequence[nn.Parameter]], moved: dict[int, torch.UntypedStorage]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._parameters, self._moved = parameters, moved
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = _written(func)
+        if written:
+            args = tuple(self._own(arg) if place in written else arg for place, arg in enumerate(args))
+            kwargs = {name: self._own(arg) if name in written else arg for name, arg in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _own(self, arg: Any) -> Any:
+        if isinstance(arg, list | tuple):
+            return type(arg)(map(self._own, arg))
+        if not isinstance(arg, Tensor) or address(arg) not in self._parameters:
+            return arg
+        place = address(arg)
+        with torch.utils._python_dispatch._disable_current_modes():
+            if place not in self._moved:
+                self._moved[place] = arg.untyped_storage().clone()  # type: ignore[no-untyped-call]
+                for parameter in self._parameters[place]:
+                    parameter.data = self._view(self._moved[place], parameter)
+            return self._view(self._moved[place], arg)
+
+    @staticmethod
+    def _view(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
+        made = torch.empty(0, dtype=like.dtype, device=like.device)
+        return made.set_(storage, like.storage_offset(), like.size(), like.stride())
+
+
+@functools.cache
+def _written(func: Any) -> frozenset[int | str]:
+    """Places and names of the arguments that an operation writes to."""
+    arguments = enumerate(func._schema.arguments) if func._schema.is_mutable else ()
+    return frozenset(
+        key
+        for place, argument in arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for key in (place, argument.name)
+    )
+
+
+def address(tensor: Tensor) -> int:
+    """Where the memory of a tensor begins, the same for all of its views; 0 where it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # a subclass that wraps other tensors
+        return 0
