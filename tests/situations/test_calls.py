@@ -79,6 +79,26 @@ class NoForward(Project):
         return cross_entropy(self.vit(batch[0]), batch[1])
 
 
+class OwnNames(Project):
+    """Calls the arguments of its steps what it likes, as Lightning gives them by their place."""
+
+    def training_step(self, data: Any, i: int) -> Tensor:  # type: ignore[override]
+        return self.step(data)
+
+    def validation_step(self, data: Any, i: int, which: int = 0) -> None:  # type: ignore[override]
+        assert (i >= 0, which) == (True, 0)
+        self.log("val_loss", self.step(data), batch_size=1)
+
+
+class StarArguments(Project):
+    """Takes whatever comes."""
+
+    def validation_step(self, *args: Any) -> None:
+        batch, index = args
+        assert index >= 0
+        self.log("val_loss", self.step(batch), batch_size=1)
+
+
 class LookingAround(Project):
     """The step asks the trainer and writes to the logger."""
 
@@ -149,6 +169,8 @@ SITUATIONS = {
         validation=lambda: loader(form=lambda _, image, label: {"image": image, "label": label}),
     ),
     "no forward, all in the steps": Situation(NO_THREAD, RIGHT, NoForward),
+    "steps with arguments of other names": Situation(NO_THREAD, RIGHT, OwnNames),
+    "a step of star arguments": Situation(NO_THREAD, RIGHT, StarArguments),
     "forward for export differs from the step": Situation(
         NO_THREAD, "explained forward's output, not what is trained", OtherForward, says="forward"
     ),

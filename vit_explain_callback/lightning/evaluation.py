@@ -56,9 +56,15 @@ def transferred(twin: nn.Module, trainer: Trainer, batch: Any, device: torch.dev
 
 
 def run_step(twin: nn.Module, step: StepName, batch: Any) -> Any:
-    """Call a step with as many of its arguments as it takes; what it prints goes nowhere."""
+    """Call a step with as many arguments as it takes, by their place as Lightning does; what it prints goes nowhere.
+
+    The index of the loader is given only where it is asked for by name or has no default.
+    """
     function = getattr(twin, step)
-    parameters = inspect.signature(function).parameters
-    given: dict[str, Any] = {"batch_idx": 0, "dataloader_idx": 0}
+    kinds = inspect.Parameter
+    places = [one for one in inspect.signature(function).parameters.values() if one.kind < kinds.KEYWORD_ONLY]
+    index_of_batch = len(places) > 1 or places[-1].kind == kinds.VAR_POSITIONAL
+    more = [one for one in places[2:] if one.kind != kinds.VAR_POSITIONAL]
+    index_of_loader = bool(more) and (more[0].name == "dataloader_idx" or more[0].default is kinds.empty)
     with redirect_stdout(io.StringIO()):
-        return function(batch, **{name: given[name] for name in given if name in parameters})
+        return function(batch, *[0] * (index_of_batch + index_of_loader))
