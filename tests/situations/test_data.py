@@ -66,6 +66,24 @@ class Sharded(IterableDataset[Any]):
             yield images[index], LABELS[index]
 
 
+class LosesItsFile(Dataset[Any]):
+    """Its copy has no open file, as with data sets that drop theirs to be pickled."""
+
+    def __init__(self) -> None:
+        self.file: Tensor | None = pictures()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"file": None}
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> Any:
+        if self.file is None:
+            raise RuntimeError("the file is not open")
+        return self.file[index], LABELS[index]
+
+
 class OpenedByWorker(Dataset[Any]):
     file: Tensor | None = None
 
@@ -146,6 +164,14 @@ SITUATIONS = {
     "a stream without a sanity check": replace(
         STREAM, first_step=2, says="first validation|step 2", trainer={"num_sanity_val_steps": 0, "max_epochs": 2}
     ),
+    "a copy of the data that cannot be read": Situation(
+        source=NO_THREAD,
+        before="every snapshot failed",
+        module=Project,
+        validation=lambda: DataLoader(LosesItsFile(), 8),
+        train=training,
+        says="others than the first validation images",
+    ),
     "worker_init_fn opens the data": Situation(
         source="pytorch#14612",
         before="every snapshot failed: the file is not open",
@@ -185,7 +211,7 @@ def test_the_probe_is_of_the_validation_data(name: str, tmp_path: Path) -> None:
     check(SITUATIONS[name], tmp_path)
 
 
-def image_folder(folder: Path) -> Situation:
+def image_folder(folder: Path, batch_size: int = 5) -> Situation:
     """Five classes of eight pictures, sorted by class as folders are."""
     if not folder.exists():
         for index, image in enumerate(pictures(count=8 * CLASSES).sigmoid()):
@@ -200,15 +226,16 @@ def image_folder(folder: Path) -> Situation:
         source="lightly-train#333",
         before="the first 16 images, of two classes",
         module=Project,
-        validation=lambda: DataLoader(ImageFolder(str(folder), prepared), 5),
+        validation=lambda: DataLoader(ImageFolder(str(folder), prepared), batch_size),
         train=lambda: DataLoader(ImageFolder(str(folder), prepared), 5, shuffle=True),
         fed=lambda: [data[index][0] for index in range(len(data))],
         labels=data.targets,
     )
 
 
-def test_an_image_folder_sorted_by_class(tmp_path: Path) -> None:
-    found = check(image_folder(tmp_path / "images"), tmp_path)
+@pytest.mark.parametrize("batch_size", [5, 16], ids=["small batches", "a sanity check that sees enough images"])
+def test_an_image_folder_sorted_by_class(batch_size: int, tmp_path: Path) -> None:
+    found = check(image_folder(tmp_path / "images", batch_size), tmp_path)
     labels = found.callback.tracker.probe.labels.tolist()
     assert set(Counter(labels).values()) <= {3, 4}, "every class as often as any other"
     assert len(Counter(labels)) == CLASSES

@@ -129,11 +129,6 @@ class Watched:
             self._count += images_in(batch)
 
     @property
-    def is_full(self) -> bool:
-        """Whether there are enough."""
-        return self._count >= self._num_images
-
-    @property
     def batch(self) -> Any:
         """What was kept, as one batch; None if nothing was."""
         return joined(self._batches, self._num_images)

@@ -105,14 +105,21 @@ class Subject:
 
 
 def _collected(trainer: Trainer, num_images: int, watched: Watched) -> tuple[Any, bool]:
-    """A batch of validation images, and whether it has been through the transfer hooks; None if there is none yet."""
-    batch = watched.batch if watched.is_full else None
-    if batch is None:
+    """A batch of validation images, and whether it has been through the transfer hooks; None if there is none yet.
+
+    Images that were watched are the first of the data, and often of one class: they serve where no others can be had.
+    """
+    try:
         batch = probe_batch(trainer, num_images)
-        if batch is not None:
-            return batch, False
-        batch = watched.batch
-    return batch, True
+    except RuntimeError as error:
+        if watched.batch is None:
+            raise
+        rank_zero_warn(
+            "ViTExplainCallback: give `images=(images, labels)` to explain others than the first validation images, as "
+            f"a copy of the validation data cannot be read: {error.__cause__!r}."
+        )
+        batch = None
+    return (watched.batch, True) if batch is None else (batch, False)
 
 
 def _on_device(trainer: Trainer, module: LightningModule, batch: Any, is_ready: bool) -> Any:
