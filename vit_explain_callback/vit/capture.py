@@ -110,7 +110,7 @@ class AttentionRecorder(TorchFunctionMode):
 
     def __enter__(self) -> AttentionRecorder:
         # On each module: hooks on all modules at once would make a compiled model warn.
-        for module in self._names:
+        for module in filter(_may_attend, self._names):
             self._handles.append(module.register_forward_pre_hook(self._enter_module))
             self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -195,6 +195,11 @@ class AttentionRecorder(TorchFunctionMode):
 def is_no_grad(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Whether a function seen by a `TorchFunctionMode` is the switching off of gradients."""
     return getattr(func, "__name__", "") == "_set_grad_enabled" and not args[0]
+
+
+def _may_attend(module: nn.Module) -> bool:
+    """Whether attention may run inside a module: not in torch's own layers without parts, as a linear one is."""
+    return bool(module._modules) or not type(module).__module__.startswith("torch.nn.")
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

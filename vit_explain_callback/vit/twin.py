@@ -27,6 +27,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vit_explain_callback.vit.copy_on_write import CopyOnWrite, address
 
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, types.BuiltinFunctionType}
+_UNCHANGED = (int, float, complex, str, bytes, type, types.ModuleType)  # classes that inherit from them, too
 _CONTAINERS = (dict, list, set, collections.deque)
 _PLAIN: list[Any] = [object.__new__, types.SimpleNamespace.__new__]
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
@@ -56,6 +58,7 @@ class Twin:
         self.state: set[int] = set()
         self.moved: dict[int, torch.UntypedStorage] = {}
         self._made: dict[int, Any] = dict(replaced or {})
+        self._makers: dict[type, Callable[[Twin, Any], Any]] = {}
         self._kept_alive: list[object] = []  # so that no `id` is given twice
         self.module: nn.Module = self._copy(module)
 
@@ -74,7 +77,7 @@ class Twin:
         return CopyOnWrite(self.parameters, self.moved)
 
     def _copy(self, value: Any) -> Any:
-        if value is None or isinstance(value, bool | int | float | complex | str | bytes | type | types.ModuleType):
+        if type(value) in _ATOMS or isinstance(value, _UNCHANGED):
             return value
         if id(value) not in self._made:
             made = self._made_of(value)
@@ -87,9 +90,12 @@ class Twin:
         self._kept_alive.append(value)
 
     def _made_of(self, value: Any) -> Any:
-        for kinds, make in _MAKERS:
-            if isinstance(value, kinds):
-                return make(self, value)
+        kind = type(value)
+        if kind not in self._makers:
+            self._makers[kind] = next((make for kinds, make in _MAKERS if isinstance(value, kinds)), Twin._any_other)
+        return self._makers[kind](self, value)
+
+    def _any_other(self, value: Any) -> Any:
         return self._object(value) if _is_plain(value) else value
 
     def _module(self, value: nn.Module) -> Any:
