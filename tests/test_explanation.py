@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -171,13 +172,16 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(
     explanation.save(tmp_path / "a.safetensors")
     before = (tmp_path / "a.safetensors").read_bytes()
 
-    def half(tensors: Any, path: Path, metadata: Any) -> None:
-        path.write_bytes(b"half")
+    write = Path.write_bytes
+
+    def half(path: Path, content: bytes) -> None:
+        write(path, content[: len(content) // 2])
         raise OSError("disk full")
 
-    monkeypatch.setattr("vit_explain_callback._files.save_file", half)
-    with pytest.raises(OSError, match="disk full"):
-        explanation.save(tmp_path / "a.safetensors")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", half)
+        with pytest.raises(OSError, match="disk full"):
+            explanation.save(tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -191,3 +195,10 @@ def test_other_files_are_not_explanations(tmp_path: Path) -> None:
         Explanation.load(tmp_path / "b.safetensors")
     with pytest.raises(FileNotFoundError, match="no file"):
         Explanation.load(tmp_path / "c.safetensors")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has other permissions")
+def test_a_saved_file_may_be_read_by_whom_the_user_lets_read_files(explanation: Explanation, tmp_path: Path) -> None:
+    explanation.save(tmp_path / "a.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

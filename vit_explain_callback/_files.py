@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -48,8 +48,7 @@ def write_text(path: Path, content: str) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a whole safetensors file of tensors and text by name."""
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with whole_file(path) as partial:
-        save_file(whole, partial, metadata=dict(metadata))
+    write_bytes(path, save(whole, metadata=dict(metadata)))  # `save_file` would keep it from the user's group
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
