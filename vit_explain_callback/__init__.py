@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vit_explain_callback.methods.grad_rollout import GradRollout, gradient_rollout
     from vit_explain_callback.methods.gradsam import GradSAM
     from vit_explain_callback.methods.legrad import LeGrad
+    from vit_explain_callback.methods.map_function import MapFunction
     from vit_explain_callback.methods.rollout import Rollout, attention_rollout
     from vit_explain_callback.metrics.drift import MapDrift
     from vit_explain_callback.tracking.probe import Probe
@@ -39,6 +40,7 @@ _HOME = {
     "GradSAM": "methods.gradsam",
     "LeGrad": "methods.legrad",
     "MapDrift": "metrics.drift",
+    "MapFunction": "methods.map_function",
     "Probe": "tracking.probe",
     "Rollout": "methods.rollout",
     "Run": "tracking.run",
@@ -64,6 +66,7 @@ __all__ = [
     "GradSAM",
     "LeGrad",
     "MapDrift",
+    "MapFunction",
     "Probe",
     "Rollout",
     "Run",

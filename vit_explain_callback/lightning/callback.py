@@ -11,7 +11,7 @@ from vit_explain_callback.lightning._compat import Callback, LightningModule, Tr
 from vit_explain_callback.lightning.batches import Watched, images_and_labels
 from vit_explain_callback.lightning.fit import Fit
 from vit_explain_callback.lightning.settings import Display, Schedule, Settings
-from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.faithfulness import Removal
 from vit_explain_callback.tracking.scalars import Detail
@@ -119,7 +119,7 @@ class ViTExplainCallback(Callback):
 
     def __init__(
         self,
-        methods: Sequence[str | Method] = _METHODS,
+        methods: Sequence[str | AnyMethod] = _METHODS,
         every_n_epochs: int | Literal["auto"] | None = "auto",
         every_n_steps: int | None = None,
         check_every_n_snapshots: int | None = 5,

@@ -110,7 +110,7 @@ def _maps(now: Snapshot, method: str) -> dict[str, float]:
     """The shape of the maps."""
     maps = now.maps[method]
     found = {name: _mean(value) for name, value in map_statistics(maps).items()}
-    if now.blocks is not None:
+    if now.blocks is not None and now.blocks.columns.shape[2:] == maps.shape[1:]:
         found["sink_lift"] = _mean(sink_lift(maps, now.blocks.columns.mean(dim=1)))
     first = {f"explain/map/{name}/{method}": found.pop(name) for name in _FIRST_OF_MAPS if name in found}
     return first | {f"{STATISTICS}/map/{method}/{name}": value for name, value in found.items()}

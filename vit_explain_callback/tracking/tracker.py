@@ -12,7 +12,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from vit_explain_callback._checks import as_target, check_counts, check_images
+from vit_explain_callback._checks import as_target, check_counts, check_images, check_removal
 from vit_explain_callback._files import write_text
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
@@ -40,7 +40,8 @@ class ExplanationTracker:
     """Explains the same images again and again, measures what changed, and writes it down.
 
     Args:
-        explainer: Of the model that is trained.
+        explainer: Of the model that is trained. Maps of more than 64 cells a side, as of pixels, are saved as they are
+            and measured pooled; see `metrics.maps.pooled`.
         probe: The images.
         folder: Where raw maps go, as `step_*.safetensors` beside `probe.safetensors`, which `load_run` reads. One that
             holds another run is not added to: `{folder}_1` is taken, and so on. None keeps nothing on the disk.
@@ -102,6 +103,7 @@ class ExplanationTracker:
         ranks: Ranks | None = None,
     ) -> None:
         check_counts(check_every=check_every, batch_size=batch_size)
+        check_removal(removal, explainer.methods)
         if probe.images is None:
             raise ValueError("Expected a probe made with `Probe.of`, but got one that was read from a folder.")
         check_images(probe.images)
@@ -144,17 +146,19 @@ class ExplanationTracker:
                 self._ranks, self._model(), self._images, target, self._batch_size, self._block_statistics
             )
             advance()
+            self.history.check_grids(explanation)
             reliability = self._reliability(explanation, advance) if due else None
         if again:
             self.history.drop_latest()
-        self.history.add(Snapshot(step, explanation, reliability))
+        snapshot = Snapshot(step, explanation, reliability)
+        self.history.add(snapshot)
         values = scalars(self.history, self.probe)
         logged = of_detail(values, self._detail)
         self._keep_row(values)
         if self._ranks.rank == 0:
             for notice in self._notices.of(values):
                 rank_zero_warn(f"ViTExplainCallback: {notice}")
-            self._write(logged)
+            self._write(logged, snapshot)
         return logged
 
     def scalars(self) -> dict[str, float]:
@@ -249,8 +253,7 @@ class ExplanationTracker:
             raise RuntimeError("Expected a tracker that still holds its model, but it was released.")
         return self.explainer
 
-    def _write(self, values: Mapping[str, float]) -> None:
-        now = self.history.now
+    def _write(self, values: Mapping[str, float], now: Snapshot) -> None:
         self._written = set(values)
         if not self._begun:
             self._begun = True
@@ -282,7 +285,7 @@ class ExplanationTracker:
         if full:
             finals = final_tags(self.methods, self.probe.regions, bool(self._check_every))
             new |= {final: values[tag] for final, tag in finals.items() if tag in values}
-        self._to_folder(lambda folder: now.save(folder / f"step_{now.step:08d}.safetensors"))
+        self._to_folder(lambda folder: now.save_checked(folder / f"step_{now.step:08d}.safetensors"))
         self._to_folder(lambda folder: write_text(folder / "summary.txt", text + "\n"))
         if self.writers:
             pictures = dict(last_filmstrips(self.history, self.probe))
