@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,8 @@ class MapFunction:
     """
 
     name: str
-    function: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    # Not `Tensor`: LightningCLI would then take no function whose return type is not annotated.
+    function: Callable[[nn.Module, Tensor, Tensor], Any]
     needs_target: bool = True
 
     def __post_init__(self) -> None:
