@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vit_explain_callback.methods.legrad import LeGrad
     from vit_explain_callback.methods.map_function import MapFunction
     from vit_explain_callback.methods.rollout import Rollout, attention_rollout
-    from vit_explain_callback.metrics.drift import MapDrift
+    from vit_explain_callback.metrics.drift import DriftMetric, MapDrift
     from vit_explain_callback.tracking.probe import Probe
     from vit_explain_callback.tracking.run import Run, load_run
     from vit_explain_callback.tracking.tracker import ExplanationTracker
@@ -32,6 +32,7 @@ _HOME = {
     "Attention": "methods.attention",
     "AttentionFlow": "methods.flow",
     "Chefer": "methods.chefer",
+    "DriftMetric": "metrics.drift",
     "Explainer": "explainer",
     "Explanation": "explanation",
     "ExplanationTracker": "tracking.tracker",
@@ -58,6 +59,7 @@ __all__ = [
     "Attention",
     "AttentionFlow",
     "Chefer",
+    "DriftMetric",
     "Explainer",
     "Explanation",
     "ExplanationTracker",

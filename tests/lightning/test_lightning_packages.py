@@ -80,6 +80,9 @@ FUNCTIONS = """
         images.requires_grad_()
         logits = model(images).gather(1, target[:, None])
         return torch.autograd.grad(logits.sum(), images)[0].abs().amax(dim=1)
+
+    def total(maps, reference):
+        return (maps - reference).abs().sum(dim=(1, 2))
 """
 OWN = """
     trainer:
@@ -94,6 +97,9 @@ OWN = """
               - class_path: vit_explain_callback.MapFunction
                 init_args: {name: saliency, function: own.saliency}
               - rollout
+            metrics:
+              - class_path: vit_explain_callback.DriftMetric
+                init_args: {name: total, function: own.total, unchanged: 0}
             num_images: 2
             check_every_n_snapshots: null
             on_error: raise

@@ -12,6 +12,7 @@ from torch import Tensor
 from vit_explain_callback._checks import check_counts, check_images, check_vit_options, class_index
 from vit_explain_callback.explainer import ModelOptions
 from vit_explain_callback.methods.map_function import AnyMethod, of_attention
+from vit_explain_callback.metrics.drift import DriftMetric
 from vit_explain_callback.metrics.faithfulness import Removal
 from vit_explain_callback.tracking.guard import OnError
 from vit_explain_callback.tracking.probe import check_regions
@@ -105,6 +106,7 @@ class Settings:
     regions: Mapping[str, Tensor]
     target: Literal["label", "prediction"] | int
     block_statistics: bool
+    metrics: tuple[DriftMetric, ...]
     batch_size: int | None
     save_maps: bool
     report: bool

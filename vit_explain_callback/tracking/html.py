@@ -53,7 +53,7 @@ def _shown(run: Run, most_snapshots: int) -> Shown:
     folder = run.folder.resolve()
     name = folder.parent.name if folder.name == "explanations" else folder.name
     rows = None if run.rows is None else [run.rows[index] for index in kept]
-    shown = Run(run.folder, run.probe, [run.snapshots[index] for index in kept], rows)
+    shown = Run(run.folder, run.probe, [run.snapshots[index] for index in kept], rows, run.metrics)
     return Shown(name, shown, len(run.snapshots), run.summary)
 
 

@@ -19,7 +19,7 @@ from vit_explain_callback._files import (
 )
 from vit_explain_callback.explanation import Explanation, check_explanation, grid_of, tensors_under
 from vit_explain_callback.metrics.attention import BlockStatistics
-from vit_explain_callback.metrics.drift import METRICS
+from vit_explain_callback.metrics.drift import METRICS, DriftMetric
 from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.metrics.reference import noise_floor, unrelated_level
 
@@ -83,9 +83,9 @@ class Snapshot:
         """(B,) probability of the target class, in [0, 1]."""
         return self.explanation.target_probability
 
-    def drift_from(self, reference: Snapshot, method: str, metric: str) -> Tensor:
+    def drift_from(self, reference: Snapshot, method: str, metric: str | DriftMetric) -> Tensor:
         """(B,) values of a drift metric for each image."""
-        return METRICS[metric](pooled(self.maps[method]), pooled(reference.maps[method]))
+        return _measure(metric)(pooled(self.maps[method]), pooled(reference.maps[method]))
 
     def block_drift_from(self, reference: Snapshot, metric: str) -> Tensor | None:
         """(L,) means over the images of a drift metric of what each block's readout attends to, in float64.
@@ -98,11 +98,11 @@ class Snapshot:
         measure = METRICS[metric]
         return torch.stack([torch.nanmean(measure(rows[:, block], other[:, block])) for block in range(rows.shape[1])])
 
-    def scale(self, method: str, metric: str) -> tuple[float, float] | None:
+    def scale(self, method: str, metric: str | DriftMetric) -> tuple[float, float] | None:
         """Noise floor and unrelated level of a drift metric; None where the mirrored images were not looked at."""
         if self.reliability is None:
             return None
-        maps, measure = pooled(self.maps[method]), METRICS[metric]
+        maps, measure = pooled(self.maps[method]), _measure(metric)
         return noise_floor(maps, self.reliability.mirrored[method], measure), unrelated_level(maps, measure)
 
     def pooled(self) -> Snapshot:
@@ -166,6 +166,10 @@ class Snapshot:
         mirrored = tensors_under("mirrored", tensors)
         reliability = Reliability(mirrored, tensors_under("gain", tensors)) if mirrored else None
         return cls(step, Explanation.from_tensors(tensors), reliability)
+
+
+def _measure(metric: str | DriftMetric) -> DriftMetric:
+    return METRICS[metric] if isinstance(metric, str) else metric
 
 
 def _check(source: str | Path, tensors: Mapping[str, Tensor]) -> None:

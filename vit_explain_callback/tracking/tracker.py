@@ -16,6 +16,7 @@ from vit_explain_callback._checks import as_target, check_counts, check_images, 
 from vit_explain_callback._files import write_text
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
+from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
 from vit_explain_callback.metrics.faithfulness import Removal
 from vit_explain_callback.tracking.distributed import Ranks, check_together, explain_together, passes_of_checks
 from vit_explain_callback.tracking.folder import RunFolder
@@ -27,7 +28,7 @@ from vit_explain_callback.tracking.pictures import animations, figures, last_fil
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.progress import Advance, progress
 from vit_explain_callback.tracking.run import Run
-from vit_explain_callback.tracking.scalars import Detail, final_tags, of_detail, scalars
+from vit_explain_callback.tracking.scalars import Detail, drift_scalars, final_tags, of_detail, scalars
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.summary import summary
@@ -53,6 +54,8 @@ class ExplanationTracker:
         removal: How faithfulness takes patches away, `"mean_colour"` or `"tokens"`.
         batch_size: Images explained in one pass; None takes all at once.
         block_statistics: Whether to measure what each block attends to.
+        metrics: Measures of drift to log besides rank correlation: names of built-in ones, or `DriftMetric` objects.
+            One that fails does not stop the run.
         detail: `"brief"` measures everything, and writes what is to be looked at first; `"full"` writes everything.
         report: Whether to write the page `report.html` beside the maps, after a snapshot and at the end.
         progress: Whether a bar on standard error shows what takes longer than two seconds.
@@ -96,6 +99,7 @@ class ExplanationTracker:
         removal: Removal = "mean_colour",
         batch_size: int | None = None,
         block_statistics: bool = True,
+        metrics: Sequence[str | DriftMetric] = (),
         detail: Detail = "brief",
         report: bool = True,
         progress: bool = False,
@@ -118,6 +122,7 @@ class ExplanationTracker:
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
         self._notices = Notices(self.methods)
         self._detail: Detail = detail
+        self._metrics = resolve_metrics(metrics)
         self._shows_progress = progress and self._ranks.rank == 0
         self._report = LivePage() if report else None
         self._begun = False
@@ -152,7 +157,7 @@ class ExplanationTracker:
             self.history.drop_latest()
         snapshot = Snapshot(step, explanation, reliability)
         self.history.add(snapshot)
-        values = scalars(self.history, self.probe)
+        values = self._values()
         logged = of_detail(values, self._detail)
         self._keep_row(values)
         if self._ranks.rank == 0:
@@ -163,7 +168,7 @@ class ExplanationTracker:
 
     def scalars(self) -> dict[str, float]:
         """The scalars that are logged of the latest snapshot, by tag."""
-        return of_detail(scalars(self.history, self.probe), self._detail)
+        return of_detail(self._values(), self._detail)
 
     def finish(self) -> str:
         """Check the latest snapshot, unless that is done, and write what is known at the end only.
@@ -225,6 +230,17 @@ class ExplanationTracker:
         else:
             wanted = baseline.prediction if target is None else torch.full_like(baseline.target, target)
         return None if wanted.equal(baseline.target) else "are of another `target` than this run's"
+
+    def _values(self) -> dict[str, float]:
+        """Every scalar of the latest snapshot; without those of a metric of the user's that fails."""
+        values = scalars(self.history, self.probe)
+        for metric in self._metrics:
+            add = partial(self._add_drift, values, metric)
+            self._guard.attempt(f"cannot measure drift by `{metric.name}`", add)
+        return values
+
+    def _add_drift(self, values: dict[str, float], metric: DriftMetric) -> None:
+        values |= drift_scalars(self.history, self.probe, metric)
 
     def _reliability(self, explanation: Explanation, advance: Advance) -> Reliability:
         maps, target = explanation.maps, explanation.target
@@ -292,7 +308,7 @@ class ExplanationTracker:
             moving = dict(animations(self.history, self.probe)) if full else {}
             self._each_writer(lambda writer: writer.scalars(new, now.step))
             self._each_writer(lambda writer: writer.finish(text, pictures, moving, now.step))
-        self._keep_row(scalars(self.history, self.probe))
+        self._keep_row(self._values())
         self._write_report(is_last=True)
 
     def _to_folder(self, write: Callable[[Path], None]) -> None:
