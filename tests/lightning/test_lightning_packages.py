@@ -96,6 +96,8 @@ OWN = """
             methods:
               - class_path: vit_explain_callback.MapFunction
                 init_args: {name: saliency, function: own.saliency}
+              - class_path: vit_explain_callback.adapters.captum
+                init_args: {attribution: captum.attr.Saliency, name: of_captum}
               - rollout
             metrics:
               - class_path: vit_explain_callback.DriftMetric
@@ -127,6 +129,7 @@ def test_the_callback_from_a_yaml_file(package: str, tmp_path: Path) -> None:
 
 
 def test_a_function_of_ones_own_from_a_yaml_file(tmp_path: Path) -> None:
+    pytest.importorskip("captum")
     program = textwrap.dedent((PROGRAM + CLI).format(package="lightning.pytorch"))
     (tmp_path / "program.py").write_text(program, encoding="utf-8")
     (tmp_path / "own.py").write_text(textwrap.dedent(FUNCTIONS), encoding="utf-8")
@@ -137,4 +140,5 @@ def test_a_function_of_ones_own_from_a_yaml_file(tmp_path: Path) -> None:
     assert {name: tuple(maps.shape[2:]) for name, maps in found.maps.items()} == {
         "rollout": (2, 2),
         "saliency": (32, 32),
+        "of_captum": (32, 32),
     }
