@@ -16,14 +16,14 @@ from tests.benchmarks import cost, leak, measure, model, snapshot, training_memo
 from tests.benchmarks.contenders import BACKWARD, CONTENDERS, FIVE, FORWARD, materialised_maps
 from tests.models import random_images, tiny_vit
 from vit_explain_callback import explain
-from vit_explain_callback.methods.names import resolve_methods
+from vit_explain_callback.methods.names import method_from_name
 
 
 def test_the_materialising_way_gives_the_maps_of_this_package() -> None:
     vit, images = tiny_vit().double(), random_images(3).double()
     names = [*FIVE, "rollout_0.9", "rollout_min", "grad_rollout_min_0.5_from2"]
     expected = explain(vit, images, names).maps
-    found = materialised_maps(vit, resolve_methods(names), images)
+    found = materialised_maps(vit, [method_from_name(name) for name in names], images)
     assert found.keys() == expected.keys()
     for name, maps in expected.items():
         # The benchmark multiplies in float32, as one would.

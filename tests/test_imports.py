@@ -18,7 +18,7 @@ ORDER: list[set[str]] = [
     {"vit"},
     {"metrics"},
     {"methods", "visualization"},
-    {"_checks", "explanation"},
+    {"_checks", "explanation", "adapters"},
     {"_explain_batch"},
     {"explainer"},
     {"tracking"},

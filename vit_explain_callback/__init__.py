@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from vit_explain_callback.methods.grad_rollout import GradRollout, gradient_rollout
     from vit_explain_callback.methods.gradsam import GradSAM
     from vit_explain_callback.methods.legrad import LeGrad
+    from vit_explain_callback.methods.map_function import MapFunction
     from vit_explain_callback.methods.rollout import Rollout, attention_rollout
-    from vit_explain_callback.metrics.drift import MapDrift
+    from vit_explain_callback.metrics.drift import DriftMetric, MapDrift
     from vit_explain_callback.tracking.probe import Probe
     from vit_explain_callback.tracking.run import Run, load_run
     from vit_explain_callback.tracking.tracker import ExplanationTracker
@@ -31,6 +32,7 @@ _HOME = {
     "Attention": "methods.attention",
     "AttentionFlow": "methods.flow",
     "Chefer": "methods.chefer",
+    "DriftMetric": "metrics.drift",
     "Explainer": "explainer",
     "Explanation": "explanation",
     "ExplanationTracker": "tracking.tracker",
@@ -39,6 +41,7 @@ _HOME = {
     "GradSAM": "methods.gradsam",
     "LeGrad": "methods.legrad",
     "MapDrift": "metrics.drift",
+    "MapFunction": "methods.map_function",
     "Probe": "tracking.probe",
     "Rollout": "methods.rollout",
     "Run": "tracking.run",
@@ -56,6 +59,7 @@ __all__ = [
     "Attention",
     "AttentionFlow",
     "Chefer",
+    "DriftMetric",
     "Explainer",
     "Explanation",
     "ExplanationTracker",
@@ -64,6 +68,7 @@ __all__ = [
     "GradSAM",
     "LeGrad",
     "MapDrift",
+    "MapFunction",
     "Probe",
     "Rollout",
     "Run",

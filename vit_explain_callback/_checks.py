@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from vit_explain_callback._files import INTEGERS
 from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.map_function import AnyMethod, MapFunction, of_attention
 from vit_explain_callback.vit.timm import num_classes
+from vit_explain_callback.vit.twin import has_twin
 
 
 def check_images(images: Tensor) -> None:
@@ -44,7 +46,7 @@ def check_classifier(vit: nn.Module) -> None:
     if num_classes(vit) == 0:
         raise ValueError(
             f"Expected logits from {type(vit).__name__}, but it has no classifier (`num_classes` is 0). Explain the "
-            "module whose forward turns images into logits, or give the ViT one with `reset_classifier`."
+            "module whose forward turns images into logits, or give the model one with `reset_classifier`."
         )
 
 
@@ -73,6 +75,53 @@ def check_heads(methods: Sequence[Method], heads: Sequence[int]) -> None:
         for layer, count in enumerate(heads, start=1):
             if layer in layers and head is not None and head > count:
                 raise ValueError(f"Expected `head` in 1 … {count} (the heads of block {layer}), but got {method.name}.")
+
+
+def check_functions(functions: Sequence[MapFunction], model: nn.Module, query: tuple[int, int] | None) -> None:
+    """Refuse functions for what they cannot be asked.
+
+    Raises:
+        ValueError: If the model has no copy for them to work on, or relevance is to start from a patch.
+    """
+    names = ", ".join(f"`{function.name}`" for function in functions)
+    if functions and not has_twin(model):
+        raise ValueError(
+            f"Expected a model that can be copied for {names}, but {type(model).__name__} is scripted, or its "
+            "parameters are spread over processes. Leave the functions out, or explain checkpoints of the run with "
+            "`explain`."
+        )
+    if functions and query is not None:
+        raise ValueError(
+            f"Expected no `query` for {names}: functions are given images and classes. Ask for `attention` or "
+            "`rollout`."
+        )
+
+
+def check_vit_options(methods: Sequence[AnyMethod], **options: object) -> None:
+    """Refuse options that say something of a ViT, by name, where no method needs one.
+
+    Raises:
+        ValueError: If one is not None.
+    """
+    given = [f"`{name}`" for name, option in options.items() if option is not None]
+    if given and not of_attention(methods):
+        raise ValueError(
+            f"Expected no {' or '.join(given)} for {', '.join(method.name for method in methods)} alone, as functions "
+            "look for no ViT: leave it out. `forward` says how to get logits."
+        )
+
+
+def check_removal(removal: str, methods: Sequence[AnyMethod]) -> None:
+    """Refuse to leave tokens out for maps whose grid need not be that of the tokens.
+
+    Raises:
+        ValueError: If that is asked for.
+    """
+    names = [f"`{method.name}`" for method in methods if isinstance(method, MapFunction)]
+    if removal == "tokens" and names:
+        raise ValueError(
+            f"Expected `removal='mean_colour'` for {', '.join(names)}, whose cells are no tokens, but got 'tokens'."
+        )
 
 
 def check_query(query: tuple[int, int], methods: Sequence[Method], grid: tuple[int, int]) -> None:

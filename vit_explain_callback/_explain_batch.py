@@ -15,10 +15,13 @@ from vit_explain_callback._checks import check_heads, check_layers, check_query,
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.fold import Blocks, fold
+from vit_explain_callback.methods.map_function import MapFunction
 from vit_explain_callback.metrics.attention import BlockMeter
 from vit_explain_callback.vit.adapter import Subject
 from vit_explain_callback.vit.block_logits import BlockLogit, block_logits
 from vit_explain_callback.vit.capture import AttentionCall, AttentionRecorder
+from vit_explain_callback.vit.isolation import preserved_random_state
+from vit_explain_callback.vit.left_alone import left_alone
 from vit_explain_callback.vit.stack import Stack, find_stack
 from vit_explain_callback.vit.tokens import TokenLayout, mean_of
 
@@ -34,6 +37,7 @@ def explain_batch(
     """Explain a batch, (B, C, H, W), for each wanted target, (B,), None for the predicted class.
 
     The model is in evaluation mode already. Methods that do not depend on the class are folded once for all targets.
+    Without methods, logits and targets are all there is.
     With a `query`, (row, column), relevance starts from that patch instead of what the classifier reads.
 
     Raises:
@@ -41,6 +45,10 @@ def explain_batch(
         ValueError: If a target, the query or an option is out of range, or if the model's attention cannot be rolled
             out.
     """
+    if not methods:
+        with torch.no_grad():
+            logits = subject.logits(images)
+        return [Explanation({}, logits, target) for target in _targets(logits, wanted)]
     logits, stack, fed = _forward(subject, images, methods)
     targets = _targets(logits.detach(), wanted)
     gradients = _gradients(logits, stack, targets)
@@ -65,6 +73,27 @@ def explain_batch(
         found = _maps(methods, blocks, layout, meter)
     statistics = None if meter is None else meter.result()
     return [Explanation(maps, logits, target, statistics) for maps, target in zip(found, targets, strict=True)]
+
+
+def function_maps(subject: Subject, images: Tensor, function: MapFunction, targets: Sequence[Tensor]) -> list[Tensor]:
+    """The maps (B, h, w) that a function of the user's gives of images, (B, C, H, W), for each target, (B,).
+
+    Raises:
+        RuntimeError: If the function fails, gives no maps, or changes the model that is trained.
+    """
+    asked = targets if function.needs_target else targets[:1]
+    with left_alone(subject.adapter.model) as changed, subject.giving_logits() as model, torch.enable_grad():
+        maps = []
+        for target in asked:
+            with preserved_random_state(seed=0):
+                maps.append(function.maps(model, images.clone(), target.to(images.device, copy=True)))
+    if changed:
+        raise RuntimeError(
+            f"Expected the function of `{function.name}` to leave the model that is trained as it is, but it changed "
+            f"{', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''}, which was put back. Use the model "
+            "that the function is given: it is a copy."
+        )
+    return maps if function.needs_target else maps * len(targets)
 
 
 def _forward(subject: Subject, images: Tensor, methods: Sequence[Method]) -> tuple[Tensor, Stack, Tensor]:

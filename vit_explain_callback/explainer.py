@@ -1,24 +1,32 @@
-"""Explain a Vision Transformer's predictions: any number of methods from one forward and one backward pass.
+"""Explain a model's predictions: any number of methods from one forward and one backward pass, and functions.
 
 Shapes: B images, C channels of the image or classes of the logits, N tokens, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from vit_explain_callback._checks import as_target, check_classifier, check_counts, check_images
-from vit_explain_callback._explain_batch import explain_batch
+from vit_explain_callback._checks import (
+    as_target,
+    check_classifier,
+    check_counts,
+    check_functions,
+    check_images,
+    check_vit_options,
+)
+from vit_explain_callback._explain_batch import explain_batch, function_maps
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.map_function import AnyMethod, MapFunction, of_attention, of_functions
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.vit.adapter import Adapter, LogitsOf, Memory, PlainAdapter, Subject
+from vit_explain_callback.vit.in_parts import in_parts, is_out_of_memory
 from vit_explain_callback.vit.timm import Normalisation, find_vit, normalisation, refuse_other_timm_models
 from vit_explain_callback.vit.tokens import StatedLayout
 
@@ -46,7 +54,7 @@ class ModelOptions(TypedDict, total=False):
 def explain(
     model: nn.Module,
     images: Tensor,
-    methods: Sequence[str | Method] = ("rollout", "grad_rollout"),
+    methods: Sequence[str | AnyMethod] = ("rollout", "grad_rollout"),
     target: int | Tensor | None = None,
     batch_size: int | None = None,
     *,
@@ -56,14 +64,17 @@ def explain(
 ) -> Explanation:
     """Explain the predictions of a Vision Transformer: which patches they draw on, by one method or several.
 
+    With `MapFunction`s alone, any model will do.
+
     The model runs in evaluation mode and outside autocast, with its own attention kernel, and is left as it was found:
     training flags, gradients, buffers and random streams included.
 
     Args:
-        model: A ViT, or any module that holds exactly one and returns logits for a batch of images.
+        model: A ViT, or any module that holds exactly one and returns logits for a batch of images. For functions
+            alone, any module that returns logits.
         images: (B, C, H, W), normalised as the model expects. Moved to the model's device and dtype.
         methods: Names (`"rollout"`, `"grad_rollout_max_0.9"`, `"chefer"`, `"attention_block12_head3"`, …) or objects
-            (`Rollout()`, `Chefer()`, …).
+            (`Rollout()`, `Chefer()`, `MapFunction("mine", function)`, …).
         target: Class to explain: None for the predicted one, one index for all images, or (B,) integer indices.
         batch_size: Images per pass; None takes all at once. It changes memory, not results.
         block_statistics: Whether to measure what each block attends to; see `BlockStatistics`.
@@ -80,6 +91,7 @@ def explain(
     Raises:
         TypeError: If images, target, methods or the model's output are of the wrong type.
         ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
+        RuntimeError: If a `MapFunction` fails, or gives something else than maps.
 
     Example:
         >>> import timm
@@ -95,7 +107,7 @@ def explain_targets(
     model: nn.Module,
     images: Tensor,
     targets: Sequence[int | Tensor | None],
-    methods: Sequence[str | Method] = ("rollout", "grad_rollout"),
+    methods: Sequence[str | AnyMethod] = ("rollout", "grad_rollout"),
     batch_size: int | None = None,
     **options: Unpack[ModelOptions],
 ) -> list[Explanation]:
@@ -135,18 +147,21 @@ class Explainer:
     def __init__(
         self,
         model: nn.Module,
-        methods: Sequence[str | Method],
+        methods: Sequence[str | AnyMethod],
         **options: Unpack[ModelOptions],
     ) -> None:
         forward = options.get("forward")
         self._set_up(PlainAdapter(model, options.get("vit"), forward), methods, **options)
-        vit = find_vit(model, options.get("vit"))
-        refuse_other_timm_models(vit)
+        options_of_vit = {name: options.get(name) for name in ("vit", "prefix_tokens", "grid_size")}
+        check_vit_options(self.methods, **options_of_vit)
+        vit = self._found_in(model)
+        if self._attention:
+            refuse_other_timm_models(vit)
         if forward is None and model is vit and any(method.needs_target for method in self.methods):
             check_classifier(model)
 
     @classmethod
-    def of(cls, adapter: Adapter, methods: Sequence[str | Method], **options: Unpack[ModelOptions]) -> Explainer:
+    def of(cls, adapter: Adapter, methods: Sequence[str | AnyMethod], **options: Unpack[ModelOptions]) -> Explainer:
         """An explainer of a model that is not run by calling it.
 
         Args:
@@ -158,8 +173,9 @@ class Explainer:
         explainer._set_up(adapter, methods, **options)
         return explainer
 
-    def _set_up(self, adapter: Adapter, methods: Sequence[str | Method], **options: Unpack[ModelOptions]) -> None:
+    def _set_up(self, adapter: Adapter, methods: Sequence[str | AnyMethod], **options: Unpack[ModelOptions]) -> None:
         self.methods = resolve_methods(methods)
+        self._attention, self._functions = of_attention(self.methods), of_functions(self.methods)
         self.class_names = options.get("class_names")
         self._adapter = adapter
         self._stated = StatedLayout(options.get("prefix_tokens"), options.get("grid_size"))
@@ -168,10 +184,14 @@ class Explainer:
 
     @property
     def name(self) -> str:
-        """Class of the ViT, and its path in the model where it has one."""
-        vit = find_vit(self._adapter.model, self._adapter.vit)
+        """Class of the ViT, or of the model where none is looked for, and its path in the model where it has one."""
+        vit = self._found_in(self._adapter.model)
         path = next((path for path, module in self._adapter.model.named_modules() if module is vit), "")
         return f"{type(vit).__name__} at `{path}`" if path else type(vit).__name__
+
+    def _found_in(self, model: nn.Module) -> nn.Module:
+        """The ViT, where a method needs one; else the model."""
+        return find_vit(model, self._adapter.vit) if self._attention else model
 
     def __call__(
         self,
@@ -208,8 +228,10 @@ class Explainer:
         Raises:
             TypeError: As for one target.
             ValueError: As for one target, and if there is none.
+            RuntimeError: If a function fails.
         """
         check_images(images)
+        check_functions(self._functions, self._adapter.model, query)
         if not targets:
             raise ValueError("Expected `targets` to hold at least one target, but got none.")
         wanted = [_as_targets(target, len(images)) for target in targets]
@@ -219,13 +241,34 @@ class Explainer:
         def work(subject: Subject, part: slice, copied: Tensor) -> list[Explanation]:
             own = [None if target is None else target[part] for target in wanted]
             mean_std.append(normalisation(subject.vit))
-            return explain_batch(subject, copied, self.methods, own, block_statistics, query)
+            return explain_batch(subject, copied, self._attention, own, block_statistics, query)
 
         parts = self._in_parts(images, batch_size, first, work)
+        found = [Explanation.joined(of_one) for of_one in zip(*parts, strict=True)]
+        more = self._of_functions(images, [one.target for one in found], batch_size, first)
+        about: Any = {"images": images, "normalisation": mean_std[0], "class_names": self.class_names}
         return [
-            replace(Explanation.joined(of_one), images=images, normalisation=mean_std[0], class_names=self.class_names)
-            for of_one in zip(*parts, strict=True)
+            replace(one, maps=self._in_order({**one.maps, **own}), **about)
+            for one, own in zip(found, more, strict=True)
         ]
+
+    def _in_order(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {method.name: maps[method.name] for method in self.methods}
+
+    def _of_functions(
+        self, images: Tensor, targets: Sequence[Tensor], batch_size: int | None, first: int
+    ) -> list[dict[str, Tensor]]:
+        """Maps of the functions by name, for each target; each function has a twin of its own."""
+        maps: list[dict[str, Tensor]] = [{} for _ in targets]
+        for function in self._functions:
+
+            def work(subject: Subject, part: slice, copied: Tensor, function: MapFunction = function) -> list[Tensor]:
+                return function_maps(subject, copied, function, [target[part] for target in targets])
+
+            parts = self._in_parts(images, batch_size, first, work)
+            for own, of_one in zip(maps, zip(*parts, strict=True), strict=True):
+                own[function.name] = torch.cat(of_one)
+        return maps
 
     def logits(self, images: Tensor, batch_size: int | None = None, first: int = 0) -> Tensor:
         """What the model makes of images (B, C, H, W), explained or not: (B, C) logits."""
@@ -254,7 +297,7 @@ class Explainer:
                 try:
                     return subject.logits(copied)
                 except RuntimeError as error:
-                    if _is_out_of_memory(error):
+                    if is_out_of_memory(error):
                         raise
                     raise ValueError(
                         f"Expected the blocks of {type(subject.vit).__name__} to take any number of tokens, but "
@@ -265,38 +308,22 @@ class Explainer:
             return torch.cat(self._in_parts(images, batch_size, first, work))
 
     def _in_parts(
-        self, images: Tensor, batch_size: int | None, first: int, work: Callable[[Subject, slice, Tensor], T]
+        self,
+        images: Tensor,
+        batch_size: int | None,
+        first: int,
+        work: Callable[[Subject, slice, Tensor], T],
     ) -> list[T]:
         """Do `work` on copies of a few images at a time, undisturbed; on fewer where memory does not suffice."""
         check_counts(batch_size=batch_size)
         size = min(batch_size or len(images), len(images))
-        parts: list[T] = []
-        start = 0
         with self._adapter.evaluating(self._guarded) as twin:
-            subject = Subject(self._adapter, twin, self._stated, self._memory)
-            parameter = next(subject.vit.parameters())
-            while start < len(images):
-                part = slice(start, start + size)
-                own = images[part]
-                own = own.to(parameter, copy=True) if own.is_floating_point() else own.to(parameter.device, copy=True)
-                try:
-                    parts.append(work(replace(subject, first=first + start), part, own))
-                except RuntimeError as error:
-                    if size == 1 or not _is_out_of_memory(error):
-                        raise
-                    size = (size + 1) // 2
-                else:
-                    start += size
-            self._guarded = bool(twin.moved)
+            subject = Subject(self._adapter, twin, self._stated, self._memory, has_vit=bool(self._attention))
+            parts = in_parts(subject, images, size, first, work)
+            self._guarded = bool(twin.moved or self._functions)
         return parts
 
 
 def _as_targets(target: int | Tensor | None, count: int) -> Tensor | None:
     checked = as_target(target, count)
     return torch.full((count,), checked) if isinstance(checked, int) else checked
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # Only CUDA has an exception of its own for it.
-    text = str(error).lower()
-    return any(words in text for words in ("out of memory", "can't allocate memory", "not enough memory"))

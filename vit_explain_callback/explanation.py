@@ -37,8 +37,8 @@ class Explanation:
 
     Attributes:
         maps: Relevance of each patch by method name, (B, grid_h, grid_w), raw: in a rollout, patches and prefix
-            tokens together sum to 1; a flow is at most 1; `grad_attention` has both signs. Float32, or float64 for a
-            float64 model.
+            tokens together sum to 1; a flow is at most 1; `grad_attention` has both signs; a `MapFunction` has its own
+            grid. Float32, or float64 for a float64 model.
         logits: (B, C).
         target: Class whose logit the gradients are of, (B,).
         blocks: What each block attends to, if asked for.
@@ -264,9 +264,8 @@ def check_explanation(path: str | Path, tensors: Mapping[str, Tensor], methods: 
     """
     grid = ("grid_h", "grid_w")
     shapes: dict[str, tuple[str, ...]] = {"logits": ("B", "C"), "target": ("B",)}
-    has_blocks = any(name.startswith("block/") for name in tensors)  # of which there is one grid
-    shapes |= {f"map/{name}": ("B", *(grid if has_blocks else grid_of(name))) for name in methods}
-    if has_blocks:
+    shapes |= {f"map/{name}": ("B", *grid_of(name)) for name in methods}
+    if any(name.startswith("block/") for name in tensors):
         maps = ("rows", "columns")
         shapes |= {
             f"block/{field.name}": ("B", "L", *(grid if field.name in maps else ()))

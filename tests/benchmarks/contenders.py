@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.fused_method import FusedMethod
-from vit_explain_callback.methods.names import resolve_methods
+from vit_explain_callback.methods.names import method_from_name
 
 Run: TypeAlias = Callable[[Tensor], object]
 
@@ -83,7 +83,7 @@ def materialised(methods: Sequence[str], model: nn.Module) -> Run:
 
     Batched, and correct for a timm ViT whose classifier reads its class token, token 0.
     """
-    return partial(materialised_maps, model, resolve_methods(methods))
+    return partial(materialised_maps, model, [method_from_name(name) for name in methods])
 
 
 def materialised_maps(model: Any, methods: Sequence[Method], images: Tensor) -> dict[str, Tensor]:

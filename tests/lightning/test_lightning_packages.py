@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from vit_explain_callback import load_run
+
 PROGRAM = """
     import torch, timm
     import {package} as pl
@@ -71,6 +73,39 @@ CONFIG = """
             save_maps: true
             on_error: raise
 """
+FUNCTIONS = """
+    import torch
+
+    def saliency(model, images, target):
+        images.requires_grad_()
+        logits = model(images).gather(1, target[:, None])
+        return torch.autograd.grad(logits.sum(), images)[0].abs().amax(dim=1)
+
+    def total(maps, reference):
+        return (maps - reference).abs().sum(dim=(1, 2))
+"""
+OWN = """
+    trainer:
+      accelerator: cpu
+      max_epochs: 1
+      default_root_dir: .
+      enable_progress_bar: false
+      callbacks:
+        - class_path: vit_explain_callback.ViTExplainCallback
+          init_args:
+            methods:
+              - class_path: vit_explain_callback.MapFunction
+                init_args: {name: saliency, function: own.saliency}
+              - class_path: vit_explain_callback.adapters.captum
+                init_args: {attribution: captum.attr.Saliency, name: of_captum}
+              - rollout
+            metrics:
+              - class_path: vit_explain_callback.DriftMetric
+                init_args: {name: total, function: own.total, unchanged: 0}
+            num_images: 2
+            check_every_n_snapshots: null
+            on_error: raise
+"""
 
 
 def run(folder: Path, *arguments: str) -> None:
@@ -91,3 +126,19 @@ def test_the_callback_from_a_yaml_file(package: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(textwrap.dedent(CONFIG), encoding="utf-8")
     run(tmp_path, "program.py", "fit", "--config", "config.yaml")
     assert len(list(tmp_path.rglob("step_*.safetensors"))) == 3
+
+
+def test_a_function_of_ones_own_from_a_yaml_file(tmp_path: Path) -> None:
+    pytest.importorskip("captum")
+    program = textwrap.dedent((PROGRAM + CLI).format(package="lightning.pytorch"))
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    (tmp_path / "own.py").write_text(textwrap.dedent(FUNCTIONS), encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(textwrap.dedent(OWN), encoding="utf-8")
+    run(tmp_path, "program.py", "fit", "--config", "config.yaml")
+    (folder,) = {path.parent for path in tmp_path.rglob("step_*.safetensors")}
+    found = load_run(folder)
+    assert {name: tuple(maps.shape[2:]) for name, maps in found.maps.items()} == {
+        "rollout": (2, 2),
+        "saliency": (32, 32),
+        "of_captum": (32, 32),
+    }

@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
-from vit_explain_callback.metrics.drift import METRICS, UNCHANGED, centroid_shift, jensen_shannon, spearman, top10_iou
+from vit_explain_callback.metrics.drift import METRICS, centroid_shift, jensen_shannon, spearman, top10_iou
 from vit_explain_callback.metrics.maps import is_degenerate
 from vit_explain_callback.metrics.shape import map_statistics
 
@@ -30,7 +30,7 @@ def blob(row: int, column: int, grid: tuple[int, int] = (10, 10)) -> Tensor:
 def test_a_map_has_not_drifted_from_itself_or_from_itself_scaled(metric: str) -> None:
     maps = random_maps()
     for other in (maps, maps.clone(), maps * 1000, maps.float()):
-        expected = torch.full((4,), UNCHANGED[metric], dtype=torch.float64)
+        expected = torch.full((4,), METRICS[metric].unchanged, dtype=torch.float64)
         torch.testing.assert_close(METRICS[metric](maps, other), expected, atol=1e-6, rtol=0)
 
 
@@ -83,7 +83,7 @@ def test_more_noise_is_more_drift_in_every_measure() -> None:
     maps, noise = random_maps(64, seed=1) ** 4, random_maps(64, seed=2)
     for metric, measure in METRICS.items():
         values = [measure(maps, (1 - share) * maps + share * noise).mean().item() for share in (0.0, 0.3, 0.6, 0.9)]
-        ordered = sorted(values, reverse=UNCHANGED[metric] == 1)
+        ordered = sorted(values, reverse=METRICS[metric].unchanged == 1)
         assert values == ordered, metric
         assert len(set(values)) == 4, metric
 
@@ -105,7 +105,7 @@ def test_degenerate_maps_give_nan_and_are_counted(kind: str) -> None:
     assert is_degenerate(maps).tolist() == [False, True]
     for metric, measure in METRICS.items():
         for values in (measure(maps, reference), measure(reference, maps), measure(maps, maps)):
-            assert values[0].item() == pytest.approx(UNCHANGED[metric], abs=1e-6)
+            assert values[0].item() == pytest.approx(METRICS[metric].unchanged, abs=1e-6)
             assert values[1].isnan()
     statistics = map_statistics(maps)
     assert statistics["degenerate"].tolist() == [0, 1]
@@ -122,7 +122,7 @@ def test_one_hot_maps_have_defined_values() -> None:
     one_hot = torch.zeros(1, 64, 64)
     one_hot[0, 5, 6] = 1
     for metric, measure in METRICS.items():
-        assert measure(one_hot, one_hot).item() == pytest.approx(UNCHANGED[metric], abs=1e-6)
+        assert measure(one_hot, one_hot).item() == pytest.approx(METRICS[metric].unchanged, abs=1e-6)
     statistics = map_statistics(one_hot)
     assert statistics["entropy"].item() == pytest.approx(0)
     assert statistics["top10_mass"].item() == pytest.approx(1)

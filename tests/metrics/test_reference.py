@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vit_explain_callback.metrics.drift import METRICS, UNCHANGED, MapDrift
+from vit_explain_callback.metrics.drift import METRICS, MapDrift
 from vit_explain_callback.metrics.reference import noise_floor, on_scale, unrelated_level
 
 
@@ -20,11 +20,11 @@ def random_maps(count: int, seed: int = 0) -> Tensor:
 def test_without_noise_and_without_change_the_bars_are_where_they_should_be(metric: str) -> None:
     maps = random_maps(6)
     measure = METRICS[metric]
-    assert noise_floor(maps, maps, measure) == pytest.approx(UNCHANGED[metric], abs=1e-6)
+    assert noise_floor(maps, maps, measure) == pytest.approx(METRICS[metric].unchanged, abs=1e-6)
     pairs = [(i, (i + shift) % 6) for shift in (1, 3) for i in range(6)]
     expected = [measure(maps[i : i + 1], maps[j : j + 1]).item() for i, j in pairs]
     assert unrelated_level(maps, measure) == pytest.approx(sum(expected) / len(expected))
-    assert unrelated_level(maps[:1].repeat(4, 1, 1), measure) == pytest.approx(UNCHANGED[metric], abs=1e-6)
+    assert unrelated_level(maps[:1].repeat(4, 1, 1), measure) == pytest.approx(METRICS[metric].unchanged, abs=1e-6)
     assert math.isnan(unrelated_level(maps[:1], measure))
 
 

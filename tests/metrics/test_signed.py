@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
-from vit_explain_callback.metrics.drift import METRICS, UNCHANGED, centroid_shift, cosine, jensen_shannon, spearman
+from vit_explain_callback.metrics.drift import METRICS, centroid_shift, cosine, jensen_shannon, spearman
 from vit_explain_callback.metrics.drift import top10_iou as iou
 from vit_explain_callback.metrics.faithfulness import symmetric_relevance_gain
 from vit_explain_callback.metrics.localisation import region_statistics
@@ -48,7 +48,7 @@ def test_what_compares_maps_equals_numpy_and_scipy() -> None:
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_signed_map_has_not_drifted_from_itself_scaled(metric: str) -> None:
     maps = signed_maps()
-    expected = torch.full((4,), UNCHANGED[metric], dtype=torch.float64)
+    expected = torch.full((4,), METRICS[metric].unchanged, dtype=torch.float64)
     torch.testing.assert_close(METRICS[metric](maps, 1000 * maps), expected, atol=1e-6, rtol=0)
 
 

@@ -14,8 +14,8 @@ from vit_explain_callback.cli.photograph import Photograph
 from vit_explain_callback.cli.results import ResultFolder, result_name
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.fused_method import FusedMethod
+from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.visualization.captions import class_caption, range_caption
 from vit_explain_callback.visualization.encode import animation, png, rendered
 from vit_explain_callback.visualization.grid import Cell, figure
@@ -26,7 +26,7 @@ _SWEEP = [*(step / 10 for step in range(10)), 0.95]
 
 
 def compare(
-    classifier: Classifier, methods: Sequence[Method], path: Path, output: Path, classes: Sequence[int] = ()
+    classifier: Classifier, methods: Sequence[AnyMethod], path: Path, output: Path, classes: Sequence[int] = ()
 ) -> list[Path]:
     """Write `NAME.compare.png` and `NAME.sweep.gif`, from one forward pass and one backward pass for each class.
 
@@ -66,7 +66,7 @@ def compare(
 
 
 def _figure(
-    classifier: Classifier, methods: Sequence[Method], photograph: Photograph, found: Sequence[Explanation]
+    classifier: Classifier, methods: Sequence[AnyMethod], photograph: Photograph, found: Sequence[Explanation]
 ) -> bytes:
     one_of_kind = {method.kind: method for method in methods}.values()
     columns = [(method, explanation) for method in one_of_kind for explanation in _of_kind(method, found)]
@@ -112,7 +112,7 @@ def _sweep(
     return animation(frames)
 
 
-def _of_kind(method: Method, found: Sequence[Explanation]) -> Sequence[Explanation]:
+def _of_kind(method: AnyMethod, found: Sequence[Explanation]) -> Sequence[Explanation]:
     """The explanations that differ for a method."""
     return found if method.needs_target else found[:1]
 
@@ -121,7 +121,7 @@ def _target(classifier: Classifier, explanation: Explanation) -> str:
     return class_caption(int(explanation.target[0]), explanation.probabilities[0], classifier.class_names)
 
 
-def _options(method: Method) -> str:
+def _options(method: AnyMethod) -> str:
     if not isinstance(method, FusedMethod):
         return ", ".join(method.name.removeprefix(method.kind).split("_")[1:]) or "default"
     text = f"{method.head_fusion}, discard {method.discard_ratio:g}"

@@ -15,7 +15,7 @@ from vit_explain_callback.cli.classifier import timm_transform
 from vit_explain_callback.cli.photograph import SUFFIXES, image_files, read_image
 from vit_explain_callback.cli.weights import Weights, with_weights
 from vit_explain_callback.explainer import Explainer
-from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.snapshot import Snapshot
@@ -56,7 +56,7 @@ def explain_series(
     name: str,
     checkpoints: Sequence[Path],
     images: Tensor,
-    methods: Sequence[Method],
+    methods: Sequence[AnyMethod],
     folder: Path,
     *,
     target: int | None = None,
@@ -119,7 +119,7 @@ def _steps(series: Sequence[Weights]) -> list[int]:
     return told if increasing else list(range(len(series)))
 
 
-def _kept(folder: Path, probe: Probe, methods: Sequence[Method]) -> dict[int, Snapshot]:
+def _kept(folder: Path, probe: Probe, methods: Sequence[AnyMethod]) -> dict[int, Snapshot]:
     """The snapshots that the folder holds already, by step; they must be of the same images and methods."""
     if not (folder / "probe.safetensors").is_file():
         return {}

@@ -23,7 +23,7 @@ from vit_explain_callback.cli.results import ResultFolder, result_name
 from vit_explain_callback.cli.terminal import complain, say
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.metrics.maps import is_degenerate
 from vit_explain_callback.visualization.captions import DEGENERATE, class_caption
 from vit_explain_callback.visualization.encode import png
@@ -37,7 +37,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 def explain_gallery(
     classifier: Classifier,
-    methods: Sequence[Method],
+    methods: Sequence[AnyMethod],
     sources: Sequence[Path],
     output: Path,
     classes: Sequence[int] = (),
@@ -193,7 +193,7 @@ class _ExplainedImage:
             (int(each.target[place]), {name: maps[place] for name, maps in each.maps.items()}) for each in found
         ]
 
-    def write(self, name: str, methods: Sequence[Method], folder: ResultFolder) -> dict[str, Any]:
+    def write(self, name: str, methods: Sequence[AnyMethod], folder: ResultFolder) -> dict[str, Any]:
         """Write overlay and map of each method and class; the image's entry in the index.
 
         Raises:

@@ -21,9 +21,9 @@ from vit_explain_callback.cli.images import explain_gallery
 from vit_explain_callback.cli.parser import DISCARD_RATIO, HEAD_FUSIONS
 from vit_explain_callback.cli.results import INDEX
 from vit_explain_callback.cli.terminal import complain, say, table
-from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.fusion import HeadFusion
 from vit_explain_callback.methods.grad_rollout import GradRollout
+from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.methods.names import method_from_name, resolve_methods
 from vit_explain_callback.methods.rollout import Rollout
 from vit_explain_callback.tracking.html import page
@@ -164,7 +164,7 @@ def _classes(classifier: Classifier, asked: Sequence[str] | None) -> list[int]:
 
 def _chosen_methods(
     names: Sequence[str] | None, fusion: HeadFusion | None, ratio: float | None, of_class: bool
-) -> tuple[Method, ...]:
+) -> tuple[AnyMethod, ...]:
     """The methods asked for; without names vit-explain's own choice, for names without options the options given."""
     if not names:
         discard = DISCARD_RATIO if ratio is None else ratio
@@ -175,19 +175,22 @@ def _chosen_methods(
     return resolve_methods([_with(m, options) if m.name == m.kind else m for m in methods])
 
 
-def _with(method: Method, options: Mapping[str, Any]) -> Method:
+def _with(method: AnyMethod, options: Mapping[str, Any]) -> AnyMethod:
     lacking = sorted(options.keys() - _option_names(method))
     if lacking:
         raise ValueError(f"Expected no --{lacking[0]} with --method {method.kind}, which has no such option.")
     return replace(method, **options)
 
 
-def _variants(method: Method, fusions: Sequence[str], ratios: Sequence[float]) -> list[Method]:
+def _variants(method: AnyMethod, fusions: Sequence[str], ratios: Sequence[float]) -> list[AnyMethod]:
     """A method without options with every combination of those that it has; one with options alone."""
     grid = {"head_fusion": fusions, "discard_ratio": ratios} if method.name == method.kind else {}
     taken = {name: values for name, values in grid.items() if name in _option_names(method)}
-    return [replace(method, **dict(zip(taken, values, strict=True))) for values in itertools.product(*taken.values())]
+    options: list[dict[str, Any]] = [
+        dict(zip(taken, values, strict=True)) for values in itertools.product(*taken.values())
+    ]
+    return [replace(method, **given) for given in options]
 
 
-def _option_names(method: Method) -> set[str]:
+def _option_names(method: AnyMethod) -> set[str]:
     return {field.name for field in fields(method)}

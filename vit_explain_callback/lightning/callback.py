@@ -11,8 +11,9 @@ from vit_explain_callback.lightning._compat import Callback, LightningModule, Tr
 from vit_explain_callback.lightning.batches import Watched, images_and_labels
 from vit_explain_callback.lightning.fit import Fit
 from vit_explain_callback.lightning.settings import Display, Schedule, Settings
-from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.methods.names import resolve_methods
+from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
 from vit_explain_callback.metrics.faithfulness import Removal
 from vit_explain_callback.tracking.scalars import Detail
 from vit_explain_callback.tracking.tracker import ExplanationTracker
@@ -31,6 +32,7 @@ class ViTExplainCallback(Callback):
     - `explain/drift/noise_to_unrelated/{method}`: drift since the baseline, 0 = as far as a mirror moves the baseline's
       maps and less below it, 1 = as far apart as maps of different images; left out where these are about the same.
     - `explain/drift/previous_rank_correlation/{method}`: the same with the last snapshot's maps.
+    - `explain/drift/baseline_{metric}/{method}`, `explain/drift/previous_{metric}/{method}`: by each of `metrics=`.
     - `explain/faithfulness/{method}`, `explain/faithfulness/random`: see `symmetric_relevance_gain`.
     - `explain/lift/{region}/{method}`: share of the map on a region; 1 = the region's share of the image.
     - `explain/map/entropy/{method}`, `explain/map/sink_lift/{method}`: see `map_statistics` and `sink_lift`.
@@ -78,8 +80,10 @@ class ViTExplainCallback(Callback):
     training flag differs after a snapshot. Under several processes each explains a share.
 
     Args:
-        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout`, `GradRollout`
-            and `AttentionFlow` objects. `"flow"` takes seconds an image.
+        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout`, `GradRollout`,
+            `AttentionFlow` and `MapFunction` objects. `"flow"` takes seconds an image. With `MapFunction`s alone no ViT
+            is looked for, and any classifier of images is explained. Maps of more than 64 cells a side, as of pixels,
+            are saved as they are and measured pooled.
         every_n_epochs: Epochs between snapshots. `"auto"` is 1, unless `every_n_steps` is given.
         every_n_steps: Optimiser steps between snapshots, instead of `every_n_epochs`.
         check_every_n_snapshots: Snapshots between those that also measure noise floor and faithfulness, in 11 + 10
@@ -94,6 +98,8 @@ class ViTExplainCallback(Callback):
             else the prediction at the baseline; `"prediction"` is always the latter; or one class index. It stays
             fixed over the run.
         block_statistics: Whether to measure what each block attends to.
+        metrics: Measures of drift to log besides rank correlation: names of those in
+            `vit_explain_callback.metrics.drift`, or `DriftMetric("mine", function, unchanged=1.0)`.
         vit: Attribute path of the ViT inside the LightningModule, needed where it holds several.
         class_names: Names for the captions. Default: the `classes` of the validation dataset, if it has them.
         mean: Mean with which images were normalised, to undo it for display. Default: the timm model's own, or, where
@@ -119,7 +125,7 @@ class ViTExplainCallback(Callback):
 
     def __init__(
         self,
-        methods: Sequence[str | Method] = _METHODS,
+        methods: Sequence[str | AnyMethod] = _METHODS,
         every_n_epochs: int | Literal["auto"] | None = "auto",
         every_n_steps: int | None = None,
         check_every_n_snapshots: int | None = 5,
@@ -130,6 +136,7 @@ class ViTExplainCallback(Callback):
         num_shown: int = 3,
         target: Literal["label", "prediction"] | int = "label",
         block_statistics: bool = True,
+        metrics: Sequence[str | DriftMetric] = (),
         vit: str | None = None,
         class_names: Sequence[str] | None = None,
         mean: Sequence[float] | None = None,
@@ -157,6 +164,7 @@ class ViTExplainCallback(Callback):
             regions=regions or {},
             target=target,
             block_statistics=block_statistics,
+            metrics=resolve_metrics(metrics),
             batch_size=batch_size,
             save_maps=save_maps,
             report=report,

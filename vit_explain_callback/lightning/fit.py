@@ -164,6 +164,7 @@ class Fit:
                 removal=settings.removal,
                 batch_size=settings.batch_size,
                 block_statistics=settings.block_statistics,
+                metrics=settings.metrics,
                 detail=settings.detail,
                 progress=self._trainer.progress_bar_callback is not None,
                 on_error=settings.on_error,

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vit_explain_callback._checks import check_counts, check_images, class_index
+from vit_explain_callback._checks import check_counts, check_images, check_vit_options, class_index
 from vit_explain_callback.explainer import ModelOptions
-from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.map_function import AnyMethod, of_attention
+from vit_explain_callback.metrics.drift import DriftMetric
 from vit_explain_callback.metrics.faithfulness import Removal
 from vit_explain_callback.tracking.guard import OnError
 from vit_explain_callback.tracking.probe import check_regions
@@ -94,7 +95,7 @@ class Settings:
         ValueError: If an option is outside its range, or two contradict each other.
     """
 
-    methods: tuple[Method, ...]
+    methods: tuple[AnyMethod, ...]
     schedule: Schedule
     display: Display
     model: ModelOptions
@@ -105,11 +106,17 @@ class Settings:
     regions: Mapping[str, Tensor]
     target: Literal["label", "prediction"] | int
     block_statistics: bool
+    metrics: tuple[DriftMetric, ...]
     batch_size: int | None
     save_maps: bool
     report: bool
     detail: Detail
     on_error: OnError
+
+    @property
+    def needs_vit(self) -> bool:
+        """Whether there is a method that needs the attention of a ViT."""
+        return bool(of_attention(self.methods))
 
     def __post_init__(self) -> None:
         check_counts(
@@ -117,6 +124,8 @@ class Settings:
             num_images=self.num_images,
             batch_size=self.batch_size,
         )
+        of_vit = {name: self.model.get(name) for name in ("vit", "prefix_tokens", "grid_size")}
+        check_vit_options(self.methods, **of_vit)
         if isinstance(self.target, str):
             _check_word("target", self.target, ("label", "prediction"), " or a class index")
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_
 from vit_explain_callback.lightning.batches import cloned, images_and_labels, picked
 from vit_explain_callback.lightning.evaluation import StepName, evaluating, run_step, transferred
 from vit_explain_callback.vit.adapter import LogitsOf
-from vit_explain_callback.vit.look import Look, look
+from vit_explain_callback.vit.look import Look, look, look_at_any
 from vit_explain_callback.vit.losses import LossWatcher
 from vit_explain_callback.vit.twin import Twin
 
@@ -114,7 +114,9 @@ class Seen:
     notice: str | None = None
 
 
-def watch(module: LightningModule, trainer: Trainer, batch: Any, vit: str | None, is_ready: bool) -> Seen:
+def watch(
+    module: LightningModule, trainer: Trainer, batch: Any, vit: str | None, is_ready: bool, needs_vit: bool = True
+) -> Seen:
     """Run a step of the user's own on a twin with a batch, and find out how the module is to be run.
 
     Args:
@@ -123,6 +125,7 @@ def watch(module: LightningModule, trainer: Trainer, batch: Any, vit: str | None
         batch: Probe images in the user's own form.
         vit: Path of the ViT, if the user says it.
         is_ready: Whether the batch has been through the transfer hooks.
+        needs_vit: Whether images are those that reach a ViT; else those that reach any module first.
 
     Raises:
         ValueError: If no step shows how images become logits.
@@ -132,7 +135,7 @@ def watch(module: LightningModule, trainer: Trainer, batch: Any, vit: str | None
     else:
         with evaluating(module, trainer) as twin, torch.no_grad():
             batch = transferred(twin.module, trainer, batch, module.device)
-    looks = _looks(module, trainer, batch, vit)
+    looks = _looks(module, trainer, batch, partial(look, vit=vit) if needs_vit else look_at_any)
     fed = [seen for seen in looks if seen[1].fed is not None]
     best = next((seen for seen in fed if seen[1].losses), fed[0] if fed else None)
     failed = next((seen.error for _, seen in looks if seen.error is not None), None)
@@ -141,21 +144,22 @@ def watch(module: LightningModule, trainer: Trainer, batch: Any, vit: str | None
             f"A step of {type(module).__name__} failed with probe images: {failed!r}. {_CURE}"
         ) from failed
     if best is None:
-        raise ValueError(
-            f"Expected a step of {type(module).__name__} to give images to a Vision Transformer, but none did. {_CURE}"
-        )
+        what = "a Vision Transformer" if needs_vit else "a module of its own"
+        raise ValueError(f"Expected a step of {type(module).__name__} to give images to {what}, but none did. {_CURE}")
     return _seen(module, trainer, batch, *best)
 
 
-def _looks(module: LightningModule, trainer: Trainer, batch: Any, vit: str | None) -> list[tuple[StepName, Look]]:
-    """What was seen of each step, validation first, until one computes a loss of what a ViT was fed."""
+def _looks(
+    module: LightningModule, trainer: Trainer, batch: Any, watched: Callable[[nn.Module, Callable[[], object]], Look]
+) -> list[tuple[StepName, Look]]:
+    """What was seen of each step, validation first, until one computes a loss of what the model was fed."""
     looks: list[tuple[StepName, Look]] = []
     names: tuple[StepName, ...] = ("validation_step", "training_step")
     for name in names:
         if not is_overridden(name, module):
             continue
         with evaluating(module, trainer) as twin:
-            found = look(twin.module, partial(run_step, twin.module, name, cloned(batch)), vit)
+            found = watched(twin.module, partial(run_step, twin.module, name, cloned(batch)))
         looks.append((name, found))
         if found.losses:
             break

@@ -30,7 +30,9 @@ def ranks_of(trainer: Trainer) -> Ranks:
     return Ranks(trainer.global_rank, trainer.world_size, trainer.world_size == 1 or whole_model)
 
 
-def explained_module(pl_module: LightningModule, vit: str | None, forward: LogitsOf | None) -> nn.Module:
+def explained_module(
+    pl_module: LightningModule, vit: str | None, forward: LogitsOf | None, needs_vit: bool
+) -> nn.Module:
     """What turns images into logits: the LightningModule if it can, else the ViT itself.
 
     Raises:
@@ -38,6 +40,11 @@ def explained_module(pl_module: LightningModule, vit: str | None, forward: Logit
     """
     if forward is not None or is_overridden("forward", pl_module):
         return pl_module
+    if not needs_vit:
+        raise ValueError(
+            f"Expected {type(pl_module).__name__} to define `forward(images)`, returning logits, but it does not. Say "
+            "how to get them: `ViTExplainCallback(forward=lambda module, images: module.model(images))`."
+        )
     found = find_vit(pl_module, vit)
     if found is pl_module:
         raise ValueError(

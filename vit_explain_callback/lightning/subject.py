@@ -49,7 +49,8 @@ class Subject:
             RuntimeError: If reading the images fails.
         """
         vit = settings.model.get("vit")
-        refuse_other_timm_models(module if vit is None else find_vit(module, vit))
+        if settings.needs_vit:
+            refuse_other_timm_models(module if vit is None else find_vit(module, vit))
         if settings.given is not None:
             images, labels = settings.given
             return cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
@@ -61,7 +62,7 @@ class Subject:
         if settings.model.get("forward") is not None or is_sharded(module):
             images, labels = images_and_labels(_on_device(trainer, module, batch, is_ready))
             return cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
-        seen = watch(module, trainer, batch, vit, is_ready)
+        seen = watch(module, trainer, batch, vit, is_ready, settings.needs_vit)
         if seen.notice is not None:
             rank_zero_warn(f"ViTExplainCallback: {seen.notice}")
         return cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels)
@@ -84,7 +85,7 @@ class Subject:
                     f"ViTExplainCallback: give `images=` to explain more: `num_images={wanted}`, but the validation "
                     f"set gave {len(images)}. These are used."
                 )
-        vit = find_vit(adapter.model, adapter.vit)
+        vit = find_vit(adapter.model, adapter.vit) if settings.needs_vit else adapter.model
         probe = Probe.of(
             images,
             labels,
@@ -134,7 +135,7 @@ def _on_device(trainer: Trainer, module: LightningModule, batch: Any, is_ready: 
 def _called(settings: Settings, trainer: Trainer, module: LightningModule) -> Adapter:
     """The module, run by calling it, its ViT or the user's `forward`."""
     vit, forward = settings.model.get("vit"), settings.model.get("forward")
-    model = explained_module(module, vit, forward)
+    model = explained_module(module, vit, forward, settings.needs_vit)
     if is_sharded(module):
         return PlainAdapter(model, vit if model is module else None, forward or forward_of(trainer))
     if model is not module:

@@ -9,6 +9,7 @@ from vit_explain_callback.methods.grad_attention import GradAttention
 from vit_explain_callback.methods.grad_rollout import GradRollout, gradient_rollout
 from vit_explain_callback.methods.gradsam import GradSAM
 from vit_explain_callback.methods.legrad import LeGrad
+from vit_explain_callback.methods.map_function import MapFunction
 from vit_explain_callback.methods.names import method_from_name, resolve_methods
 from vit_explain_callback.methods.rollout import Rollout, attention_rollout
 
@@ -22,6 +23,7 @@ __all__ = [
     "GradRollout",
     "GradSAM",
     "LeGrad",
+    "MapFunction",
     "Method",
     "Rollout",
     "attention_flow",

@@ -15,6 +15,7 @@ from vit_explain_callback.methods.grad_attention import GradAttention
 from vit_explain_callback.methods.grad_rollout import GradRollout
 from vit_explain_callback.methods.gradsam import GradSAM
 from vit_explain_callback.methods.legrad import LeGrad
+from vit_explain_callback.methods.map_function import AnyMethod, MapFunction
 from vit_explain_callback.methods.options import OPTIONS
 from vit_explain_callback.methods.rollout import Rollout
 
@@ -62,7 +63,7 @@ def _misspelt(name: str) -> ValueError:
     )
 
 
-def resolve_methods(methods: Sequence[str | Method]) -> tuple[Method, ...]:
+def resolve_methods(methods: Sequence[str | AnyMethod]) -> tuple[AnyMethod, ...]:
     """Turn names and method objects into method objects.
 
     Raises:
@@ -71,12 +72,15 @@ def resolve_methods(methods: Sequence[str | Method]) -> tuple[Method, ...]:
     """
     if isinstance(methods, str):
         methods = [methods]
-    resolved: list[Method] = []
+    resolved: list[AnyMethod] = []
     for method in methods:
         if isinstance(method, str):
             method = method_from_name(method)
-        if not isinstance(method, Method):
-            raise TypeError(f"Expected `methods` to hold names or `Method` objects, but got {method!r}.")
+        if not isinstance(method, Method | MapFunction):
+            raise TypeError(
+                "Expected `methods` to hold names, `Method` or `MapFunction` objects, but got "
+                f"{method!r:.200}. A function of your own goes in as `MapFunction('name', function)`."
+            )
         resolved.append(method)
     names = [method.name for method in resolved]
     if not names or len(set(names)) < len(names):

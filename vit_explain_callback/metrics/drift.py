@@ -17,7 +17,9 @@ Maps are (B, grid_h, grid_w); results are (B,) in float64, NaN where either map 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from torchmetrics import Metric
 from torchmetrics.functional.regression import cosine_similarity, jensen_shannon_divergence, spearman_corrcoef
 
 from vit_explain_callback.metrics.maps import measured, measured_signed, patch_places, strongest_tenth
+
+_RESERVED = ("rank_correlation",)  # what the tags call `spearman`
 
 
 def spearman(maps: Tensor, reference: Tensor) -> Tensor:
@@ -72,27 +76,105 @@ def cosine(maps: Tensor, reference: Tensor) -> Tensor:
     return measured_signed(lambda p, q: cosine_similarity(p, q, reduction="none"), maps, reference)
 
 
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "spearman": spearman,
-    "jensen_shannon": jensen_shannon,
-    "top10_iou": top10_iou,
-    "centroid_shift": centroid_shift,
-    "cosine": cosine,
-}
-"""Every drift measure by the name it has in TensorBoard."""
+@dataclass(frozen=True)
+class DriftMetric:
+    """A measure of drift: one of those in `METRICS`, or one of your own, wherever a metric's name may stand.
 
-UNCHANGED = {"spearman": 1.0, "jensen_shannon": 0.0, "top10_iou": 1.0, "centroid_shift": 0.0, "cosine": 1.0}
-"""What each measure gives for a map and itself."""
+    Args:
+        name: Part of its tags: letters, digits, `_`, `.` and `-`.
+        function: Called as `function(maps, reference)`, both (B, grid_h, grid_w) of one method on the CPU, raw; gives
+            (B,), NaN for images that it cannot measure. Greater or lower may mean more drift.
+        unchanged: What it gives for a map and itself.
+
+    Raises:
+        TypeError: If `function` cannot be called, or `unchanged` is no number.
+        ValueError: If `name` has other characters, or is that of another metric of `METRICS`.
+
+    Example:
+        >>> peak = DriftMetric("peak", lambda maps, reference: maps.amax((1, 2)) / reference.amax((1, 2)), unchanged=1)
+        >>> peak(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[4.0, 2.0]]]))
+        tensor([0.5000], dtype=torch.float64)
+    """
+
+    name: str
+    # Not `Tensor`: LightningCLI would then take no function whose return type is not annotated.
+    function: Callable[[Tensor, Tensor], Any]
+    unchanged: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(f"Expected `name` of letters, digits, `_`, `.` and `-`, but got {self.name!r}.")
+        if not callable(self.function) or not isinstance(self.unchanged, int | float):
+            raise TypeError(
+                f"Expected `{self.name}` to have a `function(maps, reference)` and a number `unchanged`, but got "
+                f"{self.function!r:.80} and {self.unchanged!r:.80}."
+            )
+
+    def __call__(self, maps: Tensor, reference: Tensor) -> Tensor:
+        """Values of maps against a reference, (B, grid_h, grid_w) both: (B,) in float64.
+
+        Raises:
+            RuntimeError: If the function gives something else.
+        """
+        values = self.function(maps, reference)
+        if not isinstance(values, Tensor) or values.shape != (len(maps),):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise RuntimeError(
+                f"Expected the function of `{self.name}` to give a tensor of shape ({len(maps)},), one value per "
+                f"image, but got {got}."
+            )
+        return values.detach().double()
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        DriftMetric("spearman", spearman, unchanged=1),
+        DriftMetric("jensen_shannon", jensen_shannon, unchanged=0),
+        DriftMetric("top10_iou", top10_iou, unchanged=1),
+        DriftMetric("centroid_shift", centroid_shift, unchanged=0),
+        DriftMetric("cosine", cosine, unchanged=1),
+    )
+}
+"""Every built-in measure by its name; all of them are always measured."""
+
+
+def resolve_metrics(metrics: Sequence[str | DriftMetric]) -> tuple[DriftMetric, ...]:
+    """Turn names and objects into objects.
+
+    Raises:
+        TypeError: If an entry is neither.
+        ValueError: If a name is unknown, or two have the same name.
+    """
+    found: list[DriftMetric] = []
+    for metric in [metrics] if isinstance(metrics, str | DriftMetric) else metrics:
+        if isinstance(metric, str):
+            if metric not in METRICS:
+                raise ValueError(f"Expected `metrics` to name {', '.join(METRICS)}, but got {metric!r}.")
+            metric = METRICS[metric]
+        if not isinstance(metric, DriftMetric):
+            raise TypeError(
+                f"Expected `metrics` to hold names or `DriftMetric` objects, but got {metric!r:.200}. A function of "
+                "your own goes in as `DriftMetric('name', function, unchanged=…)`."
+            )
+        if METRICS.get(metric.name, metric) != metric or metric.name in _RESERVED:
+            raise ValueError(f"Expected `metrics` with names of their own, but `{metric.name}` is taken.")
+        found.append(metric)
+    names = [metric.name for metric in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Expected `metrics` to hold each only once, but got {names}.")
+    return tuple(found)
 
 
 class MapDrift(Metric):
     """Mean of a drift measure over all images seen, in all batches and processes; NaN if none could be measured.
 
     Args:
-        measure: A name in `drift.METRICS`.
+        measure: A name in `drift.METRICS`, or a `DriftMetric`.
 
     Raises:
-        ValueError: If it is none of them.
+        TypeError: If it is neither.
+        ValueError: If there is none of that name.
 
     Attributes:
         degenerate: Number of images that could not be measured.
@@ -109,11 +191,13 @@ class MapDrift(Metric):
     count: Tensor
     degenerate: Tensor
 
-    def __init__(self, measure: str, **kwargs: Any) -> None:
+    def __init__(self, measure: str | DriftMetric, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if measure not in METRICS:
+        if isinstance(measure, str) and measure not in METRICS:
             raise ValueError(f"Expected `measure` to be one of {', '.join(METRICS)}, but got {measure!r}.")
-        self.measure = METRICS[measure]
+        if not isinstance(measure, str | DriftMetric):
+            raise TypeError(f"Expected `measure` to be a name or a `DriftMetric`, but got {measure!r:.80}.")
+        self.measure = METRICS[measure] if isinstance(measure, str) else measure
         for state in ("total", "count", "degenerate"):
             self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 

@@ -13,6 +13,10 @@ Some methods give maps of both signs, where a negative patch speaks against the 
   is no positive part (a sum of at most 1e-12), these measures are NaN.
 
 For maps without negative values both are the map itself.
+
+Maps of pixels are pooled before they are measured (`pooled`): neighbouring pixels of a gradient differ by chance, and a
+measure that ranks each of them would call that drift. Grids of patches and of a CNN's features are measured as they
+are.
 """
 
 from __future__ import annotations
@@ -21,9 +25,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _NOTHING = 1e-12
+MOST_CELLS = 64
+"""A side that has more cells is pooled before it is measured."""
 
 
 def is_degenerate(maps: Tensor) -> Tensor:
@@ -38,6 +45,26 @@ def is_degenerate(maps: Tensor) -> Tensor:
     spread = flat.amax(dim=1) - flat.amin(dim=1)
     useful = flat.isfinite().all(dim=1) & (size.sum(dim=1) > _NOTHING) & (spread > 1e-6 * size.amax(dim=1))
     return ~useful
+
+
+def pooled(maps: Tensor) -> Tensor:
+    """Maps as they are measured: means over squares of cells, the smallest that leave 64 or fewer a side.
+
+    Args:
+        maps: (B, h, w).
+
+    Returns:
+        (B, ceil(h / k), ceil(w / k)) with k = ceil(max(h, w) / 64); the maps themselves where k is 1.
+
+    Example:
+        >>> pooled(torch.rand(2, 224, 224)).shape, pooled(torch.rand(2, 14, 14)).shape
+        (torch.Size([2, 56, 56]), torch.Size([2, 14, 14]))
+    """
+    height, width = maps.shape[1:]
+    side = math.ceil(max(height, width) / MOST_CELLS)
+    if side == 1:
+        return maps
+    return F.adaptive_avg_pool2d(maps[:, None], (math.ceil(height / side), math.ceil(width / side)))[:, 0]
 
 
 def measured(measure: Callable[..., Tensor], *maps: Tensor) -> Tensor:

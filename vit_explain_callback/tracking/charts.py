@@ -7,15 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vit_explain_callback.metrics.drift import UNCHANGED
+from vit_explain_callback.metrics.drift import METRICS
 from vit_explain_callback.metrics.reference import on_scale
 from vit_explain_callback.tracking.scalars import STATISTICS
 
 Rows = Sequence[Mapping[str, float]]
 """The scalars of each snapshot by tag."""
 
-_DRIFT = {part: f"{STATISTICS}/drift_baseline_spread/{{}}/spearman/{part}" for part in ("p10", "median", "p90")}
-_NOISE, _UNRELATED = (f"{STATISTICS}/drift_scale/{{}}/spearman/{bar}" for bar in ("noise", "unrelated"))
+_DRIFT = {part: f"{STATISTICS}/drift_baseline_spread/{{}}/{{}}/{part}" for part in ("p10", "median", "p90")}
+_NOISE, _UNRELATED = (f"{STATISTICS}/drift_scale/{{}}/{{}}/{bar}" for bar in ("noise", "unrelated"))
 _FAITHFULNESS = "explain/faithfulness/{}"
 _PROBE = {
     "accuracy": "explain/probe/accuracy",
@@ -50,6 +50,7 @@ def charts(rows: Rows, methods: Sequence[str], regions: Sequence[str]) -> list[d
     gains.append({"name": "random order", "values": curve(rows, _FAITHFULNESS.format("random")), "reference": True})
     probe = [{"name": name, "values": curve(rows, tag)} for name, tag in _PROBE.items()]
     found = [_drift(rows, method) for method in methods]
+    found += [_asked_drift(rows, method, metric) for method in methods for metric in _asked_for(rows, method)]
     found.append(_chart("Probe images", "share of the probe images; mean probability of the target", probe, [0, 1]))
     output = [{"name": "output", "values": curve(rows, _OUTPUT)}]
     found.append(_chart("Output", "mean over the probe images", output))
@@ -74,24 +75,53 @@ def block_values(rows: Rows) -> dict[str, list[list[float | None]]]:
 
 def _drift(rows: Rows, method: str) -> dict[str, Any]:
     """Drift on the scale from noise to unrelated; the rank correlation itself where there is no scale."""
-    spread = {part: [row.get(tag.format(method), math.nan) for row in rows] for part, tag in _DRIFT.items()}
-    noise, unrelated = (rows[0].get(tag.format(method), math.nan) for tag in (_NOISE, _UNRELATED))
+    spread = _spread(rows, method, "spearman")
+    noise, unrelated = _bars(rows, method, "spearman")
+    unchanged = METRICS["spearman"].unchanged
     title, note = "Drift", "0 = noise: a mirrored image; 1 = unrelated: another image; band p10 to p90"
     ends: list[dict[str, Any]] = [
         {"name": name, "values": [end] * len(rows), "reference": True}
         for name, end in (("noise", 0.0), ("unrelated", 1.0))
     ]
-    if math.isfinite(on_scale(noise, noise, unrelated, UNCHANGED["spearman"])):
+    if math.isfinite(on_scale(noise, noise, unrelated, unchanged)):
         spread = {
-            part: [on_scale(value, noise, unrelated, UNCHANGED["spearman"]) for value in values]
-            for part, values in spread.items()
+            part: [on_scale(value, noise, unrelated, unchanged) for value in values] for part, values in spread.items()
         }
     else:
         title, note, ends = "Rank correlation with the baseline", "1 = unchanged; band p10 to p90", []
+    return _chart(title, note, [_median(spread), *ends], None, method)
+
+
+def _asked_for(rows: Rows, method: str) -> list[str]:
+    """Names of the metrics that the user asks for, whose drift is among the first scalars."""
+    tags = dict.fromkeys(tag for row in rows for tag in row)
+    found = [
+        match[1] for tag in tags if (match := re.fullmatch(rf"explain/drift/baseline_(.+)/{re.escape(method)}", tag))
+    ]
+    return [name for name in found if name != "rank_correlation"]
+
+
+def _asked_drift(rows: Rows, method: str, metric: str) -> dict[str, Any]:
+    """Drift by a metric that the user asks for, in its own values."""
+    bars = zip(("noise", "unrelated"), _bars(rows, method, metric), strict=True)
+    ends = [{"name": name, "values": [bar] * len(rows), "reference": True} for name, bar in bars if math.isfinite(bar)]
+    note = "since the baseline; band p10 to p90"
+    return _chart(f"Drift: {metric}", note, [_median(_spread(rows, method, metric)), *ends], None, method)
+
+
+def _spread(rows: Rows, method: str, metric: str) -> dict[str, list[float]]:
+    return {part: [row.get(tag.format(method, metric), math.nan) for row in rows] for part, tag in _DRIFT.items()}
+
+
+def _bars(rows: Rows, method: str, metric: str) -> tuple[float, float]:
+    """Noise and unrelated level at the baseline; NaN where they are not known."""
+    noise, unrelated = (rows[0].get(tag.format(method, metric), math.nan) for tag in (_NOISE, _UNRELATED))
+    return noise, unrelated
+
+
+def _median(spread: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     low, median, high = ([number(value) for value in spread[part]] for part in ("p10", "median", "p90"))
-    return _chart(
-        title, note, [{"name": "median image", "values": median, "low": low, "high": high}, *ends], None, method
-    )
+    return {"name": "median image", "values": median, "low": low, "high": high}
 
 
 def _chart(

@@ -22,6 +22,7 @@ from vit_explain_callback.metrics.faithfulness import (
     random_maps,
     symmetric_relevance_gain,
 )
+from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.tracking.guard import raised_by_us
 from vit_explain_callback.tracking.progress import Advance
 from vit_explain_callback.tracking.snapshot import Reliability
@@ -115,6 +116,8 @@ def check_together(
 ) -> Reliability:
     """Explain the mirrored images and measure the faithfulness of `maps`, each process its share.
 
+    Maps are taken as they are measured; the random order, the control, has the grid of the first of them.
+
     Without a `removal`, as where there are no probabilities, faithfulness is left out. `advance` is called
     after each of the `passes_of_checks`.
 
@@ -123,9 +126,10 @@ def check_together(
     """
     mirrored = explain_together(ranks, explainer, images.flip(-1), target, batch_size).maps
     advance()
+    maps = {name: pooled(each) for name, each in maps.items()}
     grid = next(iter(maps.values())).shape[1:]
     ordered = {**maps, "random": random_maps(len(images), (grid[0], grid[1]))}
-    mirrored = {name: found.flip(-1) for name, found in mirrored.items()}
+    mirrored = {name: pooled(found.flip(-1)) for name, found in mirrored.items()}
     if removal is None:
         return Reliability(mirrored, {})
     share = ranks.share(len(images))

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vit_explain_callback.explanation import Explanation
+from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 
 
@@ -53,9 +55,10 @@ class History:
     def add(self, snapshot: Snapshot) -> None:
         """Append the latest snapshot, and let go of the most crowded old one if there are too many.
 
+        Maps are kept as they are measured, so that those of pixels do not fill the memory and the checkpoints.
         Of what only the first and the latest are asked for, blocks and reliability, those between are let go too.
         """
-        self.snapshots.append(snapshot)
+        self.snapshots.append(snapshot.pooled())
         self.count += 1
         drift = snapshot.block_drift_from(self.baseline, "spearman")
         if drift is not None:
@@ -69,6 +72,20 @@ class History:
             # The one before the latest is what the next drift is measured against.
             gone = self.snapshots.pop(_most_crowded(self.snapshots[:-1]))
             self.block_drift.pop(gone.step, None)
+
+    def check_grids(self, explanation: Explanation) -> None:
+        """Refuse maps that have another grid than the baseline's, as a function may give.
+
+        Raises:
+            RuntimeError: If there are such.
+        """
+        for name, maps in explanation.maps.items() if self.count else ():
+            grid, known = pooled(maps).shape[1:], self.baseline.maps[name].shape[1:]
+            if grid != known:
+                raise RuntimeError(
+                    f"Expected maps of `{name}` with {known[0]}x{known[1]} cells, as at the baseline, but got "
+                    f"{grid[0]}x{grid[1]}: drift is measured on one grid."
+                )
 
     def columns(self, count: int) -> list[Snapshot]:
         """At most `count` snapshots to show: baseline, some between it and now, spaced by the log of the step, now."""

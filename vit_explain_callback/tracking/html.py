@@ -24,7 +24,8 @@ _MOST_BYTES = 96 * 2**20  # of maps; a browser opens more, but no longer at once
 def page(runs: Path | Run | Sequence[Path | Run], most_snapshots: int = 300) -> str:
     """The HTML page of a run, or of several that explain the same probe images, side by side.
 
-    It needs no network and no other file. Maps are stored in 8 bits, pictures as JPEG.
+    It needs no network and no other file. Maps are stored in 8 bits, those of pixels pooled to at most 64 cells a side;
+    pictures as JPEG.
 
     Args:
         runs: Runs, or their folders.
@@ -47,12 +48,12 @@ def page(runs: Path | Run | Sequence[Path | Run], most_snapshots: int = 300) -> 
 
 
 def _shown(run: Run, most_snapshots: int) -> Shown:
-    fitting = _MOST_BYTES // sum(maps.numel() for maps in run.snapshots[0].maps.values())
+    fitting = _MOST_BYTES // sum(maps.numel() for maps in run.snapshots[0].pooled().maps.values())
     kept = thinned(run.steps, min(most_snapshots, fitting))
     folder = run.folder.resolve()
     name = folder.parent.name if folder.name == "explanations" else folder.name
     rows = None if run.rows is None else [run.rows[index] for index in kept]
-    shown = Run(run.folder, run.probe, [run.snapshots[index] for index in kept], rows)
+    shown = Run(run.folder, run.probe, [run.snapshots[index] for index in kept], rows, run.metrics)
     return Shown(name, shown, len(run.snapshots), run.summary)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vit_explain_callback.metrics.drift import spearman
+from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.tracking.charts import block_values, charts, curve, number
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run import Run
@@ -93,7 +94,8 @@ def _run(shown: Shown, methods: Sequence[str]) -> dict[str, Any]:
 
 
 def _method(maps: Tensor, probe: Probe) -> dict[str, Any]:
-    """Of maps (T, B, grid_h, grid_w)."""
+    """Of maps (T, B, grid_h, grid_w), as they are measured: pixels would make the page too large for a browser."""
+    maps = torch.stack([pooled(each) for each in maps])
     return {
         "grid": list(maps.shape[2:]),
         "limit": colour_limit(maps[0]),

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
 from vit_explain_callback.tracking.history import History, check_alike
 from vit_explain_callback.tracking.pictures import figures
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.tracking.scalars import scalars
+from vit_explain_callback.tracking.scalars import drift_scalars, scalars
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.tracking.summary import summary
 from vit_explain_callback.visualization.overlay import Picture
@@ -28,12 +29,14 @@ class Run:
         probe: Its images as pictures, labels, regions and names of classes.
         snapshots: Every snapshot, baseline first.
         rows: Scalars of each snapshot, where they are known already.
+        metrics: Measures of drift that are asked for besides the built-in ones.
     """
 
     folder: Path
     probe: Probe
     snapshots: Sequence[Snapshot]
     rows: Sequence[dict[str, float]] | None = None
+    metrics: Sequence[DriftMetric] = ()
 
     @property
     def steps(self) -> list[int]:
@@ -64,7 +67,10 @@ class Run:
         rows: list[dict[str, float]] = []
         for snapshot in self.snapshots:
             history.add(snapshot)
-            rows.append({"step": snapshot.step, **scalars(history, self.probe)})
+            row = {"step": snapshot.step, **scalars(history, self.probe)}
+            for metric in self.metrics:
+                row |= drift_scalars(history, self.probe, metric)
+            rows.append(row)
         return rows
 
     @property
@@ -86,15 +92,17 @@ class Run:
         return summary(self.history, self.probe)
 
 
-def load_run(folder: str | Path) -> Run:
+def load_run(folder: str | Path, metrics: Sequence[str | DriftMetric] = ()) -> Run:
     """Read the run that an `ExplanationTracker` or a `ViTExplainCallback` saved.
 
     Args:
         folder: Of the run, or the folder `explanations` in it.
+        metrics: Measures of drift to compute from the maps besides the built-in ones, as for `ExplanationTracker`.
 
     Raises:
         FileNotFoundError: If nothing was saved there.
-        ValueError: If a file there was not written by them, or does not fit the others.
+        TypeError: If `metrics` holds something else.
+        ValueError: If a file there was not written by them, or does not fit the others; if a metric is unknown.
     """
     given = Path(folder)
     where = given / "explanations" if (given / "explanations").is_dir() else given
@@ -111,7 +119,7 @@ def load_run(folder: str | Path) -> Run:
     for path, snapshot in zip(paths, snapshots, strict=True):
         _check_probe(path, snapshot, len(probe))
     check_alike(snapshots, paths)
-    return Run(where, probe, snapshots)
+    return Run(where, probe, snapshots, metrics=resolve_metrics(metrics))
 
 
 def _check_probe(path: Path, snapshot: Snapshot, images: int) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from vit_explain_callback.metrics.drift import METRICS, UNCHANGED
+from vit_explain_callback.metrics.drift import METRICS, DriftMetric
 from vit_explain_callback.metrics.localisation import region_statistics
 from vit_explain_callback.metrics.reference import on_scale
 from vit_explain_callback.metrics.shape import map_statistics, sink_lift
@@ -47,7 +47,7 @@ def scalars(history: History, probe: Probe) -> dict[str, float]:
         for region, masks in probe.regions.items():
             found = {name: _mean(value) for name, value in region_statistics(maps, masks).items()}
             values |= {region_tag(region, method, name): value for name, value in found.items()}
-        for metric in METRICS:
+        for metric in METRICS.values():
             values |= _drift(history, method, metric, probe.regression)
     if now.blocks is not None:
         values |= _blocks(now, baseline)
@@ -56,20 +56,37 @@ def scalars(history: History, probe: Probe) -> dict[str, float]:
     return values
 
 
+def drift_scalars(history: History, probe: Probe, metric: DriftMetric) -> dict[str, float]:
+    """The scalars of a metric that the user asks for: like those of the built-in ones, but for where they are logged.
+
+    Raises:
+        Exception: What its function raised.
+    """
+    found: dict[str, float] = {}
+    for method in history.now.maps:
+        found |= _drift(history, method, metric, probe.regression, asked_for=True)
+    return found
+
+
 def of_detail(values: Mapping[str, float], detail: Detail) -> dict[str, float]:
     """Those of all scalars that are logged: all of them, or those that are not under `explain/statistics/`."""
     return {tag: value for tag, value in values.items() if detail == "full" or not tag.startswith(f"{STATISTICS}/")}
 
 
-def drift_tag(method: str, metric: str, reference: Literal["baseline", "previous"] = "baseline") -> str:
-    """Tag of the mean drift since the baseline or the previous snapshot.
+def drift_tag(
+    method: str, metric: str, reference: Literal["baseline", "previous"] = "baseline", asked_for: bool = False
+) -> str:
+    """Tag of the mean drift since the baseline or the previous snapshot; among the first where the user asks for it.
 
     Example:
         >>> drift_tag("rollout", "spearman"), drift_tag("rollout", "cosine")
         ('explain/drift/baseline_rank_correlation/rollout', 'explain/statistics/drift_baseline/rollout/cosine')
+        >>> drift_tag("rollout", "cosine", asked_for=True)
+        'explain/drift/baseline_cosine/rollout'
     """
-    if metric == "spearman":
-        return f"explain/drift/{reference}_rank_correlation/{method}"
+    if metric == "spearman" or asked_for:
+        name = "rank_correlation" if metric == "spearman" else metric
+        return f"explain/drift/{reference}_{name}/{method}"
     return f"{STATISTICS}/drift_{reference}/{method}/{metric}"
 
 
@@ -110,16 +127,18 @@ def _maps(now: Snapshot, method: str) -> dict[str, float]:
     """The shape of the maps."""
     maps = now.maps[method]
     found = {name: _mean(value) for name, value in map_statistics(maps).items()}
-    if now.blocks is not None:
+    if now.blocks is not None and now.blocks.columns.shape[2:] == maps.shape[1:]:
         found["sink_lift"] = _mean(sink_lift(maps, now.blocks.columns.mean(dim=1)))
     first = {f"explain/map/{name}/{method}": found.pop(name) for name in _FIRST_OF_MAPS if name in found}
     return first | {f"{STATISTICS}/map/{method}/{name}": value for name, value in found.items()}
 
 
-def _drift(history: History, method: str, metric: str, regression: bool) -> dict[str, float]:
+def _drift(
+    history: History, method: str, metric: DriftMetric, regression: bool, asked_for: bool = False
+) -> dict[str, float]:
     """Drift by one metric since the baseline and since the previous snapshot: mean, spread, split, scale."""
     now = history.now
-    tail = f"{method}/{metric}"
+    tail, unchanged = f"{method}/{metric.name}", metric.unchanged
     fixed = history.baseline.scale(method, metric)
     values: dict[str, float] = {}
     references: tuple[tuple[Literal["baseline", "previous"], Snapshot], ...] = (
@@ -130,16 +149,16 @@ def _drift(history: History, method: str, metric: str, regression: bool) -> dict
         by_image = now.drift_from(reference, method, metric)
         changed = now.prediction != reference.prediction
         mean = _mean(by_image)
-        values[drift_tag(method, metric, name)] = mean
+        values[drift_tag(method, metric.name, name, asked_for)] = mean
         parts = zip(("p10", "median", "p90"), _quantiles(by_image), strict=True)
         values |= {f"{STATISTICS}/drift_{name}_spread/{tail}/{part}": value for part, value in parts}
         if not regression:
             values[f"{STATISTICS}/drift_{name}_split/{tail}/unchanged"] = _mean(by_image[~changed])
             values[f"{STATISTICS}/drift_{name}_split/{tail}/changed"] = _mean(by_image[changed])
-        if fixed is not None and math.isfinite(on_scale(UNCHANGED[metric], *fixed, UNCHANGED[metric])):
-            first = metric == "spearman" and name == "baseline"
+        if fixed is not None and math.isfinite(on_scale(unchanged, *fixed, unchanged)):
+            first = metric.name == "spearman" and name == "baseline"
             tag = f"explain/drift/noise_to_unrelated/{method}" if first else f"{STATISTICS}/drift_{name}_scaled/{tail}"
-            values[tag] = on_scale(mean, *fixed, UNCHANGED[metric])
+            values[tag] = on_scale(mean, *fixed, unchanged)
     if (current := now.scale(method, metric)) is not None:
         names = zip(("noise", "unrelated"), current, strict=True)
         values |= {f"{STATISTICS}/drift_scale/{tail}/{name}": value for name, value in names}

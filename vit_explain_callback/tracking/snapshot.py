@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from vit_explain_callback._files import (
 )
 from vit_explain_callback.explanation import Explanation, check_explanation, grid_of, tensors_under
 from vit_explain_callback.metrics.attention import BlockStatistics
-from vit_explain_callback.metrics.drift import METRICS
+from vit_explain_callback.metrics.drift import METRICS, DriftMetric
+from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.metrics.reference import noise_floor, unrelated_level
 
 _LARGEST_STEP = 2**53
@@ -30,7 +31,7 @@ class Reliability:
     """How far a snapshot's maps can be trusted; tensors on the CPU.
 
     Attributes:
-        mirrored: Maps of the mirrored images, mirrored back, by method name, (B, grid_h, grid_w).
+        mirrored: Maps of the mirrored images, mirrored back, by method name, (B, grid_h, grid_w), as they are measured.
         gains: Symmetric relevance gain by method name, and of a `"random"` order, (B,).
     """
 
@@ -82,9 +83,9 @@ class Snapshot:
         """(B,) probability of the target class, in [0, 1]."""
         return self.explanation.target_probability
 
-    def drift_from(self, reference: Snapshot, method: str, metric: str) -> Tensor:
+    def drift_from(self, reference: Snapshot, method: str, metric: str | DriftMetric) -> Tensor:
         """(B,) values of a drift metric for each image."""
-        return METRICS[metric](self.maps[method], reference.maps[method])
+        return _measure(metric)(pooled(self.maps[method]), pooled(reference.maps[method]))
 
     def block_drift_from(self, reference: Snapshot, metric: str) -> Tensor | None:
         """(L,) means over the images of a drift metric of what each block's readout attends to, in float64.
@@ -97,18 +98,28 @@ class Snapshot:
         measure = METRICS[metric]
         return torch.stack([torch.nanmean(measure(rows[:, block], other[:, block])) for block in range(rows.shape[1])])
 
-    def scale(self, method: str, metric: str) -> tuple[float, float] | None:
+    def scale(self, method: str, metric: str | DriftMetric) -> tuple[float, float] | None:
         """Noise floor and unrelated level of a drift metric; None where the mirrored images were not looked at."""
         if self.reliability is None:
             return None
-        maps, measure = self.maps[method], METRICS[metric]
+        maps, measure = pooled(self.maps[method]), _measure(metric)
         return noise_floor(maps, self.reliability.mirrored[method], measure), unrelated_level(maps, measure)
+
+    def pooled(self) -> Snapshot:
+        """The snapshot with maps as they are measured; see `metrics.maps.pooled`."""
+        maps = {name: pooled(each) for name, each in self.maps.items()}
+        return replace(self, explanation=replace(self.explanation, maps=maps))
 
     def save(self, path: Path) -> None:
         """Write a safetensors file: the tensors of `state_dict`, and `step` in its metadata."""
         state = self.state_dict()
         step = str(state.pop("step"))
         write_tensors(path, state, {"step": step})
+
+    def save_checked(self, path: Path) -> None:
+        """Save the reliability too, now that it is known; maps that were saved before stay as they are there."""
+        saved = Snapshot.load(path) if path.is_file() else self
+        replace(saved, reliability=self.reliability).save(path)
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:
@@ -157,6 +168,10 @@ class Snapshot:
         return cls(step, Explanation.from_tensors(tensors), reliability)
 
 
+def _measure(metric: str | DriftMetric) -> DriftMetric:
+    return METRICS[metric] if isinstance(metric, str) else metric
+
+
 def _check(source: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that do not make a snapshot."""
     methods = list(tensors_under("map", tensors))
@@ -171,7 +186,8 @@ def _check(source: str | Path, tensors: Mapping[str, Tensor]) -> None:
         if group == "gain" and not groups[group]:
             continue
         shapes |= {f"{group}/{name}": ("B", *(grid_of(name) if group == "mirrored" else ())) for name in names}
-    check_tensors(source, tensors, shapes)
+    as_measured = {f"map/{name}": pooled(tensors[f"map/{name}"]) for name in methods}  # like the mirrored ones
+    check_tensors(source, {**tensors, **as_measured}, shapes)
     for name in ("logits", *(f"map/{name}" for name in methods), *shapes):
         check_dtype(source, tensors, name, (torch.float32, torch.float64))
     unknown = [f"{group}/{name}" for group, part in groups.items() for name in part if f"{group}/{name}" not in shapes]

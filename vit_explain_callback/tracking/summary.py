@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vit_explain_callback.metrics.drift import METRICS, UNCHANGED, spearman
+from vit_explain_callback.metrics.drift import METRICS, spearman
 from vit_explain_callback.metrics.localisation import region_statistics
 from vit_explain_callback.metrics.reference import on_scale
 from vit_explain_callback.tracking.history import History
@@ -89,7 +89,7 @@ def _change(history: History, method: str) -> _Change:
 
 def _is_scale(levels: tuple[float, float] | None) -> bool:
     """Whether noise and unrelated maps are apart, so that drift can be called little."""
-    return levels is not None and math.isfinite(on_scale(1.0, *levels, UNCHANGED["spearman"]))
+    return levels is not None and math.isfinite(on_scale(1.0, *levels, METRICS["spearman"].unchanged))
 
 
 def _has_changed(change: _Change) -> bool:
@@ -136,7 +136,7 @@ def _method(change: _Change) -> str:
     if change.levels is None or not all(map(math.isfinite, change.levels)):
         return text
     noise, unrelated = change.levels
-    share = on_scale(change.mean, noise, unrelated, UNCHANGED["spearman"])
+    share = on_scale(change.mean, noise, unrelated, METRICS["spearman"].unchanged)
     if math.isfinite(share) and share > 0:
         return f"{text}, {share:.0%} of the way from noise ({noise:.2f}) to another image ({unrelated:.2f})"
     return f"{text}; noise {noise:.2f}, another image {unrelated:.2f}"

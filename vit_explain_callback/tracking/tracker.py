@@ -12,10 +12,11 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from vit_explain_callback._checks import as_target, check_counts, check_images
+from vit_explain_callback._checks import as_target, check_counts, check_images, check_removal
 from vit_explain_callback._files import write_text
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
+from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
 from vit_explain_callback.metrics.faithfulness import Removal
 from vit_explain_callback.tracking.distributed import Ranks, check_together, explain_together, passes_of_checks
 from vit_explain_callback.tracking.folder import RunFolder
@@ -27,7 +28,7 @@ from vit_explain_callback.tracking.pictures import animations, figures, last_fil
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.progress import Advance, progress
 from vit_explain_callback.tracking.run import Run
-from vit_explain_callback.tracking.scalars import Detail, final_tags, of_detail, scalars
+from vit_explain_callback.tracking.scalars import Detail, drift_scalars, final_tags, of_detail, scalars
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.summary import summary
@@ -40,7 +41,8 @@ class ExplanationTracker:
     """Explains the same images again and again, measures what changed, and writes it down.
 
     Args:
-        explainer: Of the model that is trained.
+        explainer: Of the model that is trained. Maps of more than 64 cells a side, as of pixels, are saved as they are
+            and measured pooled; see `metrics.maps.pooled`.
         probe: The images.
         folder: Where raw maps go, as `step_*.safetensors` beside `probe.safetensors`, which `load_run` reads. One that
             holds another run is not added to: `{folder}_1` is taken, and so on. None keeps nothing on the disk.
@@ -52,6 +54,8 @@ class ExplanationTracker:
         removal: How faithfulness takes patches away, `"mean_colour"` or `"tokens"`.
         batch_size: Images explained in one pass; None takes all at once.
         block_statistics: Whether to measure what each block attends to.
+        metrics: Measures of drift to log besides rank correlation: names of built-in ones, or `DriftMetric` objects.
+            One that fails does not stop the run.
         detail: `"brief"` measures everything, and writes what is to be looked at first; `"full"` writes everything.
         report: Whether to write the page `report.html` beside the maps, after a snapshot and at the end.
         progress: Whether a bar on standard error shows what takes longer than two seconds.
@@ -76,7 +80,7 @@ class ExplanationTracker:
         >>> probe = Probe.of(torch.randn(2, 3, 224, 224), torch.tensor([0, 3]))
         >>> tracker = ExplanationTracker(Explainer(model, ["rollout"]), probe, check_every=None)
         >>> values = tracker.observe(step=0)  # before the first optimiser step, and as often as wanted after it
-        >>> values["explain/drift/baseline_rank_correlation/rollout"]
+        >>> round(values["explain/drift/baseline_rank_correlation/rollout"], 3)
         1.0
         >>> values = tracker.observe(step=10)
         >>> print(tracker.finish().splitlines()[0].split(":")[0])
@@ -95,6 +99,7 @@ class ExplanationTracker:
         removal: Removal = "mean_colour",
         batch_size: int | None = None,
         block_statistics: bool = True,
+        metrics: Sequence[str | DriftMetric] = (),
         detail: Detail = "brief",
         report: bool = True,
         progress: bool = False,
@@ -102,6 +107,7 @@ class ExplanationTracker:
         ranks: Ranks | None = None,
     ) -> None:
         check_counts(check_every=check_every, batch_size=batch_size)
+        check_removal(removal, explainer.methods)
         if probe.images is None:
             raise ValueError("Expected a probe made with `Probe.of`, but got one that was read from a folder.")
         check_images(probe.images)
@@ -116,6 +122,7 @@ class ExplanationTracker:
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
         self._notices = Notices(self.methods)
         self._detail: Detail = detail
+        self._metrics = resolve_metrics(metrics)
         self._shows_progress = progress and self._ranks.rank == 0
         self._report = LivePage() if report else None
         self._begun = False
@@ -144,22 +151,24 @@ class ExplanationTracker:
                 self._ranks, self._model(), self._images, target, self._batch_size, self._block_statistics
             )
             advance()
+            self.history.check_grids(explanation)
             reliability = self._reliability(explanation, advance) if due else None
         if again:
             self.history.drop_latest()
-        self.history.add(Snapshot(step, explanation, reliability))
-        values = scalars(self.history, self.probe)
+        snapshot = Snapshot(step, explanation, reliability)
+        self.history.add(snapshot)
+        values = self._values()
         logged = of_detail(values, self._detail)
         self._keep_row(values)
         if self._ranks.rank == 0:
             for notice in self._notices.of(values):
                 rank_zero_warn(f"ViTExplainCallback: {notice}")
-            self._write(logged)
+            self._write(logged, snapshot)
         return logged
 
     def scalars(self) -> dict[str, float]:
         """The scalars that are logged of the latest snapshot, by tag."""
-        return of_detail(scalars(self.history, self.probe), self._detail)
+        return of_detail(self._values(), self._detail)
 
     def finish(self) -> str:
         """Check the latest snapshot, unless that is done, and write what is known at the end only.
@@ -222,6 +231,17 @@ class ExplanationTracker:
             wanted = baseline.prediction if target is None else torch.full_like(baseline.target, target)
         return None if wanted.equal(baseline.target) else "are of another `target` than this run's"
 
+    def _values(self) -> dict[str, float]:
+        """Every scalar of the latest snapshot; without those of a metric of the user's that fails."""
+        values = scalars(self.history, self.probe)
+        for metric in self._metrics:
+            add = partial(self._add_drift, values, metric)
+            self._guard.attempt(f"cannot measure drift by `{metric.name}`", add)
+        return values
+
+    def _add_drift(self, values: dict[str, float], metric: DriftMetric) -> None:
+        values |= drift_scalars(self.history, self.probe, metric)
+
     def _reliability(self, explanation: Explanation, advance: Advance) -> Reliability:
         maps, target = explanation.maps, explanation.target
         return check_together(
@@ -249,8 +269,7 @@ class ExplanationTracker:
             raise RuntimeError("Expected a tracker that still holds its model, but it was released.")
         return self.explainer
 
-    def _write(self, values: Mapping[str, float]) -> None:
-        now = self.history.now
+    def _write(self, values: Mapping[str, float], now: Snapshot) -> None:
         self._written = set(values)
         if not self._begun:
             self._begun = True
@@ -282,14 +301,14 @@ class ExplanationTracker:
         if full:
             finals = final_tags(self.methods, self.probe.regions, bool(self._check_every))
             new |= {final: values[tag] for final, tag in finals.items() if tag in values}
-        self._to_folder(lambda folder: now.save(folder / f"step_{now.step:08d}.safetensors"))
+        self._to_folder(lambda folder: now.save_checked(folder / f"step_{now.step:08d}.safetensors"))
         self._to_folder(lambda folder: write_text(folder / "summary.txt", text + "\n"))
         if self.writers:
             pictures = dict(last_filmstrips(self.history, self.probe))
             moving = dict(animations(self.history, self.probe)) if full else {}
             self._each_writer(lambda writer: writer.scalars(new, now.step))
             self._each_writer(lambda writer: writer.finish(text, pictures, moving, now.step))
-        self._keep_row(scalars(self.history, self.probe))
+        self._keep_row(self._values())
         self._write_report(is_last=True)
 
     def _to_folder(self, write: Callable[[Path], None]) -> None:

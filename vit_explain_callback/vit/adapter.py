@@ -104,6 +104,7 @@ class Subject:
         stated: What the user says of the tokens.
         memory: What was found out before.
         first: Place of the images among those of the probe.
+        has_vit: Whether there is to be a ViT in it.
         vit: The ViT in the twin, or the twin's module itself.
     """
 
@@ -112,10 +113,12 @@ class Subject:
     stated: StatedLayout
     memory: Memory
     first: int = 0
+    has_vit: bool = True
     vit: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "vit", find_vit(self.twin.module, self.adapter.vit))
+        module = self.twin.module
+        object.__setattr__(self, "vit", find_vit(module, self.adapter.vit) if self.has_vit else module)
 
     @property
     def is_bare(self) -> bool:
@@ -131,6 +134,32 @@ class Subject:
         """
         outputs = self.adapter.outputs(self.twin.module, images, self.first)
         return _checked(outputs, len(images), self.adapter.regression)
+
+    @contextmanager
+    def giving_logits(self) -> Iterator[nn.Module]:
+        """The twin's module; called with images inside, it gives `logits`, and gradients of these reach all of it.
+
+        No parameter of a twin asks for gradients, so the graph begins at the images.
+        """
+        module, inside = self.twin.module, False
+        own = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside or kwargs or len(args) != 1:
+                return own(*args, **kwargs)  # the model calls itself to give the logits
+            images = args[0]
+            inside = True
+            try:
+                return self.logits(images if images.requires_grad else images.detach().requires_grad_().clone())
+            finally:
+                inside = False
+
+        module.forward = forward
+        try:
+            yield module
+        finally:
+            module.forward = own
 
     def known_layout(self, image_shape: Sequence[int]) -> TokenLayout | None:
         """The layout of the tokens as timm has it, unless the user says something else.

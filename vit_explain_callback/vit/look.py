@@ -1,4 +1,4 @@
-"""Watch a model run once: which of its ViTs the outputs come from, and what that one was fed."""
+"""Watch a model run once: what it was fed; of a ViT, which of several the outputs come from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Look:
 
     Attributes:
         losses: Those with a row of outputs for each image, losses of classes first.
-        fed: The first images, (B, C, H, W), that reached the ViT; None if none did.
+        fed: The first images, (B, C, H, W), that reached the ViT, or any module; None if none did.
         feed: Path of the module that was called with them.
         vit: Path of the ViT; None where it is no model of timm's, and nothing else says which module it is.
         called: What the model itself was called with and gave, if it was called.
@@ -65,23 +65,57 @@ def look(model: nn.Module, run: Callable[[], object], vit: str | None = None) ->
         return tuple(map(noted, args)), {name: noted(part) for name, part in kwargs.items()}
 
     recorder = AttentionRecorder(model, begins_graph=True)
-    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in names]
-    handles.append(model.register_forward_hook(lambda _, args, output: called.append((args, output))))
-    error: Exception | None = None
-    with torch.enable_grad(), recorder, LossWatcher() as watcher:
-        try:
-            run()
-        except Exception as raised:
-            error = raised
-    for handle in handles:
-        handle.remove()
-    losses = watcher.losses
+    with recorder:
+        losses, error = _watched(model, run, enter, called)
     outputs = losses[0].outputs if losses else _first_tensor([output for _, output in called])
     found = _vit(model, _read(recorder.calls, outputs), images, vit)
     inside = [(path, given) for path, given in images if f"{path}.".startswith(f"{found}." if found else "")]
     feed, fed = inside[0] if inside else ("", None)
     of_images = [loss for loss in losses if fed is not None and loss.is_of(len(fed))]
     return Look(of_images, None if fed is None else fed.detach(), feed, found, called, error)
+
+
+def look_at_any(model: nn.Module, run: Callable[[], object]) -> Look:
+    """Watch any model while `run` runs it: its images are the first floating-point (B, C, H, W) that a module is given.
+
+    Args:
+        model: A twin.
+        run: Runs it.
+    """
+    images: list[tuple[str, Tensor]] = []
+    called: list[tuple[tuple[Any, ...], Any]] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for part in () if images else (*args, *kwargs.values()):
+            if isinstance(part, Tensor) and part.ndim == 4 and part.is_floating_point() and not images:
+                images.append((names[module], part.detach().clone()))  # a copy, as it may be normalised in place
+
+    losses, error = _watched(model, run, enter, called)
+    feed, fed = images[0] if images else ("", None)
+    of_images = [loss for loss in losses if fed is not None and loss.is_of(len(fed))]
+    return Look(of_images, fed, feed, None, called, error)
+
+
+def _watched(
+    model: nn.Module, run: Callable[[], object], enter: Callable[..., Any], called: list[tuple[tuple[Any, ...], Any]]
+) -> tuple[list[Loss], Exception | None]:
+    """Run a model with `enter` before every module, and note what the model itself was `called` with, and gave.
+
+    Returns:
+        Every loss, and what stopped the run, if anything did.
+    """
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
+    handles.append(model.register_forward_hook(lambda _, args, output: called.append((args, output))))
+    error: Exception | None = None
+    with torch.enable_grad(), LossWatcher() as watcher:
+        try:
+            run()
+        except Exception as raised:
+            error = raised
+    for handle in handles:
+        handle.remove()
+    return watcher.losses, error
 
 
 def _read(calls: list[AttentionCall], outputs: Tensor | None) -> list[AttentionCall]:

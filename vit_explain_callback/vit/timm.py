@@ -130,10 +130,14 @@ def refuse_other_timm_models(model: nn.Module) -> None:
         )
 
 
-def normalisation(vit: nn.Module) -> Normalisation:
-    """Mean and standard deviation with which the model's images were normalised, if it carries timm's configuration."""
-    config = getattr(vit, "pretrained_cfg", None) or {}
-    return (tuple(config["mean"]), tuple(config["std"])) if {"mean", "std"} <= set(config) else None
+def normalisation(model: nn.Module) -> Normalisation:
+    """Mean and standard deviation with which the model's images were normalised, if it is or holds one that says so.
+
+    timm's models do; of several that say different things, none is believed.
+    """
+    configs: list[Any] = [getattr(module, "pretrained_cfg", None) or {} for module in model.modules()]
+    said = {(tuple(config["mean"]), tuple(config["std"])) for config in configs if {"mean", "std"} <= set(config)}
+    return next(iter(said)) if len(said) == 1 else None
 
 
 def num_classes(vit: nn.Module) -> int | None:

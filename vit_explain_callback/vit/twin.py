@@ -238,6 +238,8 @@ def shallow_twin(value: Any) -> Any:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """What `torch.compile`, `DistributedDataParallel`, `DataParallel` or Fabric was wrapped around, or the module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
     inner: Any = module.module if isinstance(module, DataParallel | DistributedDataParallel) else None
     for name in ("_orig_mod", "_original_module"):
         inner = module._modules.get(name, inner)
@@ -255,6 +257,11 @@ def is_sharded(module: nn.Module) -> bool:
     ):
         return True
     return any(hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") for parameter in module.parameters())
+
+
+def has_twin(module: nn.Module) -> bool:
+    """Whether a twin can be made of a module: not of one that is sharded, nor of one that is scripted as a whole."""
+    return not is_sharded(module) and not isinstance(unwrapped(module), torch.jit.ScriptModule)
 
 
 def _uninitialised(value: Any, **options: Any) -> Any:

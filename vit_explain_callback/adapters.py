@@ -1,0 +1,125 @@
+"""Explainers of other libraries as methods, one line each: captum, pytorch-grad-cam, torch-cam, zennit.
+
+For instance `ViTExplainCallback(methods=[captum(LayerGradCam, "net.layer4"), captum(IntegratedGradients, n_steps=20)])`
+with `from captum.attr import IntegratedGradients, LayerGradCam`.
+
+A layer is named by its path in the model, as in `dict(model.named_modules())`: what is explained is a copy, in which
+the model's own modules are not.
+"""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_explain_callback.methods.map_function import MapFunction
+
+
+def captum(attribution: type[Any], layer: str | None = None, *, name: str | None = None, **options: Any) -> MapFunction:
+    """A method of captum's, summed over channels.
+
+    Args:
+        attribution: Its class: `LayerGradCam`, `IntegratedGradients`, `Saliency`, …
+        layer: Path of the layer, for classes that take one. Its output must be (B, C, h, w).
+        name: Of the method; by default those of class and layer.
+        **options: Of `attribute`: `n_steps=20`, `relu_attributions=True`, …
+
+    Raises:
+        TypeError: If `layer` is a module.
+    """
+    _check_layer(layer)
+
+    def function(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        of = attribution(model) if layer is None else attribution(model, model.get_submodule(layer))
+        return _summed(of.attribute(images.requires_grad_(), target=target, **options))
+
+    return MapFunction(name or _named(attribution, layer), function)
+
+
+def pytorch_grad_cam(cam: type[Any], layer: str, *, name: str | None = None, **options: Any) -> MapFunction:
+    """A method of pytorch-grad-cam's, at the size of the images, each map between 0 and 1.
+
+    Args:
+        cam: Its class: `GradCAM`, `GradCAMPlusPlus`, `EigenCAM`, …
+        layer: Path of the layer.
+        name: Of the method; by default those of class and layer.
+        **options: Of the class: `reshape_transform=` turns a layer's output into (B, C, h, w), as for a ViT or Swin.
+
+    Raises:
+        TypeError: If `layer` is a module.
+    """
+    _check_layer(layer)
+
+    def function(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        chosen = [itemgetter(index) for index in target.tolist()]  # of the logits of an image
+        with cam(model=model, target_layers=[model.get_submodule(layer)], **options) as of:
+            maps = of(input_tensor=images, targets=chosen)
+        return torch.from_numpy(maps)
+
+    return MapFunction(name or _named(cam, layer), function)
+
+
+def torch_cam(cam: type[Any], layer: str, *, name: str | None = None, **options: Any) -> MapFunction:
+    """A method of torch-cam's, on the layer's own grid, each map between 0 and 1.
+
+    Args:
+        cam: Its class: `GradCAM`, `LayerCAM`, …
+        layer: Path of the layer.
+        name: Of the method; by default those of class and layer.
+        **options: Of the class.
+
+    Raises:
+        TypeError: If `layer` is a module.
+    """
+    _check_layer(layer)
+
+    def function(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        with cam(model, target_layer=model.get_submodule(layer), **options) as of:
+            maps: Tensor = of(target.tolist(), model(images))[0]
+        return maps
+
+    return MapFunction(name or _named(cam, layer), function)
+
+
+def zennit(composite: Any, attributor: type[Any] | None = None, *, name: str | None = None) -> MapFunction:
+    """Layer-wise relevance propagation by zennit, summed over channels: a map of pixels with both signs.
+
+    Args:
+        composite: Rules for the layers: `EpsilonPlusFlat()`, …; with canonizers where batch norm is to be merged.
+        attributor: Class of `zennit.attribution`; default: `Gradient`.
+        name: Of the method; by default that of the composite's class.
+    """
+
+    def function(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        from zennit.attribution import Gradient
+
+        def of_target(logits: Tensor) -> Tensor:
+            return torch.zeros_like(logits).scatter_(1, target[:, None], 1.0)
+
+        with (attributor or Gradient)(model=model, composite=composite) as of:
+            _, relevance = of(images, of_target)
+        return _summed(relevance)
+
+    return MapFunction(name or type(composite).__name__, function)
+
+
+def _summed(attributed: Tensor) -> Tensor:
+    """(B, h, w) of (B, C, h, w)."""
+    if attributed.ndim != 4:
+        raise ValueError(f"expected a layer whose output is (B, C, h, w), but got {tuple(attributed.shape)}")
+    return attributed.detach().sum(dim=1)
+
+
+def _named(kind: Any, layer: str | None) -> str:
+    return kind.__name__ if layer is None else f"{kind.__name__}_{layer}"
+
+
+def _check_layer(layer: object) -> None:
+    if layer is not None and not isinstance(layer, str):
+        raise TypeError(
+            f"Expected `layer` to be a path such as 'net.layer4', but got a {type(layer).__name__}: the model that is "
+            "explained is a copy, in which that object is not. `dict(model.named_modules())` lists the paths."
+        )

@@ -1,0 +1,52 @@
+"""Work on a batch in parts that fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor
+
+from vit_explain_callback.vit.adapter import Subject
+
+T = TypeVar("T")
+
+
+def in_parts(
+    subject: Subject, images: Tensor, size: int, first: int, work: Callable[[Subject, slice, Tensor], T]
+) -> list[T]:
+    """Do `work` on copies of a few images at a time; on fewer where memory does not suffice.
+
+    Args:
+        subject: What is run.
+        images: (B, C, H, W), copied onto the model's device and into its precision.
+        size: Images at a time, at least 1.
+        first: Place of the first image in the probe.
+        work: Given the subject, the place of the images in the batch, and the copies.
+
+    Returns:
+        What `work` gave for each part, in order.
+    """
+    like = next((part for part in subject.vit.parameters() if part.is_floating_point()), images[:0])
+    parts: list[T] = []
+    start = 0
+    while start < len(images):
+        part = slice(start, start + size)
+        own = images[part]
+        own = own.to(like, copy=True) if own.is_floating_point() else own.to(like.device, copy=True)
+        try:
+            parts.append(work(replace(subject, first=first + start), part, own))
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            size = (size + 1) // 2
+        else:
+            start += size
+    return parts
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says so; only CUDA has an exception of its own for it."""
+    text = str(error).lower()
+    return any(words in text for words in ("out of memory", "can't allocate memory", "not enough memory"))
