@@ -202,7 +202,8 @@ def _trust(history: History, methods: Sequence[str]) -> list[str]:
     parts = [f"more faithful than chance: {_names(faithful)}"] if faithful else []
     parts += [f"not told from chance: {_names(others)}"] if others else []
     parts += [f"not known: {_names(unknown)}"] if unknown else []
-    return [f"Can the maps be trusted (SRG over a random order)? {'; '.join(parts)}."]
+    images = _count(int(gains["random"].isfinite().sum()), "image")
+    return [f"Can the maps be trusted (SRG over a random order, {images})? {'; '.join(parts)}."]
 
 
 def _regions(history: History, probe: Probe, method: str) -> list[str]:
