@@ -25,6 +25,8 @@ from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.tracking.writers import FolderWriter, Writer
 
+_REFUSALS = (ValueError, TypeError, ImportError)  # errors of other kinds are faults, ours too, and stop no run
+
 
 class Fit:
     """Takes the snapshots of one fit.
@@ -68,7 +70,7 @@ class Fit:
         try:
             self._begin()
         except Exception as error:
-            if raised_by_us(error) and not isinstance(error, RuntimeError):
+            if raised_by_us(error) and isinstance(error, _REFUSALS):
                 raise
             self._failed(error)
 
