@@ -153,9 +153,7 @@ SITUATIONS = {
     "BEiT, whose weights are given to `linear` by name": Situation(
         NO_THREAD, BY_NAME, lambda: Project(name="beit_base_patch16_224"), starts="patches"
     ),
-    "EVA, likewise": Situation(
-        NO_THREAD, BY_NAME, lambda: Project(name="eva02_tiny_patch14_224"), starts="patches"
-    ),
+    "EVA, likewise": Situation(NO_THREAD, BY_NAME, lambda: Project(name="eva02_tiny_patch14_224"), starts="patches"),
 }
 
 
