@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_
 from vit_explain_callback.lightning.batches import cloned, images_and_labels, picked
 from vit_explain_callback.lightning.evaluation import StepName, evaluating, run_step, transferred
 from vit_explain_callback.vit.adapter import LogitsOf
+from vit_explain_callback.vit.isolation import preserved_random_state
 from vit_explain_callback.vit.look import Look, look
 from vit_explain_callback.vit.losses import LossWatcher
 from vit_explain_callback.vit.twin import Twin
@@ -144,7 +145,15 @@ def watch(module: LightningModule, trainer: Trainer, batch: Any, vit: str | None
         raise ValueError(
             f"Expected a step of {type(module).__name__} to give images to a Vision Transformer, but none did. {_CURE}"
         )
-    return _seen(module, trainer, batch, *best)
+    seen = _seen(module, trainer, batch, *best)
+    shown = fed[0][1].fed
+    if shown is None or shown.shape != seen.images.shape or _plain(shown).equal(seen.images):
+        return seen
+    # The training step alone computes a loss, of images that it changed, or mixed and their labels with them.
+    again = _look(module, trainer, batch, best[1].vit, best[0], seed=1)
+    labels = again.losses[0].labels if again.losses else None
+    is_sure = labels is not None and seen.labels is not None and _plain(labels).equal(seen.labels)
+    return replace(seen, images=_plain(shown), labels=seen.labels if is_sure else _labels(batch, len(shown)))
 
 
 def _looks(module: LightningModule, trainer: Trainer, batch: Any, vit: str | None) -> list[tuple[StepName, Look]]:
@@ -154,12 +163,17 @@ def _looks(module: LightningModule, trainer: Trainer, batch: Any, vit: str | Non
     for name in names:
         if not is_overridden(name, module):
             continue
-        with evaluating(module, trainer) as twin:
-            found = look(twin.module, partial(run_step, twin.module, name, cloned(batch)), vit)
-        looks.append((name, found))
-        if found.losses:
+        looks.append((name, _look(module, trainer, batch, vit, name)))
+        if looks[-1][1].losses:
             break
     return looks
+
+
+def _look(
+    module: LightningModule, trainer: Trainer, batch: Any, vit: str | None, step: StepName, seed: int | None = None
+) -> Look:
+    with evaluating(module, trainer) as twin, preserved_random_state(seed):
+        return look(twin.module, partial(run_step, twin.module, step, cloned(batch)), vit)
 
 
 def _seen(module: LightningModule, trainer: Trainer, batch: Any, step: StepName, found: Look) -> Seen:

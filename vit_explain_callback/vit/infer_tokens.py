@@ -42,7 +42,7 @@ class _Differentiable(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  (may be given by name)
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not weight.any():
         weight = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(weight)
     return F.linear(input, weight, bias)
