@@ -37,7 +37,7 @@ def value_product(equation: object, place: int) -> ValueProduct | None:
     operands = inputs.split(",")
     if len(operands) != 2:
         return None
-    *batch, query, key = operands[place]
+    *batch, query, key = list(operands[place])
     value = operands[1 - place]
     width = set(value) - set(operands[place])
     if len(width) != 1:
