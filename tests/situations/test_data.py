@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import (
     ConcatDataset,
@@ -159,6 +160,12 @@ SITUATIONS = {
         train=training,
         fed=lambda: torch.cat([pictures(), pictures(seed=8)]),
         labels=LABELS + LABELS,
+    ),
+    "two validation loaders side by side": Situation(
+        source=NO_THREAD,
+        before="no snapshot: the step failed with a batch of one loader",
+        module=lambda: Form(lambda batch: batch["a"][0], lambda batch: batch["a"][1]),
+        validation=lambda: CombinedLoader({"a": loader(batch_size=8), "b": loader(pictures(seed=8))}, "max_size_cycle"),
     ),
     "a stream that only works in a worker": STREAM,
     "a stream without a sanity check": replace(

@@ -64,7 +64,12 @@ class Subject:
             images, labels = images_and_labels(_on_device(trainer, module, batch, is_ready))
             made = cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
             return replace(made, is_first=is_ready)
-        seen = watch(module, trainer, batch, vit, is_ready)
+        try:
+            seen = watch(module, trainer, batch, vit, is_ready)
+        except RuntimeError:  # the step may be given another form: that of several loaders at once
+            if is_ready or watched.batch is None or ranks.count > 1:
+                raise
+            seen, is_ready = watch(module, trainer, watched.batch, vit, is_ready=True), True
         if seen.notice is not None:
             rank_zero_warn(f"ViTExplainCallback: {seen.notice}")
         made = cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels)
