@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -297,3 +298,23 @@ def test_class_names_are_found_through_what_wraps_a_data_set(kind: str, tmp_path
     )
     found = check(situation, tmp_path)
     assert found.callback.tracker.probe.class_names == NAMES
+
+
+class Named(Samples):
+    def __init__(self, **said: Any) -> None:
+        super().__init__(pictures(), LABELS)
+        vars(self).update(said)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"class_to_idx": {name: NAMES.index(name) for name in reversed(NAMES)}},
+        {"classes": {name: index for index, name in enumerate(NAMES)}},
+        {"features": {"image": SimpleNamespace(), "label": SimpleNamespace(names=NAMES)}},
+    ],
+    ids=["class_to_idx", "classes as a dict", "features of Hugging Face's data sets"],
+)
+def test_class_names_are_found_however_a_data_set_says_them(said: Any, tmp_path: Path) -> None:
+    situation = Situation(NO_THREAD, "classes by number", Project, validation=lambda: DataLoader(Named(**said), 5))
+    assert check(situation, tmp_path).callback.tracker.probe.class_names == NAMES
