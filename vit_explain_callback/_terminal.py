@@ -6,6 +6,8 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+from tqdm import tqdm
+
 
 def printable(text: str) -> str:
     """The text with control characters and bytes that are no UTF-8 spelt out: they are shown, not obeyed."""
@@ -26,7 +28,10 @@ def print_line(text: str, stream: TextIO | None) -> None:
 
 
 def announce(text: str) -> None:
-    """Print lines on standard output, if they can be written: a run goes on without them."""
-    with suppress(OSError):
+    """Print lines on standard output, if they can be written: a run goes on without them.
+
+    A progress bar of tqdm's is taken away for them, and comes back below.
+    """
+    with suppress(OSError), tqdm.external_write_mode(sys.stdout):
         for line in text.splitlines():
             print_line(line, sys.stdout)

@@ -3,6 +3,7 @@
 | fault | asserted |
 |---|---|
 | the model's forward raises under explanation | one warning each time; no snapshot; weights as without the callback |
+| a fault in our own code at the baseline | one warning; weights as without the callback |
 | no memory for the batch | explained in halves, the same maps, nothing said |
 | no memory for one image | one warning; no snapshot; weights as without the callback |
 | NaN or Inf in weights | maps NaN, said once; drift NaN; the run goes on |
@@ -87,6 +88,15 @@ def test_a_forward_that_raises(tmp_path: Path, error: Exception) -> None:
     assert [snapshot.step for snapshot in saved(trainer)] == [0, 1, 2, 3, 6, 7, 8]
     with pytest.raises(type(error)):
         fit(ViTExplainCallback(every_n_steps=1, on_error="raise"), tmp_path, Failing(error, (4, 5)))
+
+
+def test_a_fault_of_ours_at_the_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plain, _ = ending(None, tmp_path, Classifier())
+    monkeypatch.setattr("vit_explain_callback.tracking.notices.STATISTICS", "nowhere")  # a KeyError
+    _, weights, said = ending(ViTExplainCallback(), tmp_path, Classifier())
+    assert_trained_alike(weights, plain)
+    assert len(said) == 1
+    assert "the snapshot at step 0 failed, and training goes on: KeyError" in said[0]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)

@@ -167,7 +167,7 @@ def test_the_probe_is_a_copy() -> None:
     [
         ({"audio": IMAGES}, ValueError, r"images under one of .* but got \['audio'\]"),
         (7, TypeError, "but got int. Give the images yourself"),
-        (("a", "b"), TypeError, "images as one tensor, but got str"),
+        (("a", "b"), TypeError, "images as one tensor, but got str. Give the images"),
     ],
 )
 def test_other_batches_are_refused(batch: Any, error: type[Exception], message: str) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import math
 import re
+import sys
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import nn
 from tqdm import tqdm
 
 from tests.models import random_images, symmetric_vit, tiny_vit
@@ -191,6 +195,40 @@ def test_one_line_at_the_start_and_the_summary_at_the_end_are_all_that_is_printe
     shown = tensor.tensor_proto.string_val[0].decode()
     assert shown.split() == text.split()
     assert all(line.startswith("    ") and len(line) <= 114 for line in shown.splitlines())
+
+
+def test_the_line_at_the_start_stands_on_a_line_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    callbacks = [pl.callbacks.TQDMProgressBar(), ViTExplainCallback(["rollout"])]  # the bar is there already
+    fit(None, tmp_path, more_callbacks=callbacks, enable_progress_bar=True)
+    (line,) = [line for line in terminal.getvalue().split("\n") if "watches" in line]
+    *bars, line = line.split("\r")
+    assert line.startswith("ViTExplainCallback watches")
+    assert bars[-1].strip() == "", "the bar was taken away before"
+
+
+def test_a_refusal_is_all_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_vit()
+    for block in model.blocks:
+        block.attn.fused_attn, block.attn.attn_drop = False, nn.ReLU()
+    with pytest.raises(ValueError, match="Expected the softmax"):
+        fit(ViTExplainCallback(), tmp_path, Classifier(model))
+    assert "watches" not in capsys.readouterr().out
+
+
+def test_images_that_could_not_be_chosen_are_said_to_be_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Locked(Pictures):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock, self.labels = threading.Lock(), self.labels * 0
+
+    fit(ViTExplainCallback(["rollout"]), tmp_path, validation=loader(Locked(), 8), num_sanity_val_steps=2, max_epochs=1)
+    text = "of 16 images of 1 class (the first that validation gave; `images=` takes others), with each validation"
+    assert text in capsys.readouterr().out
 
 
 class Unwritable(io.TextIOBase):

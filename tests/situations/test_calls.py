@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import torch
 import torchmetrics
 import transformers
 from torch import Tensor, nn
@@ -120,6 +121,19 @@ class OtherForward(Project):
         return cross_entropy(self.vit(batch[0]), batch[1])
 
 
+class MixingMetricOnly(Project):
+    """Training mixes the images of a batch, and validation computes no loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        order = torch.randperm(len(images))
+        logits = self(0.4 * images + 0.6 * images[order])
+        return 0.6 * cross_entropy(logits, labels[order]) + 0.4 * cross_entropy(logits, labels)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_score", (self(batch[0]).argmax(dim=1) == batch[1]).float().mean(), batch_size=1)
+
+
 class MetricOnly(Project):
     """Validation computes an accuracy and no loss."""
 
@@ -176,6 +190,9 @@ SITUATIONS = {
     ),
     "a step that looks at trainer and logger": Situation(NO_THREAD, RIGHT, LookingAround),
     "validation computes no loss": Situation(NO_THREAD, RIGHT, MetricOnly),
+    "validation computes no loss, training mixes images": Situation(
+        NO_THREAD, "explained mixed images, with the labels of others", MixingMetricOnly
+    ),
     "a loss written by hand": Situation(NO_THREAD, RIGHT, LossByHand),
     "Hugging Face, batch as keywords": Situation(
         NO_THREAD,

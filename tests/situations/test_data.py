@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import (
     ConcatDataset,
@@ -160,6 +162,12 @@ SITUATIONS = {
         fed=lambda: torch.cat([pictures(), pictures(seed=8)]),
         labels=LABELS + LABELS,
     ),
+    "two validation loaders side by side": Situation(
+        source=NO_THREAD,
+        before="no snapshot: the step failed with a batch of one loader",
+        module=lambda: Form(lambda batch: batch["a"][0], lambda batch: batch["a"][1]),
+        validation=lambda: CombinedLoader({"a": loader(batch_size=8), "b": loader(pictures(seed=8))}, "max_size_cycle"),
+    ),
     "a stream that only works in a worker": STREAM,
     "a stream without a sanity check": replace(
         STREAM, first_step=2, says="first validation|step 2", trainer={"num_sanity_val_steps": 0, "max_epochs": 2}
@@ -290,3 +298,23 @@ def test_class_names_are_found_through_what_wraps_a_data_set(kind: str, tmp_path
     )
     found = check(situation, tmp_path)
     assert found.callback.tracker.probe.class_names == NAMES
+
+
+class Named(Samples):
+    def __init__(self, **said: Any) -> None:
+        super().__init__(pictures(), LABELS)
+        vars(self).update(said)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"class_to_idx": {name: NAMES.index(name) for name in reversed(NAMES)}},
+        {"classes": {name: index for index, name in enumerate(NAMES)}},
+        {"features": {"image": SimpleNamespace(), "label": SimpleNamespace(names=NAMES)}},
+    ],
+    ids=["class_to_idx", "classes as a dict", "features of Hugging Face's data sets"],
+)
+def test_class_names_are_found_however_a_data_set_says_them(said: Any, tmp_path: Path) -> None:
+    situation = Situation(NO_THREAD, "classes by number", Project, validation=lambda: DataLoader(Named(**said), 5))
+    assert check(situation, tmp_path).callback.tracker.probe.class_names == NAMES

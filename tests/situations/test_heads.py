@@ -16,6 +16,7 @@ from tests.situations.check import check
 from tests.situations.project import Project
 from tests.situations.situation import NO_THREAD, RIGHT, Situation
 
+BY_NAME = "stopped: tuple index out of range"
 cross_entropy = nn.functional.cross_entropy
 
 
@@ -149,6 +150,10 @@ SITUATIONS = {
         BlockChunks,
         logits=lambda module, fed: module.fc(module.vit(fed)),
     ),
+    "BEiT, whose weights are given to `linear` by name": Situation(
+        NO_THREAD, BY_NAME, lambda: Project(name="beit_base_patch16_224"), starts="patches"
+    ),
+    "EVA, likewise": Situation(NO_THREAD, BY_NAME, lambda: Project(name="eva02_tiny_patch14_224"), starts="patches"),
 }
 
 

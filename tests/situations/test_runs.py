@@ -106,6 +106,24 @@ def test_endless_epochs_are_followed_by_their_validations(tmp_path: Path) -> Non
     check_explanations(situation, found)
 
 
+class WithATest(Project):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.step(batch), batch_size=1)
+
+
+def test_validation_before_and_after_the_fit(tmp_path: Path) -> None:
+    """`trainer.validate` and `trainer.test` are no part of the fit: they run as without the callback."""
+    callback, module = ViTExplainCallback(), WithATest()
+    new = pl.Trainer(callbacks=[callback], logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    new.validate(module, loader(), verbose=False)
+    trainer = fit(callback, tmp_path, module, loader(), training(), max_epochs=1)
+    explained = [snapshot.step for snapshot in saved(trainer)]
+    for other in (trainer, new):
+        assert "val_loss" in other.validate(module, loader(), verbose=False)[0]
+        assert "test_loss" in other.test(module, loader(), verbose=False)[0]
+    assert [snapshot.step for snapshot in saved(trainer)] == explained == [0, 2]
+
+
 class LastBlocks(Project):
     """A linear head on the class tokens of the last two of three blocks."""
 

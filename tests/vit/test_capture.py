@@ -94,10 +94,66 @@ def test_hand_written_attention(softmax: Any, product: Any) -> None:
     torch.testing.assert_close(call.value, v)
 
 
+def with_heads(tensor: Tensor, heads: int) -> Tensor:
+    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class ByHand(nn.Module):
+    """The attention of a timm block, its product with the values written in another way."""
+
+    def __init__(self, attention: Any, product: Any) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.scale = attention.qkv, attention.proj, attention.scale
+        self.heads, self.product = attention.num_heads, product
+
+    def forward(self, x: Tensor, **_: Any) -> Any:
+        q, k, v = (with_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        return self.proj(self.product((q * self.scale @ k.mT), v).reshape(x.shape))
+
+
+def without_heads(scores: Tensor, v: Tensor) -> Tensor:
+    return torch.bmm(scores[:, 0].softmax(dim=2), v[:, 0])
+
+
+def folded_heads(scores: Tensor, v: Tensor) -> Tensor:
+    out = torch.bmm(scores.flatten(0, 1).softmax(dim=-1), v.flatten(0, 1))
+    return out.unflatten(0, scores.shape[:2]).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("heads", "product"),
+    [
+        (3, lambda s, v: torch.einsum("bhij,bhjd->bhid", s.softmax(-1), v).transpose(1, 2)),
+        (3, lambda s, v: torch.einsum("b h q k, b k h d -> b q h d", s.softmax(-1), v.transpose(1, 2))),
+        (3, lambda s, v: torch.einsum("bhkd,bhqk->bqhd", v, s.softmax(-1))),
+        (1, lambda s, v: torch.einsum("bij,bjd->bid", s[:, 0].softmax(-1), v[:, 0])),
+        (1, without_heads),
+        (1, lambda s, v: F.softmax(s[:, 0], dim=-1) @ v[:, 0]),
+    ],
+)
+def test_hand_written_products_give_the_maps_of_the_kernel(heads: int, product: Any) -> None:
+    model, images = tiny_vit(num_heads=heads), random_images(2)
+    expected = explain(model, images, ["rollout", "grad_rollout"])
+    for block in model.blocks:
+        block.attn = ByHand(block.attn, product)
+    found = explain(model, images, ["rollout", "grad_rollout"])
+    for name, maps in expected.maps.items():
+        torch.testing.assert_close(found.maps[name], maps, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_folded_into_the_batch_are_refused() -> None:
+    model = tiny_vit()
+    for block in model.blocks:
+        block.attn = ByHand(block.attn, folded_heads)
+    assert "2 images, but got (6, 17, 17)" in refusal(model, random_images(2))
+
+
 def test_what_is_not_attention_is_not_recorded() -> None:
     def others(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q.softmax(dim=1) @ k.mT
         (q.flatten(1).softmax(-1)) @ torch.ones(q[0].numel(), 2, dtype=q.dtype)
+        q[:, 0].softmax(-1) @ k[:, 0].mT  # three dimensions, but not among tokens
+        torch.einsum("bhnd,bhmd->bhnm", q, k)
         return q @ k.mT
 
     with AttentionRecorder(module := OneAttention(others)) as recorder:

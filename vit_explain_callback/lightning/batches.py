@@ -146,7 +146,10 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
     """
     images, labels = _parts(batch)
     if not isinstance(images, Tensor):
-        raise TypeError(f"Expected a batch with its images as one tensor, but got {type(images).__name__}.")
+        raise TypeError(
+            f"Expected a batch with its images as one tensor, but got {type(images).__name__}. Give the images "
+            "yourself: `ViTExplainCallback(images=(images, labels))`."
+        )
     images = images.detach().to("cpu", copy=True)
     if isinstance(labels, Sequence) and all(isinstance(label, int) for label in labels):
         labels = torch.tensor(labels)

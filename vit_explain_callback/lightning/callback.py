@@ -216,12 +216,12 @@ class ViTExplainCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Keep images of validation data that cannot be read otherwise."""
-        if self.settings.given is None and (self._fit is None or self._fit.watches):
+        if trainer.state.fn == "fit" and self.settings.given is None and (self._fit is None or self._fit.watches):
             self._watched.take(batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take a snapshot with each validation, unless another schedule was asked for."""
-        if self._fit is not None and not trainer.sanity_checking:
+        """Take a snapshot with each validation of the fit, unless another schedule was asked for."""
+        if self._fit is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._fit.after_validation()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

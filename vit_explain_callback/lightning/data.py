@@ -76,11 +76,23 @@ def class_names(trainer: Trainer) -> Sequence[str] | None:
     """Names of the classes, if the validation data say them, also through subsets and concatenations."""
     data = getattr(validation_loader(trainer), "dataset", None)
     while data is not None:
-        classes = getattr(data, "classes", None)
-        if isinstance(classes, list | tuple):
-            return list(map(str, classes))
+        if (names := _names(data)) is not None:
+            return names
         parts = getattr(data, "datasets", None)
         data = parts[0] if isinstance(parts, list | tuple) and parts else getattr(data, "dataset", None)
+    return None
+
+
+def _names(data: Any) -> list[str] | None:
+    """As torchvision's data sets say them, by `classes` or by `class_to_idx`, or Hugging Face's by their features."""
+    features = getattr(data, "features", None)
+    columns = features.values() if isinstance(features, Mapping) else ()
+    said = [getattr(data, "classes", None), getattr(data, "class_to_idx", None)]
+    for names in [*said, *(getattr(column, "names", None) for column in columns)]:
+        if isinstance(names, list | tuple):
+            return list(map(str, names))
+        if isinstance(names, Mapping) and all(index in names.values() for index in range(len(names))):
+            return [str(name) for name in sorted(names, key=names.__getitem__)]
     return None
 
 

@@ -25,6 +25,8 @@ from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.tracking.writers import FolderWriter, Writer
 
+_REFUSALS = (ValueError, TypeError, ImportError)  # errors of other kinds are faults, ours too, and stop no run
+
 
 class Fit:
     """Takes the snapshots of one fit.
@@ -57,6 +59,7 @@ class Fit:
         self._last_step = trainer.global_step
         self._published: dict[str, Tensor] = {}
         self._seen: Tensor | None = None
+        self._greeting = ""
         self._prefix = f"explain_{place + 1}/" if place else "explain/"
 
     def begin(self) -> None:
@@ -68,7 +71,7 @@ class Fit:
         try:
             self._begin()
         except Exception as error:
-            if raised_by_us(error) and not isinstance(error, RuntimeError):
+            if raised_by_us(error) and isinstance(error, _REFUSALS):
                 raise
             self._failed(error)
 
@@ -125,6 +128,7 @@ class Fit:
             self._take()
         else:
             self._publish(tracker.scalars())
+            self._greet()
 
     def _attempt(self, work: Callable[[], None]) -> None:
         try:
@@ -145,6 +149,7 @@ class Fit:
         if tracker is not None:
             self._publish(tracker.observe(self._trainer.global_step))
             self._seen = _sample(self._module)
+            self._greet()
 
     def _ready(self) -> ExplanationTracker | None:
         """The tracker, made once there are images to explain."""
@@ -174,15 +179,21 @@ class Fit:
                 tracker.load_state_dict(self._state)
             tracker.writers = self._writers(folder)
             self.tracker = tracker
-            if self._trainer.is_global_zero:
-                announce(self._watched_in_words(subject, folder))
+            self._greeting = self._watched_in_words(subject, folder)
         return self.tracker
+
+    def _greet(self) -> None:
+        """Say once what is watched, when it has been explained."""
+        if self._greeting and self._trainer.is_global_zero:
+            announce(self._greeting)
+        self._greeting = ""
 
     def _watched_in_words(self, subject: Subject, folder: RunFolder) -> str:
         """What is watched, when, and where it is to be seen."""
         settings, labels = self._settings, subject.probe.labels
         classes = 0 if labels is None else len({label for label in labels.tolist() if label >= 0})
-        images = f"{len(subject.probe)} images" + (f" of {classes} classes" if classes else "")
+        images = f"{len(subject.probe)} images" + (f" of {classes} class{'es' * (classes > 1)}" if classes else "")
+        images += " (the first that validation gave; `images=` takes others)" if subject.is_first else ""
         methods = ", ".join(method.name for method in settings.methods)
         board = next((logger for logger in self._trainer.loggers if is_kind(logger, "TensorBoardLogger")), None)
         where = [] if board is None else [f"tensorboard --logdir {shlex.quote(str(board.save_dir))}"]

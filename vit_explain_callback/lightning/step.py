@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -16,6 +16,7 @@ from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_
 from vit_explain_callback.lightning.batches import cloned, images_and_labels, picked
 from vit_explain_callback.lightning.evaluation import StepName, evaluating, run_step, transferred
 from vit_explain_callback.vit.adapter import LogitsOf
+from vit_explain_callback.vit.isolation import preserved_random_state
 from vit_explain_callback.vit.look import Look, look, look_at_any
 from vit_explain_callback.vit.losses import LossWatcher
 from vit_explain_callback.vit.twin import Twin
@@ -97,6 +98,10 @@ class LightningAdapter:
         return next(loss.outputs for loss in watcher.losses if loss.is_of(len(images)))
 
 
+Watcher: TypeAlias = Callable[[nn.Module, Callable[[], object]], Look]
+"""Watches a twin while something runs it."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """What is known of a batch of probe images after a step of the user's own was watched.
@@ -135,7 +140,8 @@ def watch(
     else:
         with evaluating(module, trainer) as twin, torch.no_grad():
             batch = transferred(twin.module, trainer, batch, module.device)
-    looks = _looks(module, trainer, batch, partial(look, vit=vit) if needs_vit else look_at_any)
+    watched: Watcher = partial(look, vit=vit) if needs_vit else look_at_any
+    looks = _looks(module, trainer, batch, watched)
     fed = [seen for seen in looks if seen[1].fed is not None]
     best = next((seen for seen in fed if seen[1].losses), fed[0] if fed else None)
     failed = next((seen.error for _, seen in looks if seen.error is not None), None)
@@ -146,24 +152,35 @@ def watch(
     if best is None:
         what = "a Vision Transformer" if needs_vit else "a module of its own"
         raise ValueError(f"Expected a step of {type(module).__name__} to give images to {what}, but none did. {_CURE}")
-    return _seen(module, trainer, batch, *best)
+    seen = _seen(module, trainer, batch, *best)
+    shown = fed[0][1].fed
+    if shown is None or shown.shape != seen.images.shape or _plain(shown).equal(seen.images):
+        return seen
+    # The training step alone computes a loss, of images that it changed, or mixed and their labels with them.
+    again = _look(module, trainer, batch, watched, best[0], seed=1)
+    labels = again.losses[0].labels if again.losses else None
+    is_sure = labels is not None and seen.labels is not None and _plain(labels).equal(seen.labels)
+    return replace(seen, images=_plain(shown), labels=seen.labels if is_sure else _labels(batch, len(shown)))
 
 
-def _looks(
-    module: LightningModule, trainer: Trainer, batch: Any, watched: Callable[[nn.Module, Callable[[], object]], Look]
-) -> list[tuple[StepName, Look]]:
+def _looks(module: LightningModule, trainer: Trainer, batch: Any, watched: Watcher) -> list[tuple[StepName, Look]]:
     """What was seen of each step, validation first, until one computes a loss of what the model was fed."""
     looks: list[tuple[StepName, Look]] = []
     names: tuple[StepName, ...] = ("validation_step", "training_step")
     for name in names:
         if not is_overridden(name, module):
             continue
-        with evaluating(module, trainer) as twin:
-            found = watched(twin.module, partial(run_step, twin.module, name, cloned(batch)))
-        looks.append((name, found))
-        if found.losses:
+        looks.append((name, _look(module, trainer, batch, watched, name)))
+        if looks[-1][1].losses:
             break
     return looks
+
+
+def _look(
+    module: LightningModule, trainer: Trainer, batch: Any, watched: Watcher, step: StepName, seed: int | None = None
+) -> Look:
+    with evaluating(module, trainer) as twin, preserved_random_state(seed):
+        return watched(twin.module, partial(run_step, twin.module, step, cloned(batch)))
 
 
 def _seen(module: LightningModule, trainer: Trainer, batch: Any, step: StepName, found: Look) -> Seen:

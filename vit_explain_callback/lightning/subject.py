@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,10 +32,12 @@ class Subject:
     Attributes:
         explainer: Of its module.
         probe: The images.
+        is_first: Whether they are the first that validation gave, as others could not be had.
     """
 
     explainer: Explainer
     probe: Probe
+    is_first: bool = False
 
     @classmethod
     def of(
@@ -61,11 +63,18 @@ class Subject:
             return None
         if settings.model.get("forward") is not None or is_sharded(module):
             images, labels = images_and_labels(_on_device(trainer, module, batch, is_ready))
-            return cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
-        seen = watch(module, trainer, batch, vit, is_ready, settings.needs_vit)
+            made = cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
+            return replace(made, is_first=is_ready)
+        try:
+            seen = watch(module, trainer, batch, vit, is_ready, settings.needs_vit)
+        except RuntimeError:  # the step may be given another form: that of several loaders at once
+            if is_ready or watched.batch is None or ranks.count > 1:
+                raise
+            seen, is_ready = watch(module, trainer, watched.batch, vit, True, settings.needs_vit), True
         if seen.notice is not None:
             rank_zero_warn(f"ViTExplainCallback: {seen.notice}")
-        return cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels)
+        made = cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels)
+        return replace(made, is_first=is_ready)
 
     @classmethod
     def _made(

@@ -28,6 +28,7 @@ from torch._C import DisableTorchFunctionSubclass
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from vit_explain_callback.vit._einsum import value_product
 from vit_explain_callback.vit._mha import MultiHeadParts, take_apart
 from vit_explain_callback.vit.copy_on_write import address
 
@@ -66,8 +67,9 @@ class AttentionRecorder(TorchFunctionMode):
     """Context manager that records every attention operation a module runs inside it.
 
     Sees `torch.nn.functional.scaled_dot_product_attention`, the attention inside `torch.nn.MultiheadAttention`, and a
-    hand-written `softmax(…, dim=-1)` that is multiplied with the values. Nothing of the module is changed; what is
-    registered on entry is removed on exit.
+    hand-written `softmax(…, dim=-1)`, of (B, H, N, M) or of (B, N, N) without heads, that is multiplied with the values
+    by `@`, `matmul`, `bmm` or `einsum`. Nothing of the module is changed; what is registered on entry is removed on
+    exit.
 
     Args:
         module: Only attention that runs inside it, or inside one of its submodules, is recorded.
@@ -176,7 +178,7 @@ class AttentionRecorder(TorchFunctionMode):
             self.calls.append(_fused_call(self._running[-1], output, *args, **kwargs))
             return output
         name = getattr(func, "__name__", "")
-        if name == "softmax" and output.ndim == 4 and kwargs.get("dim", *args[1:2]) in (-1, 3):
+        if name == "softmax" and _is_attention(output) and kwargs.get("dim", *args[1:2]) in (-1, output.ndim - 1):
             self._softmaxes[id(output)] = (output, output, self._running[-1])
         elif name in _VALUE_PRESERVING and id(args[0]) in self._softmaxes:
             self._softmaxes[id(output)] = (output, *self._softmaxes[id(args[0])][1:])
@@ -184,7 +186,21 @@ class AttentionRecorder(TorchFunctionMode):
             _, attention, module = self._softmaxes[id(args[0])]
             output = self._in_graph(output)
             self.calls.append(_explicit_call(module, output, attention, args[1]))
+        elif name == "einsum" and len(args) == 3:
+            return self._einsum(output, *args)
         return output
+
+    def _einsum(self, output: Tensor, equation: Any, *operands: Any) -> Tensor:
+        place = next((place for place, operand in enumerate(operands) if id(operand) in self._softmaxes), None)
+        product = None if place is None else value_product(equation, place)
+        if place is None or product is None:
+            return output
+        _, attention, module = self._softmaxes[id(operands[place])]
+        # The gradient is asked for of the output in the order (B, H, N, d), so the model goes on with a view of that.
+        ordered = self._in_graph(output.permute(product.output))
+        value = operands[1 - place].permute(product.value)
+        self.calls.append(_explicit_call(module, ordered, attention, value))
+        return ordered.permute([product.output.index(dim) for dim in range(output.ndim)])
 
     def _in_graph(self, output: Tensor) -> Tensor:
         """The output, or where the graph has not begun yet, as with images in bytes, a leaf with which it begins."""
@@ -200,6 +216,11 @@ def is_no_grad(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
 def _may_attend(module: nn.Module) -> bool:
     """Whether attention may run inside a module: not in torch's own layers without parts, as a linear one is."""
     return bool(module._modules) or not type(module).__module__.startswith("torch.nn.")
+
+
+def _is_attention(weights: Tensor) -> bool:
+    """Whether a softmax may be attention: with heads, or without them among the tokens of an image."""
+    return weights.ndim == 4 or (weights.ndim == 3 and weights.shape[1] == weights.shape[2])
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -240,6 +261,9 @@ def _fused_call(
 
 
 def _explicit_call(module: str, output: Tensor, weights: Tensor, value: Tensor) -> AttentionCall:
+    if weights.ndim == 3:  # one head
+        weights, value = weights.unsqueeze(1), value.unsqueeze(1)
+
     def attention(images: slice, heads: slice) -> Tensor:
         return _at_least_float32(weights.detach()[images, heads])
 

@@ -37,10 +37,15 @@ class _Differentiable(TorchFunctionMode):
     ) -> Any:
         if is_no_grad(func, args):
             return None
-        if func is F.linear and not args[1].any():
-            weight = torch.randn(args[1].shape, generator=torch.Generator().manual_seed(2)).to(args[1])
-            args = (args[0], weight, *args[2:])
+        if func is F.linear:
+            func = _linear
         return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not weight.any():
+        weight = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(weight)
+    return F.linear(input, weight, bias)
 
 
 def observed_layout(

@@ -73,6 +73,12 @@ def find_stack(model: nn.Module, recorder: AttentionRecorder, images: int) -> St
         calls.append(found[0])
     tokens = max(call.shape[2] for call in calls)
     for call in calls:
+        if call.shape[0] != images and call.shape[1] == 1 and call.shape[0] % images == 0:
+            raise ValueError(
+                f"Expected the attention of `{call.module}` of {name} as (B, H, N, N) with {images} images, but got "
+                f"{(call.shape[0], *call.shape[2:])}. Where that is images times heads, give each a dimension of its "
+                "own before the softmax, as `reshape` does."
+            )
         if call.shape[0] != images or call.shape[2] != tokens:
             raise ValueError(
                 f"Expected `{call.module}` of {name} to attend over all {tokens} tokens of each of {images} images, "
