@@ -12,7 +12,6 @@ from torch import Tensor
 from vit_explain_callback.metrics.maps import is_degenerate
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
-MOST_CHECKED = 8  # images, during a run
 
 
 Removal = Literal["mean_colour", "tokens"]

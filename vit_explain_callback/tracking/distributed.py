@@ -15,15 +15,17 @@ from torch import Tensor
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.faithfulness import (
-    MOST_CHECKED,
     SHARES,
     Removal,
+    Remover,
     mean_colour,
+    random_maps,
     symmetric_relevance_gain,
 )
 from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.tracking.guard import raised_by_us
 from vit_explain_callback.tracking.progress import Advance
+from vit_explain_callback.tracking.snapshot import Reliability
 
 T = TypeVar("T")
 
@@ -102,74 +104,60 @@ def explain_together(
     return Explanation.joined(parts) if ranks.divided else parts[0]
 
 
-def mirrored_together(
-    ranks: Ranks, explainer: Explainer, images: Tensor, target: Tensor, batch_size: int | None
-) -> dict[str, Tensor]:
-    """Maps of the mirrored images, mirrored back, as they are measured, by method name.
-
-    Raises:
-        Exception: What the model raised on any process.
-    """
-    mirrored = explain_together(ranks, explainer, images.flip(-1), target, batch_size).maps
-    return {name: pooled(found.flip(-1)) for name, found in mirrored.items()}
-
-
-def gains_together(
+def check_together(
     ranks: Ranks,
     explainer: Explainer,
     images: Tensor,
     maps: Mapping[str, Tensor],
     target: Tensor,
     batch_size: int | None,
-    removal: Removal,
+    removal: Removal | None = "mean_colour",
     advance: Advance = lambda: None,
-) -> dict[str, Tensor]:
-    """Measure the faithfulness of maps on the first `MOST_CHECKED` images, each process its share.
+) -> Reliability:
+    """Explain the mirrored images and measure the faithfulness of `maps`, each process its share.
 
-    Args:
-        ranks: Place of this process.
-        explainer: Of the model.
-        images: (B, C, H, W).
-        maps: What orders the patches, by name, (B, grid_h, grid_w).
-        target: (B,) classes.
-        batch_size: Images per pass.
-        removal: How patches are taken away.
-        advance: Called after each of the `passes_of_gains`.
+    Maps are taken as they are measured; the random order, the control, has the grid of the first of them.
 
-    Returns:
-        (B,) by name, NaN for the images that are not looked at.
+    Without a `removal`, as where there are no probabilities, faithfulness is left out. `advance` is called
+    after each of the `passes_of_checks`.
 
     Raises:
-        Exception: What the model raised on any process.
+        Exception: What the model raised on any of them.
     """
+    mirrored = explain_together(ranks, explainer, images.flip(-1), target, batch_size).maps
+    advance()
+    maps = {name: pooled(each) for name, each in maps.items()}
+    grid = next(iter(maps.values())).shape[1:]
+    ordered = {**maps, "random": random_maps(len(images), (grid[0], grid[1]))}
+    mirrored = {name: pooled(found.flip(-1)) for name, found in mirrored.items()}
+    if removal is None:
+        return Reliability(mirrored, {})
     share = ranks.share(len(images))
-    looked_at = -(-min(len(images), MOST_CHECKED) * (share.stop - share.start) // len(images))
-    part = slice(share.start, share.start + looked_at)
-
-    def remove_and_advance(images: Tensor, taken: Tensor) -> Tensor:
-        if removal == "tokens":
-            logits = explainer.logits_without(images, taken, batch_size, share.start)
-        else:
-            logits = mean_colour(partial(explainer.logits, batch_size=batch_size, first=share.start))(images, taken)
-        advance()
-        return logits
 
     def measure_share() -> dict[str, Tensor]:
-        if share.start == share.stop:
-            return {}
-        own = {name: order[part] for name, order in maps.items()}
-        found = symmetric_relevance_gain(remove_and_advance, images[part], own, target[part])
-        rest = torch.full((share.stop - part.stop,), torch.nan, dtype=torch.float64)
-        return {name: torch.cat([gain, rest]) for name, gain in found.items()}
+        own = {name: order[share] for name, order in ordered.items()}
+        if removal == "tokens":
+            remove: Remover = partial(explainer.logits_without, batch_size=batch_size, first=share.start)
+        else:
+            remove = mean_colour(partial(explainer.logits, batch_size=batch_size, first=share.start))
 
-    parts = [found for found in ranks.together(measure_share) if found]
+        def remove_and_advance(images: Tensor, taken: Tensor) -> Tensor:
+            logits = remove(images, taken)
+            advance()
+            return logits
+
+        own_images, own_target = images[share], target[share]
+        return symmetric_relevance_gain(remove_and_advance, own_images, own, own_target) if len(own_images) else {}
+
+    parts = [part for part in ranks.together(measure_share) if part]
     parts = parts if ranks.divided else parts[:1]
-    return {name: torch.cat([found[name] for found in parts]) for name in maps}
+    gains = {name: torch.cat([part[name] for part in parts]) for name in ordered}
+    return Reliability(mirrored, gains)
 
 
-def passes_of_gains(orders: int) -> int:
-    """Passes that `gains_together` makes, over at most `MOST_CHECKED` images."""
-    return 2 * len(SHARES) * orders
+def passes_of_checks(methods: int, removal: Removal | None) -> int:
+    """Passes that `check_together` makes over the images of a process: the mirrored ones, and those of faithfulness."""
+    return 1 if removal is None else 1 + 2 * len(SHARES) * (methods + 1)
 
 
 def _sendable(error: Exception | None) -> Exception | None:

@@ -202,8 +202,7 @@ def _trust(history: History, methods: Sequence[str]) -> list[str]:
     parts = [f"more faithful than chance: {_names(faithful)}"] if faithful else []
     parts += [f"not told from chance: {_names(others)}"] if others else []
     parts += [f"not known: {_names(unknown)}"] if unknown else []
-    images = _count(int(gains["random"].isfinite().sum()), "image")
-    return [f"Can the maps be trusted (SRG over a random order, {images})? {'; '.join(parts)}."]
+    return [f"Can the maps be trusted (SRG over a random order)? {'; '.join(parts)}."]
 
 
 def _regions(history: History, probe: Probe, method: str) -> list[str]:

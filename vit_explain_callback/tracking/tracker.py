@@ -17,8 +17,8 @@ from vit_explain_callback._files import write_text
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
-from vit_explain_callback.tracking.checks import Checks, RemovalOrAuto
-from vit_explain_callback.tracking.distributed import Ranks, explain_together
+from vit_explain_callback.metrics.faithfulness import Removal
+from vit_explain_callback.tracking.distributed import Ranks, check_together, explain_together, passes_of_checks
 from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.guard import Guard, OnError
 from vit_explain_callback.tracking.history import History
@@ -49,10 +49,9 @@ class ExplanationTracker:
         writers: Where scalars and pictures go. A writer that fails does not stop the run.
         target: Class whose logit the gradients are of, an integer or (B,); None, and -1 for an image, is the prediction
             at the baseline.
-        check_every: Snapshots between those that also measure noise and faithfulness, the second being the first of
-            them; the last always does, and the baseline has its noise measured. None: none does.
-        removal: How faithfulness takes patches away, `"mean_colour"` or `"tokens"`; `"auto"` is `"tokens"` where the
-            model allows it.
+        check_every: Snapshots between those that also measure noise and faithfulness; None: none does. The first and
+            the last always do.
+        removal: How faithfulness takes patches away, `"mean_colour"` or `"tokens"`.
         batch_size: Images explained in one pass; None takes all at once.
         block_statistics: Whether to measure what each block attends to.
         metrics: Measures of drift to log besides rank correlation: names of built-in ones, or `DriftMetric` objects.
@@ -96,8 +95,8 @@ class ExplanationTracker:
         folder: Path | RunFolder | None = None,
         writers: Sequence[Writer] = (),
         target: SupportsIndex | Tensor | None = None,
-        check_every: int | None = 20,
-        removal: RemovalOrAuto = "auto",
+        check_every: int | None = 5,
+        removal: Removal = "mean_colour",
         batch_size: int | None = None,
         block_statistics: bool = True,
         metrics: Sequence[str | DriftMetric] = (),
@@ -118,10 +117,9 @@ class ExplanationTracker:
         self.explainer: Explainer | None = explainer
         self._folder = RunFolder(folder) if isinstance(folder, Path) else folder
         self.writers = tuple(writers)
+        self._check_every, self._removal = check_every, removal
         self._batch_size, self._block_statistics = batch_size, block_statistics
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
-        self._has_checks = check_every is not None
-        self._checks = Checks(check_every, None if probe.regression else removal, batch_size, self._ranks)
         self._notices = Notices(self.methods)
         self._detail: Detail = detail
         self._metrics = resolve_metrics(metrics)
@@ -146,17 +144,15 @@ class ExplanationTracker:
             Exception: What the model raised on any process.
         """
         again = self.history.count > 1 and self.history.now.step == step
-        number = self.history.count - again
-        due, known = self._checks.are_due(number), self.history.checked
-        passes = self._checks.passes(len(self.methods), known, number > 0) if due else 0
-        with self._progress(f"explaining {len(self.probe)} images at step {step}", 1 + passes) as advance:
+        due = bool(self._check_every) and (self.history.count - again) % (self._check_every or 1) == 0
+        with self._progress(f"explaining {len(self.probe)} images at step {step}", 1, due) as advance:
             target = self.history.baseline.target if self.history.count else self._first_target()
             explanation = explain_together(
                 self._ranks, self._model(), self._images, target, self._batch_size, self._block_statistics
             )
             advance()
             self.history.check_grids(explanation)
-            reliability = self._reliability(explanation, number > 0, advance) if due else None
+            reliability = self._reliability(explanation, advance) if due else None
         if again:
             self.history.drop_latest()
         snapshot = Snapshot(step, explanation, reliability)
@@ -186,10 +182,9 @@ class ExplanationTracker:
         if not self.history.count:
             raise RuntimeError("Expected at least one `observe(step)` before `finish()`, but there was none.")
         now = self.history.now
-        if self._checks.are_missing(now.reliability):
-            passes = self._checks.passes(len(self.methods), self.history.checked, True)
-            with self._progress(f"checking the maps at step {now.step}", passes) as advance:
-                self.history.update_latest(self._reliability(now.explanation, True, advance))
+        if self._check_every and now.reliability is None:
+            with self._progress(f"checking the maps at step {now.step}", 0, True) as advance:
+                self.history.update_latest(self._reliability(now.explanation, advance))
         text = summary(self.history, self.probe)
         if self._ranks.rank == 0:
             self._write_end(text)
@@ -247,11 +242,20 @@ class ExplanationTracker:
     def _add_drift(self, values: dict[str, float], metric: DriftMetric) -> None:
         values |= drift_scalars(self.history, self.probe, metric)
 
-    def _reliability(self, explanation: Explanation, with_gains: bool, advance: Advance) -> Reliability:
-        return self._checks.of(self._model(), self._images, explanation, self.history.checked, with_gains, advance)
+    def _reliability(self, explanation: Explanation, advance: Advance) -> Reliability:
+        maps, target = explanation.maps, explanation.target
+        return check_together(
+            self._ranks, self._model(), self._images, maps, target, self._batch_size, self._measured_by, advance
+        )
 
-    def _progress(self, what: str, passes: int) -> AbstractContextManager[Advance]:
-        return progress(f"ViTExplainCallback: {what}", passes, self._shows_progress)
+    @property
+    def _measured_by(self) -> Removal | None:
+        """How faithfulness takes patches away; None where there are no probabilities to measure it by."""
+        return None if self.probe.regression else self._removal
+
+    def _progress(self, what: str, units: int, checks: bool) -> AbstractContextManager[Advance]:
+        units += passes_of_checks(len(self.methods), self._measured_by) if checks else 0
+        return progress(f"ViTExplainCallback: {what}", units, self._shows_progress)
 
     def _first_target(self) -> int | Tensor | None:
         target = self._target
@@ -295,7 +299,7 @@ class ExplanationTracker:
         now, values, full = self.history.now, self.scalars(), self._detail == "full"
         new = {tag: value for tag, value in values.items() if tag not in self._written}
         if full:
-            finals = final_tags(self.methods, self.probe.regions, self._has_checks)
+            finals = final_tags(self.methods, self.probe.regions, bool(self._check_every))
             new |= {final: values[tag] for final, tag in finals.items() if tag in values}
         self._to_folder(lambda folder: now.save_checked(folder / f"step_{now.step:08d}.safetensors"))
         self._to_folder(lambda folder: write_text(folder / "summary.txt", text + "\n"))
