@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
 import sys
 from contextlib import suppress
 from typing import TextIO
@@ -12,6 +14,11 @@ from tqdm import tqdm
 def printable(text: str) -> str:
     """The text with control characters and bytes that are no UTF-8 spelt out: they are shown, not obeyed."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def quoted(path: object) -> str:
+    """A path as one word for the shell of this system."""
+    return subprocess.list2cmdline([str(path)]) if sys.platform == "win32" else shlex.quote(str(path))
 
 
 def print_line(text: str, stream: TextIO | None) -> None:
