@@ -189,7 +189,7 @@ class Fit:
     def _watched_in_words(self, subject: Subject, folder: RunFolder) -> str:
         """What is watched, when, and where it is to be seen."""
         settings, labels = self._settings, subject.probe.labels
-        classes = 0 if labels is None else len({label for label in labels.tolist() if label >= 0})
+        classes = 0 if labels is None or (labels < 0).any() else len(set(labels.tolist()))
         images = f"{len(subject.probe)} images" + (f" of {classes} class{'es' * (classes > 1)}" if classes else "")
         images += " (the first that validation gave; `images=` takes others)" if subject.is_first else ""
         methods = ", ".join(method.name for method in settings.methods)
