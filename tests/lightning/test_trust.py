@@ -223,6 +223,12 @@ def test_the_line_at_the_start_names_the_folder_that_was_made(
     assert len([text for text in said if "cannot make the folder" in text]) == 1
 
 
+def test_classes_are_counted_only_where_every_image_has_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, labels = random_images(4), torch.tensor([0, -1, 3, 3])
+    fit(ViTExplainCallback(["rollout"], images=(images, labels)), tmp_path, max_epochs=1)
+    assert "rollout of 4 images, with each validation" in capsys.readouterr().out
+
+
 def test_paths_are_one_word_on_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
     path = r"C:\Users\Zoë Müller\runs"
     monkeypatch.setattr("vit_explain_callback._terminal.sys", SimpleNamespace(platform="win32"))
