@@ -8,8 +8,6 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-from tqdm import tqdm
-
 
 def printable(text: str) -> str:
     """The text with control characters and bytes that are no UTF-8 spelt out: they are shown, not obeyed."""
@@ -39,6 +37,8 @@ def announce(text: str) -> None:
 
     A progress bar of tqdm's is taken away for them, and comes back below.
     """
+    from tqdm import tqdm  # late, as the command's help needs no bar
+
     with suppress(OSError), tqdm.external_write_mode(sys.stdout):
         for line in text.splitlines():
             print_line(line, sys.stdout)
