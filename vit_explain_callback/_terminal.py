@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
 import sys
 from contextlib import suppress
 from typing import TextIO
-
-from tqdm import tqdm
 
 
 def printable(text: str) -> str:
     """The text with control characters and bytes that are no UTF-8 spelt out: they are shown, not obeyed."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def quoted(path: object) -> str:
+    """A path as one word for the shell of this system."""
+    return subprocess.list2cmdline([str(path)]) if sys.platform == "win32" else shlex.quote(str(path))
 
 
 def print_line(text: str, stream: TextIO | None) -> None:
@@ -32,6 +37,8 @@ def announce(text: str) -> None:
 
     A progress bar of tqdm's is taken away for them, and comes back below.
     """
+    from tqdm import tqdm  # late, as the command's help needs no bar
+
     with suppress(OSError), tqdm.external_write_mode(sys.stdout):
         for line in text.splitlines():
             print_line(line, sys.stdout)

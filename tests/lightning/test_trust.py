@@ -23,6 +23,7 @@ from tqdm import tqdm
 from tests.models import random_images, symmetric_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
 from vit_explain_callback import ViTExplainCallback, explain
+from vit_explain_callback._terminal import quoted
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.faithfulness import mean_colour, random_maps, symmetric_relevance_gain
@@ -204,6 +205,38 @@ def test_images_that_could_not_be_chosen_are_said_to_be_the_first(
     assert text in capsys.readouterr().out
 
 
+def test_the_line_at_the_start_names_the_folder_that_was_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not that of the fit before, and none where none can be made."""
+    (tmp_path / "file").write_text("")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for folder in (tmp_path, tmp_path, tmp_path / "file"):
+            fit(ViTExplainCallback(["rollout"]), folder, logger=False, max_epochs=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "watches" in line]
+    assert lines[0].endswith(f"vit-explain report {tmp_path / 'explanations'}")
+    assert lines[1].endswith(f"vit-explain report {tmp_path / 'explanations_1'}")
+    assert lines[2].endswith("with each validation")
+    said = messages(caught)
+    assert len([text for text in said if "PNG" in text]) == 2
+    assert len([text for text in said if "cannot make the folder" in text]) == 1
+
+
+def test_classes_are_counted_only_where_every_image_has_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, labels = random_images(4), torch.tensor([0, -1, 3, 3])
+    fit(ViTExplainCallback(["rollout"], images=(images, labels)), tmp_path, max_epochs=1)
+    assert "rollout of 4 images, with each validation" in capsys.readouterr().out
+
+
+def test_paths_are_one_word_on_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = r"C:\Users\Zoë Müller\runs"
+    monkeypatch.setattr("vit_explain_callback._terminal.sys", SimpleNamespace(platform="win32"))
+    assert quoted(path) == f'"{path}"'
+    monkeypatch.setattr("vit_explain_callback._terminal.sys", SimpleNamespace(platform="linux"))
+    assert quoted("/home/Zoë Müller") == "'/home/Zoë Müller'"
+
+
 class Unwritable(io.TextIOBase):
     def write(self, text: str) -> int:
         raise OSError("the disk is full")
@@ -218,7 +251,9 @@ def test_a_run_needs_no_standard_output(tmp_path: Path, kind: str, monkeypatch: 
     if kind == "closed":
         stream.close()
     for name in ("_terminal", "tracking.progress"):
-        monkeypatch.setattr(f"vit_explain_callback.{name}.sys", SimpleNamespace(stdout=stream, stderr=stream))
+        monkeypatch.setattr(
+            f"vit_explain_callback.{name}.sys", SimpleNamespace(stdout=stream, stderr=stream, platform=sys.platform)
+        )
     fit(ViTExplainCallback(["rollout"], on_error="raise", class_names=["ä→"] * 5), tmp_path)
     if kind in ("ascii", "cp1252"):
         lines = raw.getvalue().decode(kind).splitlines()

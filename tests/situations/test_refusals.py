@@ -43,6 +43,18 @@ class Clip(Project):
         return nn.functional.cross_entropy(logits, pairs) + nn.functional.cross_entropy(logits.T, pairs)
 
 
+class Contrastive(Project):
+    """SimCLR: both views of a batch go through the encoder at once, and are the classes of each other."""
+
+    def __init__(self) -> None:
+        super().__init__(num_classes=0)
+
+    def step(self, batch: Any) -> Tensor:
+        found = nn.functional.normalize(self(torch.cat([batch, batch.flip(3)])), dim=1)
+        alike = (found @ found.T / 0.1).masked_fill(torch.eye(len(found), dtype=torch.bool), -1e9)
+        return nn.functional.cross_entropy(alike, torch.arange(2 * len(batch)).roll(len(batch)))
+
+
 class MaskedAutoencoder(Project):
     """Reconstructs the patches that were hidden from the encoder."""
 
@@ -142,6 +154,17 @@ REFUSALS = {
             labels=None,
             logits=zero_shot,
             callback={"forward": zero_shot},
+        )
+    ),
+    "SimCLR": Refusal(
+        Situation(
+            source=NO_THREAD,
+            before="no snapshot, without a cure: the batch sizes of the loss differ",
+            module=Contrastive,
+            validation=lambda: loader(form=lambda _, image, __: image),
+            labels=None,
+            logits=embedding,
+            callback={"forward": embedding},
         )
     ),
     "masked autoencoder": Refusal(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,3 +110,13 @@ def test_a_run_that_fails_tells_what_was_seen_and_why() -> None:
     assert isinstance(seen.error, KeyError)
     assert seen.vit == "student"
     assert seen.losses[0].is_of(4)
+
+
+def test_numbers_leave_torch_as_in_a_validation_step() -> None:
+    """There gradients are off, so that `numpy()` works and `float()` does not warn."""
+    logits = torch.randn(3, 2, requires_grad=True)
+    with LossWatcher() as watcher:
+        loss = F.cross_entropy(logits, torch.tensor([0, 1, 0]))
+        assert float(loss) == loss.item()
+        assert logits.numpy().shape == np.asarray(logits).shape == (3, 2)
+    assert watcher.losses[0].outputs is logits

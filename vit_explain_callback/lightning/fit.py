@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from vit_explain_callback._terminal import announce
+from vit_explain_callback._terminal import announce, quoted
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import Watched
 from vit_explain_callback.lightning.folder import run_folder
@@ -59,7 +58,7 @@ class Fit:
         self._last_step = trainer.global_step
         self._published: dict[str, Tensor] = {}
         self._seen: Tensor | None = None
-        self._greeting = ""
+        self._greeting: Callable[[], str] | None = None
         self._prefix = f"explain_{place + 1}/" if place else "explain/"
 
     def begin(self) -> None:
@@ -179,26 +178,26 @@ class Fit:
                 tracker.load_state_dict(self._state)
             tracker.writers = self._writers(folder)
             self.tracker = tracker
-            self._greeting = self._watched_in_words(subject, folder)
+            self._greeting = partial(self._watched_in_words, subject, folder)
         return self.tracker
 
     def _greet(self) -> None:
         """Say once what is watched, when it has been explained."""
-        if self._greeting and self._trainer.is_global_zero:
-            announce(self._greeting)
-        self._greeting = ""
+        if self._greeting is not None and self._trainer.is_global_zero:
+            announce(self._greeting())
+        self._greeting = None
 
     def _watched_in_words(self, subject: Subject, folder: RunFolder) -> str:
         """What is watched, when, and where it is to be seen."""
         settings, labels = self._settings, subject.probe.labels
-        classes = 0 if labels is None else len({label for label in labels.tolist() if label >= 0})
+        classes = 0 if labels is None or (labels < 0).any() else len(set(labels.tolist()))
         images = f"{len(subject.probe)} images" + (f" of {classes} class{'es' * (classes > 1)}" if classes else "")
         images += " (the first that validation gave; `images=` takes others)" if subject.is_first else ""
         methods = ", ".join(method.name for method in settings.methods)
         board = next((logger for logger in self._trainer.loggers if is_kind(logger, "TensorBoardLogger")), None)
-        where = [] if board is None else [f"tensorboard --logdir {shlex.quote(str(board.save_dir))}"]
-        if settings.save_maps and not self._leaves_no_files:
-            where.append(f"vit-explain report {shlex.quote(str(folder))}")
+        where = [] if board is None else [f"tensorboard --logdir {quoted(board.save_dir)}"]
+        if settings.save_maps and folder.is_made:
+            where.append(f"vit-explain report {quoted(folder)}")
         seen = f"; to see them: {' or '.join(where)}" if where else ""
         return f"ViTExplainCallback watches {subject.explainer.name}: {methods} of {images}, {settings.schedule}{seen}"
 
@@ -217,6 +216,8 @@ class Fit:
         if self._leaves_no_files or any(logger.shows_pictures for logger in loggers):
             return tuple(loggers)
         self._guard.attempt(f"cannot make the folder {folder}", lambda: folder.path)
+        if not folder.is_made:
+            return tuple(loggers)
         rank_zero_warn(
             "ViTExplainCallback: add a `TensorBoardLogger` to see every picture, as no logger of this run shows "
             f"pictures; the latest of each are PNG files in {folder}."

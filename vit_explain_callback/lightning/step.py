@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+=======
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+>>>>>>> wip-e
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -222,7 +227,8 @@ def _seen(module: LightningModule, trainer: Trainer, batch: Any, step: StepName,
 
 def _check_rows(adapter: LightningAdapter, images: Tensor, outputs: Tensor) -> None:
     """Refuse a step whose outputs for an image depend on the other images of the batch."""
-    with adapter.evaluating(guarded=True) as twin, torch.no_grad():
+    alone: object = None
+    with adapter.evaluating(guarded=True) as twin, torch.no_grad(), suppress(ValueError, IndexError):
         alone = adapter.outputs(twin.module, images[:1], 0)
     row = outputs[:1]
     if (

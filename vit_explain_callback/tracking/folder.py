@@ -31,6 +31,11 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.__dict__.get("path", self.wanted))
 
+    @property
+    def is_made(self) -> bool:
+        """Whether the folder is there."""
+        return "path" in self.__dict__
+
     @cached_property
     def path(self) -> Path:
         """The folder, made and marked when it is first asked for.

@@ -19,6 +19,7 @@ _BINARY = {
     F.multilabel_soft_margin_loss,
 }
 _OF_QUANTITIES = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.gaussian_nll_loss}
+_OUT_OF_TORCH = {"numpy", "__array__", "__float__", "__int__", "__complex__"}
 _SQUASHING = {"log_softmax", "softmax", "sigmoid", "logsigmoid"}
 
 
@@ -69,6 +70,8 @@ class LossWatcher(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _OUT_OF_TORCH:  # allowed in a validation step, which has no gradients
+            args = (args[0].detach(), *args[1:])
         result = func(*args, **kwargs)
         given = [*args, *(kwargs[name] for name in ("input", "target", "index") if name in kwargs)]
         if len(given) >= 1 and isinstance(given[0], Tensor) and isinstance(result, Tensor):
