@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-=======
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
->>>>>>> wip-e
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
