@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -97,13 +97,13 @@ def check_functions(functions: Sequence[MapFunction], model: nn.Module, query: t
         )
 
 
-def check_vit_options(methods: Sequence[AnyMethod], **options: object) -> None:
-    """Refuse options that say something of a ViT, by name, where no method needs one.
+def check_vit_options(methods: Sequence[AnyMethod], options: Mapping[str, object]) -> None:
+    """Refuse those of a model's options that say something of a ViT, where no method needs one.
 
     Raises:
         ValueError: If one is not None.
     """
-    given = [f"`{name}`" for name, option in options.items() if option is not None]
+    given = [f"`{name}`" for name in ("vit", "prefix_tokens", "grid_size") if options.get(name) is not None]
     if given and not of_attention(methods):
         raise ValueError(
             f"Expected no {' or '.join(given)} for {', '.join(method.name for method in methods)} alone, as functions "

@@ -152,8 +152,7 @@ class Explainer:
     ) -> None:
         forward = options.get("forward")
         self._set_up(PlainAdapter(model, options.get("vit"), forward), methods, **options)
-        options_of_vit = {name: options.get(name) for name in ("vit", "prefix_tokens", "grid_size")}
-        check_vit_options(self.methods, **options_of_vit)
+        check_vit_options(self.methods, options)
         vit = self._found_in(model)
         if self._attention:
             refuse_other_timm_models(vit)

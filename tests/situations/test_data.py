@@ -68,24 +68,6 @@ class Sharded(IterableDataset[Any]):
             yield images[index], LABELS[index]
 
 
-class LosesItsFile(Dataset[Any]):
-    """Its copy has no open file, as with data sets that drop theirs to be pickled."""
-
-    def __init__(self) -> None:
-        self.file: Tensor | None = pictures()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"file": None}
-
-    def __len__(self) -> int:
-        return COUNT
-
-    def __getitem__(self, index: int) -> Any:
-        if self.file is None:
-            raise RuntimeError("the file is not open")
-        return self.file[index], LABELS[index]
-
-
 class OpenedByWorker(Dataset[Any]):
     file: Tensor | None = None
 
@@ -96,6 +78,16 @@ class OpenedByWorker(Dataset[Any]):
         if self.file is None:
             raise RuntimeError("the file is not open")
         return self.file[index], LABELS[index]
+
+
+class LosesItsFile(OpenedByWorker):
+    """Its copy has no open file, as with data sets that drop theirs to be pickled."""
+
+    def __init__(self) -> None:
+        self.file = pictures()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"file": None}
 
 
 def open_file(_: int) -> None:

@@ -124,8 +124,7 @@ class Settings:
             num_images=self.num_images,
             batch_size=self.batch_size,
         )
-        of_vit = {name: self.model.get(name) for name in ("vit", "prefix_tokens", "grid_size")}
-        check_vit_options(self.methods, **of_vit)
+        check_vit_options(self.methods, self.model)
         if isinstance(self.target, str):
             _check_word("target", self.target, ("label", "prediction"), " or a class index")
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -63,8 +63,8 @@ class Subject:
             return None
         if settings.model.get("forward") is not None or is_sharded(module):
             images, labels = images_and_labels(_on_device(trainer, module, batch, is_ready))
-            made = cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
-            return replace(made, is_first=is_ready)
+            adapter = _called(settings, trainer, module)
+            return cls._made(settings, trainer, module, adapter, images, labels, is_first=is_ready)
         try:
             seen = watch(module, trainer, batch, vit, is_ready, settings.needs_vit)
         except RuntimeError:  # the step may be given another form: that of several loaders at once
@@ -73,8 +73,7 @@ class Subject:
             seen, is_ready = watch(module, trainer, watched.batch, vit, True, settings.needs_vit), True
         if seen.notice is not None:
             rank_zero_warn(f"ViTExplainCallback: {seen.notice}")
-        made = cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels)
-        return replace(made, is_first=is_ready)
+        return cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels, is_first=is_ready)
 
     @classmethod
     def _made(
@@ -85,6 +84,7 @@ class Subject:
         adapter: Adapter,
         images: Tensor,
         labels: Tensor | None,
+        is_first: bool = False,
     ) -> Subject:
         display, wanted = settings.display, settings.num_images
         if settings.given is None:
@@ -111,7 +111,7 @@ class Subject:
             prefix_tokens=options.get("prefix_tokens"),
             grid_size=options.get("grid_size"),
         )
-        return cls(explainer, probe)
+        return cls(explainer, probe, is_first)
 
 
 def _collected(trainer: Trainer, num_images: int, watched: Watched) -> tuple[Any, bool]:

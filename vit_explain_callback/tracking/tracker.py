@@ -296,7 +296,8 @@ class ExplanationTracker:
             self._to_folder(lambda folder: report.write(Run(folder, self.probe, kept, rows), is_last))
 
     def _write_end(self, text: str) -> None:
-        now, values, full = self.history.now, self.scalars(), self._detail == "full"
+        now, measured, full = self.history.now, self._values(), self._detail == "full"
+        values = of_detail(measured, self._detail)
         new = {tag: value for tag, value in values.items() if tag not in self._written}
         if full:
             finals = final_tags(self.methods, self.probe.regions, bool(self._check_every))
@@ -308,7 +309,7 @@ class ExplanationTracker:
             moving = dict(animations(self.history, self.probe)) if full else {}
             self._each_writer(lambda writer: writer.scalars(new, now.step))
             self._each_writer(lambda writer: writer.finish(text, pictures, moving, now.step))
-        self._keep_row(self._values())
+        self._keep_row(measured)
         self._write_report(is_last=True)
 
     def _to_folder(self, write: Callable[[Path], None]) -> None:
