@@ -82,12 +82,12 @@ def random_images(count: int, size: tuple[int, int] = (32, 32), seed: int = 1) -
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def symmetric_vit() -> Any:
-    """A ViT to which a mirrored image is the same image mirrored, so that drift has a scale."""
+def steady_vit() -> Any:
+    """A ViT that sees of a patch its mean colour alone, and in a mirror the same, so that drift has a scale."""
     vit = tiny_vit()
     with torch.no_grad():
         position = vit.pos_embed[:, 1:].view(1, 4, 4, -1)
         vit.pos_embed[:, 1:] = (position + position.flip(2)).view(1, 16, -1) / 2
         filters = vit.patch_embed.proj.weight
-        vit.patch_embed.proj.weight.copy_((filters + filters.flip(3)) / 2)
+        filters.copy_(filters.mean(dim=(2, 3), keepdim=True) * filters[0, 0].numel() ** 0.5)
     return vit

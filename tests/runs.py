@@ -20,10 +20,10 @@ from vit_explain_callback.tracking.snapshot import Snapshot
 
 
 class Pictures(Dataset[Any]):
-    """`length` random images with labels, as pairs or as mappings."""
+    """`length` random images of 4 x 4 colours with labels, as pairs or as mappings."""
 
     def __init__(self, length: int = 16, keys: tuple[str, str] | None = None) -> None:
-        self.images = random_images(length, seed=7)
+        self.images = random_images(length, (4, 4), seed=7).repeat_interleave(8, 2).repeat_interleave(8, 3)
         self.labels = torch.arange(length) % CLASSES
         self.keys = keys
 

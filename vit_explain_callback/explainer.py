@@ -5,6 +5,7 @@ Shapes: B images, C channels of the image or classes of the logits, N tokens, H 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, TypeVar
@@ -305,6 +306,15 @@ class Explainer:
 
         with torch.no_grad():
             return torch.cat(self._in_parts(images, batch_size, first, work))
+
+    def can_leave_out_tokens(self, images: Tensor, grid: tuple[int, int]) -> bool:
+        """Whether `logits_without` works for images (B, C, H, W) that were explained before; the first one tells."""
+        first = torch.arange(math.prod(grid)).view(1, *grid) == 0
+        try:
+            self.logits_without(images[:1], first)
+        except ValueError:
+            return False
+        return True
 
     def _in_parts(
         self,

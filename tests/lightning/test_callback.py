@@ -18,7 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from tests.models import CLASSES, random_images, symmetric_vit, tiny_vit
+from tests.models import CLASSES, random_images, steady_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
 from vit_explain_callback import Rollout, ViTExplainCallback, explain
 from vit_explain_callback.metrics.drift import spearman
@@ -66,7 +66,7 @@ def full_tags(*methods: str, region: str) -> set[str]:
 
 
 def test_zero_configuration_writes_exactly_the_documented_tags(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(), tmp_path, Classifier(symmetric_vit()))
+    trainer = fit(ViTExplainCallback(), tmp_path, Classifier(steady_vit()))
     tags = events(trainer).Tags()
     expected = brief_tags("rollout", "grad_rollout")
     assert set(tags["scalars"]) - {"epoch"} == expected
@@ -89,7 +89,7 @@ def masks(count: int = 16) -> dict[str, Tensor]:
 
 def test_full_detail_writes_exactly_the_documented_tags(tmp_path: Path) -> None:
     callback = ViTExplainCallback(detail="full", regions=masks())
-    tags = events(fit(callback, tmp_path, Classifier(symmetric_vit()))).Tags()
+    tags = events(fit(callback, tmp_path, Classifier(steady_vit()))).Tags()
     methods = ("rollout", "grad_rollout")
     assert set(tags["scalars"]) - {"epoch"} == full_tags(*methods, region="left")
     images = {f"explain/filmstrip/{method}" for method in methods} | {"explain/heatmap/blocks"}
@@ -100,7 +100,7 @@ def test_full_detail_writes_exactly_the_documented_tags(tmp_path: Path) -> None:
 
 
 def test_regions_add_their_lift_to_the_first_scalars(tmp_path: Path) -> None:
-    tags = events(fit(ViTExplainCallback(regions=masks()), tmp_path, Classifier(symmetric_vit()))).Tags()
+    tags = events(fit(ViTExplainCallback(regions=masks()), tmp_path, Classifier(steady_vit()))).Tags()
     assert set(tags["scalars"]) - {"epoch"} == brief_tags("rollout", "grad_rollout", region="left")
 
 
@@ -108,7 +108,7 @@ def test_what_is_not_asked_for_is_not_written(tmp_path: Path) -> None:
     callback = ViTExplainCallback(
         ["rollout"], check_every_n_snapshots=None, block_statistics=False, margin_charts=False, detail="full"
     )
-    tags = events(fit(callback, tmp_path, Classifier(symmetric_vit()))).Tags()
+    tags = events(fit(callback, tmp_path, Classifier(steady_vit()))).Tags()
     left_out = re.compile("faithfulness|scale|noise_to|attention|drift_blocks|sink_lift|left")
     expected = {tag for tag in full_tags("rollout", region="left") if not left_out.search(tag)}
     assert set(tags["scalars"]) - {"epoch"} == expected

@@ -124,7 +124,7 @@ def test_maps_of_pixels_are_saved_whole_and_measured_pooled(tmp_path: Path) -> N
     found = load_run(tmp_path / "run")
     assert found.maps["saliency"].shape == (2, 3, 130, 130)
     assert found.snapshots[1].reliability is not None
-    assert found.snapshots[1].reliability.mirrored["saliency"].shape == (3, 44, 44)
+    assert found.snapshots[1].reliability.nudged["saliency"].shape == (3, 44, 44)
     again = found.scalars
     for tag, value in tracker.scalars().items():
         assert again[-1][tag] == pytest.approx(value, nan_ok=True), tag

@@ -20,20 +20,21 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 from tqdm import tqdm
 
-from tests.models import random_images, symmetric_vit, tiny_vit
+from tests.models import random_images, steady_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
 from vit_explain_callback import ViTExplainCallback, explain
 from vit_explain_callback._terminal import quoted
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.faithfulness import mean_colour, random_maps, symmetric_relevance_gain
+from vit_explain_callback.metrics.reference import nudged
 from vit_explain_callback.tracking.snapshot import Snapshot
 
 
 @pytest.mark.parametrize(
-    ("every", "steps"), [(1, [0, 2, 4, 6, 8]), (2, [0, 4, 8]), (3, [0, 6, 8]), (9, [0, 8]), (None, [])]
+    ("every", "steps"), [(1, [0, 2, 4, 6, 8]), (2, [0, 2, 6, 8]), (3, [0, 2, 8]), (9, [0, 2, 8]), (None, [])]
 )
-def test_checks_are_made_on_their_own_schedule_and_at_both_ends(
+def test_checks_begin_after_the_baseline_and_are_made_on_their_own_schedule_and_at_the_end(
     tmp_path: Path, every: int | None, steps: list[int]
 ) -> None:
     callback = ViTExplainCallback(["rollout"], every_n_steps=2, check_every_n_snapshots=every, detail="full")
@@ -41,42 +42,87 @@ def test_checks_are_made_on_their_own_schedule_and_at_both_ends(
     assert [one.step for one in saved(trainer) if one.reliability is not None] == steps
     assert [one.step for one in saved(trainer)] == [0, 2, 4, 6, 8]
     if every is not None:
-        for tag in ("explain/faithfulness/rollout", "explain/statistics/drift_scale/rollout/spearman/noise"):
-            assert [event.step for event in events(trainer).Scalars(tag)] == steps
+        noise = events(trainer).Scalars("explain/statistics/drift_scale/rollout/spearman/noise")
+        assert [event.step for event in noise] == steps
+        for tag in ("explain/faithfulness/rollout", "explain/faithfulness/random"):
+            assert [event.step for event in events(trainer).Scalars(tag)] == steps[1:]
     for tag in ("explain/probe/accuracy", "explain/statistics/drift_baseline/rollout/cosine"):
         assert [event.step for event in events(trainer).Scalars(tag)] == [0, 2, 4, 6, 8]
 
 
-@pytest.mark.parametrize("removal", ["mean_colour", "tokens"])
-def test_checks_and_blocks_of_the_baseline_are_those_of_explain(tmp_path: Path, removal: Any) -> None:
+@pytest.mark.parametrize("removal", ["mean_colour", "tokens", "auto"])
+def test_checks_and_blocks_are_those_of_explain(tmp_path: Path, removal: Any) -> None:
     callback = ViTExplainCallback(num_images=5, batch_size=2, removal=removal, on_error="raise")
-    trainer = fit(callback, tmp_path)
-    baseline = saved(trainer)[0]
+    module = Classifier()
+    trainer = fit(callback, tmp_path, module)
+    baseline, middle, last = saved(trainer)
     assert callback.tracker is not None
     images, labels = callback.tracker.probe.images, callback.tracker.probe.labels
     assert images is not None
     assert labels is not None
     assert labels.tolist() == [0, 1, 2, 3, 4]
     expected = explain(tiny_vit(), images, target=labels, block_statistics=True)
-    mirrored = explain(tiny_vit(), images.flip(3), target=labels)
     assert baseline.reliability is not None
+    mirror = baseline.reliability.mirror
+    changed = explain(tiny_vit(), nudged(images, (4, 4), mirror), target=labels)
     assert baseline.blocks is not None
     assert expected.blocks is not None
     for name in expected.maps:
-        torch.testing.assert_close(baseline.reliability.mirrored[name], mirrored.maps[name].flip(2))
+        back = changed.maps[name].flip(2) if mirror else changed.maps[name]
+        torch.testing.assert_close(baseline.reliability.nudged[name], back)
     for statistic, value in vars(expected.blocks).items():
         torch.testing.assert_close(getattr(baseline.blocks, statistic), value)
-    maps = {**expected.maps, "random": random_maps(5, (4, 4))}
-    explainer = Explainer(tiny_vit(), ["rollout"])
-    explainer(images)
+    assert baseline.reliability.gains == {}, "training waits for the baseline"
+    explainer = Explainer(module.net, ["rollout", "grad_rollout"])
+    maps = explainer(images, labels).maps
     remove = mean_colour(explainer.logits) if removal == "mean_colour" else explainer.logits_without
-    gains = symmetric_relevance_gain(remove, images, maps, labels)
-    for name, gain in gains.items():
-        torch.testing.assert_close(baseline.reliability.gains[name], gain)
+    assert middle.reliability is not None
+    assert last.reliability is not None
+    for name, gain in symmetric_relevance_gain(remove, images, maps, labels).items():
+        torch.testing.assert_close(last.reliability.gains[name], gain)
+    assert last.reliability.mirror is mirror
+    assert last.reliability.gains["random"].equal(middle.reliability.gains["random"]), "measured once"
+
+
+def test_the_control_is_a_random_order_of_the_model_at_the_first_check(tmp_path: Path) -> None:
+    """Of a model that does not change, so that it can be measured again."""
+    module = Classifier(lr=0.0)
+    callback = ViTExplainCallback(["rollout"], num_images=5)
+    middle = saved(fit(callback, tmp_path, module))[1]
+    assert callback.tracker is not None
+    assert callback.tracker.probe.images is not None
+    explainer = Explainer(module.net, ["rollout"])
+    target = explainer(callback.tracker.probe.images, middle.target).target
+    orders = {"random": random_maps(5, (4, 4))}
+    found = symmetric_relevance_gain(explainer.logits_without, callback.tracker.probe.images, orders, target)
+    assert middle.reliability is not None
+    torch.testing.assert_close(middle.reliability.gains["random"], found["random"])
+
+
+def test_faithfulness_is_measured_on_the_first_eight_images(tmp_path: Path) -> None:
+    trainer = fit(ViTExplainCallback(["rollout"], num_images=16), tmp_path)
+    checked = [one.reliability.gains for one in saved(trainer) if one.reliability is not None and one.reliability.gains]
+    for gains in checked:
+        for gain in gains.values():
+            assert gain.isfinite().tolist() == [True] * 8 + [False] * 8
+    assert len(checked) == 2
+
+
+def test_where_tokens_cannot_be_left_out_patches_are_painted_over(tmp_path: Path) -> None:
+    def last(removal: Any) -> Snapshot:
+        torch.manual_seed(0)
+        vit = tiny_vit("beit_base_patch16_224")
+        return saved(fit(ViTExplainCallback(["rollout"], removal=removal), tmp_path, Classifier(vit)))[-1]
+
+    painted, chosen = last("mean_colour").reliability, last("auto").reliability
+    assert painted is not None
+    assert chosen is not None
+    for name, gain in painted.gains.items():
+        torch.testing.assert_close(chosen.gains[name], gain, equal_nan=True)
 
 
 def test_the_scale_is_fixed_at_the_baseline(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["grad_rollout"], detail="full"), tmp_path, Classifier(symmetric_vit()))
+    trainer = fit(ViTExplainCallback(["grad_rollout"], detail="full"), tmp_path, Classifier(steady_vit()))
     board = events(trainer)
 
     def curve(tag: str) -> list[float]:
@@ -278,12 +324,12 @@ def test_the_bar_is_shown_where_the_trainers_is(
     assert done == {}
     fit(ViTExplainCallback(["rollout"]), tmp_path, enable_progress_bar=True)
     assert "explaining 16 images at step 0" in capsys.readouterr().err
-    # One of the images, one of the mirrored ones, ten for the method and for a random order each.
+    # One of the images, one of the nudged ones, ten for the method and for a random order each.
     assert done == {
-        "ViTExplainCallback: explaining 16 images at step 0": (22, 22),
-        "ViTExplainCallback: explaining 16 images at step 4": (1, 1),
+        "ViTExplainCallback: explaining 16 images at step 0": (2, 2),
+        "ViTExplainCallback: explaining 16 images at step 4": (22, 22),
         "ViTExplainCallback: explaining 16 images at step 8": (1, 1),
-        "ViTExplainCallback: checking the maps at step 8": (21, 21),
+        "ViTExplainCallback: checking the maps at step 8": (11, 11),
     }
 
 

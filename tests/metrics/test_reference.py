@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vit_explain_callback.metrics.drift import METRICS, MapDrift
-from vit_explain_callback.metrics.reference import noise_floor, on_scale, unrelated_level
+from vit_explain_callback.metrics.reference import noise_floor, nudged, on_scale, output_holds, unrelated_level
 
 
 def random_maps(count: int, seed: int = 0) -> Tensor:
@@ -46,6 +46,44 @@ def test_degenerate_maps_do_not_count() -> None:
     assert math.isfinite(unrelated_level(broken, measure))
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize(("size", "shift"), [((48, 64), (2, 1)), ((20, 20), (1, 1)), ((30, 160), (1, 2))])
+def test_nudged_images_are_shifted_by_an_eighth_of_a_patch_and_grained(
+    size: tuple[int, int], shift: tuple[int, int], mirror: bool
+) -> None:
+    """Pixel by pixel, on a grid of 3 x 8; what is left over is the noise."""
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 9.0]).view(
+        2, 1, 1, 1
+    )
+    found, seen = nudged(images, (3, 8), mirror), images.flip(3) if mirror else images
+    moved = torch.empty_like(images)
+    for row in range(size[0]):
+        for column in range(size[1]):
+            moved[..., row, column] = seen[..., max(0, row - shift[0]), max(0, column - shift[1])]
+    noise = found - moved
+    for image in range(2):
+        deviation = moved[image].std()
+        assert noise[image].std() / deviation == pytest.approx(0.05, rel=0.1)
+        assert noise[image].mean().abs() < 0.01 * deviation
+    assert found.equal(nudged(images, (3, 8), mirror))
+    assert nudged(images.half(), (3, 8)).dtype is torch.float16
+
+
+def test_the_output_holds_where_it_moves_less_than_half_as_far_as_between_images() -> None:
+    """Against all pairs of images, for changes of any size."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, generator=generator)
+    pairs = [(logits[i] - logits[j]).norm() ** 2 for i in range(5) for j in range(5) if i != j]
+    between = torch.stack(pairs).mean().sqrt()
+    direction = torch.nn.functional.normalize(torch.randn(5, 3, generator=generator))
+    assert output_holds(logits, logits + 0.49 * between * direction)
+    assert not output_holds(logits, logits + 0.51 * between * direction)
+    assert output_holds(logits + 7, logits + 7)
+    assert not output_holds(logits[:1], logits[:1]), "one image cannot tell"
+    assert not output_holds(torch.ones(4, 2), torch.ones(4, 2)), "nor can outputs that are all the same"
+    assert not output_holds(logits, logits * torch.nan)
+
+
 @pytest.mark.parametrize(
     ("drift", "noise", "unrelated", "unchanged", "expected"),
     [
@@ -54,7 +92,7 @@ def test_degenerate_maps_do_not_count() -> None:
         (0.6, 0.9, 0.3, 1.0, 0.5),
         (1.0, 0.9, 0.4, 1.0, -0.2),
         (0.2, 0.1, 0.3, 0.0, 0.5),
-        (0.5, 0.5, 0.4, 1.0, math.nan),  # a mirror matters nearly as much as another image
+        (0.5, 0.5, 0.4, 1.0, math.nan),  # noise matters nearly as much as another image
         (0.2, 0.3, 0.1, 0.0, math.nan),
         (math.nan, 0.9, 0.3, 1.0, math.nan),
         (0.5, math.nan, 0.3, 1.0, math.nan),

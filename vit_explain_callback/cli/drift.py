@@ -63,7 +63,7 @@ def explain_series(
     num_shown: int = 6,
     batch_size: int | None = None,
     device: str = "cpu",
-    check_every: int | None = 5,
+    check_every: int | None = 20,
     prefix: str | None = None,
 ) -> None:
     """Write a snapshot of each checkpoint to `folder/explanations`; what is there already is kept.

@@ -216,8 +216,8 @@ def _drift() -> _Parser:
         "check_every",
         type=_at_least_zero,
         metavar="COUNT",
-        default=5,
-        help="checkpoints between checks of faithfulness; 0: none; default: 5",
+        default=20,
+        help="checkpoints between checks of faithfulness; 0: none; default: 20",
     )
     running = parser.add_argument_group("running")
     _option(running, "batch_size", type=_at_least_one, metavar="COUNT", help="images in one pass; default: all")

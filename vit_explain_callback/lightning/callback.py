@@ -14,7 +14,7 @@ from vit_explain_callback.lightning.settings import Display, Schedule, Settings
 from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
-from vit_explain_callback.metrics.faithfulness import Removal
+from vit_explain_callback.tracking.checks import RemovalOrAuto
 from vit_explain_callback.tracking.scalars import Detail
 from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.vit.adapter import LogitsOf
@@ -29,8 +29,9 @@ class ViTExplainCallback(Callback):
     method, and for every region of `regions=`, it writes to TensorBoard the scalars
 
     - `explain/drift/baseline_rank_correlation/{method}`: mean rank correlation with the baseline's maps; 1 = unchanged.
-    - `explain/drift/noise_to_unrelated/{method}`: drift since the baseline, 0 = as far as a mirror moves the baseline's
-      maps and less below it, 1 = as far apart as maps of different images; left out where these are about the same.
+    - `explain/drift/noise_to_unrelated/{method}`: drift since the baseline, 0 = as far as the baseline's maps move
+      under a change that should not matter, 1 = as far apart as maps of different images; left out where these are
+      about the same.
     - `explain/drift/previous_rank_correlation/{method}`: the same with the last snapshot's maps.
     - `explain/drift/baseline_{metric}/{method}`, `explain/drift/previous_{metric}/{method}`: by each of `metrics=`.
     - `explain/faithfulness/{method}`, `explain/faithfulness/random`: see `symmetric_relevance_gain`.
@@ -65,8 +66,9 @@ class ViTExplainCallback(Callback):
       `explain/statistics/drift_previous_split/{method}/{metric}/{part}`,
       `explain/statistics/drift_previous_spread/{method}/{metric}/{part}`: likewise since the last snapshot.
     - `explain/statistics/drift_blocks/{metric}/{block}`: of what the classifier's tokens attend to in each block.
-    - `explain/statistics/drift_scale/{method}/{metric}/{part}`: `noise`, the drift that mirroring the images causes;
-      `unrelated`, the drift between different images.
+    - `explain/statistics/drift_scale/{method}/{metric}/{part}`: `noise`, the drift that a shift within a patch
+      and a little grain cause, and a mirror where the model's output hardly changes in it; `unrelated`, the drift
+      between different images.
     - `explain/statistics/map/{method}/{stat}`, `explain/statistics/region/{region}/{method}/{stat}`: the rest of
       `map_statistics` and `region_statistics`.
 
@@ -74,8 +76,9 @@ class ViTExplainCallback(Callback):
     in the run's folder. TensorBoard's event file grows by at most 300 kB a snapshot with two methods and `num_shown=3`,
     and by 500 kB more at the end; `max_pictures_mb` bounds it.
 
-    Noise and faithfulness take extra passes and are measured every `check_every_n_snapshots`, and at the end. Every
-    scalar that is logged is in `trainer.callback_metrics` too, for `ModelCheckpoint(monitor=…)` and `EarlyStopping`.
+    Noise and faithfulness take extra passes. The baseline has its noise measured alone, as training waits for it; both
+    are measured in the next snapshot, in every `check_every_n_snapshots` from there, and at the end. Every scalar that
+    is logged is in `trainer.callback_metrics` too, for `ModelCheckpoint(monitor=…)` and `EarlyStopping`.
     One line says at the start what is watched. Training is left as it was: no random stream, gradient, buffer or
     training flag differs after a snapshot. Under several processes each explains a share.
 
@@ -86,10 +89,11 @@ class ViTExplainCallback(Callback):
             are saved as they are and measured pooled.
         every_n_epochs: Epochs between snapshots. `"auto"` is 1, unless `every_n_steps` is given.
         every_n_steps: Optimiser steps between snapshots, instead of `every_n_epochs`.
-        check_every_n_snapshots: Snapshots between those that also measure noise floor and faithfulness, in 11 + 10
-            times the number of methods forward passes of each image; the first and the last always do. None: none does.
+        check_every_n_snapshots: Snapshots between those that also measure noise and faithfulness: one explanation
+            more, and 10 forward passes of 8 images for each method, and 10 once a run. None: none does.
         removal: How faithfulness takes patches away: `"mean_colour"` paints them over, `"tokens"` keeps their tokens
-            from the blocks, which blocks with rotary or relative positions cannot do.
+            from the blocks, which takes half the time and which blocks with rotary or relative positions cannot do.
+            `"auto"` is `"tokens"` where the model allows it.
         num_images: Images taken from the start of the validation set; drift is averaged over them.
         images: Images to explain instead, (B, C, H, W) normalised for the model; or the pair (images, labels).
         regions: Boolean masks (B, H, W) of the probe images by name, such as the object or a watermark.
@@ -128,8 +132,8 @@ class ViTExplainCallback(Callback):
         methods: Sequence[str | AnyMethod] = _METHODS,
         every_n_epochs: int | Literal["auto"] | None = "auto",
         every_n_steps: int | None = None,
-        check_every_n_snapshots: int | None = 5,
-        removal: Removal = "mean_colour",
+        check_every_n_snapshots: int | None = 20,
+        removal: RemovalOrAuto = "auto",
         num_images: int = 16,
         images: Tensor | tuple[Tensor, Tensor] | None = None,
         regions: Mapping[str, Tensor] | None = None,

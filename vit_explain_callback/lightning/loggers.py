@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 from vit_explain_callback.lightning._compat import Logger, is_kind
 from vit_explain_callback.lightning.folder import local_path
+from vit_explain_callback.lightning.reports import report
 from vit_explain_callback.tracking.scalars import PREFIX
 from vit_explain_callback.tracking.space import check_space
-from vit_explain_callback.tracking.writers import TensorBoardWriter
+from vit_explain_callback.tracking.writers import RunEnd, TensorBoardWriter
 from vit_explain_callback.visualization.overlay import Picture
 
 T = TypeVar("T")
@@ -75,13 +77,15 @@ class LoggerWriter:
             for tag, picture in self._own(pictures).items():
                 self._show(tag, picture, step)
 
-    def finish(self, summary: str, pictures: Mapping[str, Picture], animations: Mapping[str, bytes], step: int) -> None:
-        """Show the last pictures; add summary and animations, which only TensorBoard takes."""
+    def finish(self, end: RunEnd) -> None:
+        """Show the last pictures, add the summary and the page; animations, which only TensorBoard takes."""
         if self._board is None:
-            self.pictures(pictures, step)
+            self.pictures(end.pictures, end.step)
+            report(self._logger, self._prefix, end.summary, end.page, end.step)
         else:
             self._check_space()
-            self._board.finish(summary, self._own(pictures), self._own(animations), step)
+            pictures, animations = self._own(end.pictures), self._own(end.animations)
+            self._board.finish(replace(end, pictures=pictures, animations=animations))
 
     def _own(self, by_tag: Mapping[str, T]) -> dict[str, T]:
         return {renamed(tag, self._prefix): value for tag, value in by_tag.items()}

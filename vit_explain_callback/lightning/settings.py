@@ -13,7 +13,7 @@ from vit_explain_callback._checks import check_counts, check_images, check_vit_o
 from vit_explain_callback.explainer import ModelOptions
 from vit_explain_callback.methods.map_function import AnyMethod, of_attention
 from vit_explain_callback.metrics.drift import DriftMetric
-from vit_explain_callback.metrics.faithfulness import Removal
+from vit_explain_callback.tracking.checks import RemovalOrAuto
 from vit_explain_callback.tracking.guard import OnError
 from vit_explain_callback.tracking.probe import check_regions
 from vit_explain_callback.tracking.scalars import Detail
@@ -100,7 +100,7 @@ class Settings:
     display: Display
     model: ModelOptions
     check_every_n_snapshots: int | None
-    removal: Removal
+    removal: RemovalOrAuto
     num_images: int
     given: tuple[Tensor, Tensor | None] | None
     regions: Mapping[str, Tensor]
@@ -131,7 +131,7 @@ class Settings:
             object.__setattr__(self, "target", _class_index(self.target))
         _check_word("detail", self.detail, ("brief", "full"))
         _check_word("on_error", self.on_error, ("warn", "raise"))
-        _check_word("removal", self.removal, ("mean_colour", "tokens"))
+        _check_word("removal", self.removal, ("mean_colour", "tokens", "auto"))
         for name, masks in self.regions.items():
             if not isinstance(masks, Tensor) or masks.dtype != torch.bool or masks.ndim != 3:
                 raise TypeError(

@@ -6,20 +6,58 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _CLEAR = 0.8
+_NOISE = 0.05
 
 
-def noise_floor(maps: Tensor, mirrored: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Mean of `measure` under a change that should not matter: each image seen in a mirror.
+def nudged(images: Tensor, grid: tuple[int, int], mirror: bool = False) -> Tensor:
+    """Images with a change that should not matter: the noise that a map is measured against.
+
+    Each is shifted to the right and down by an eighth of a patch, at least a pixel, its edge repeated, and given
+    Gaussian noise of a twentieth of its own standard deviation, the same in every call.
+
+    Args:
+        images: (B, C, H, W).
+        grid: Patches as (grid_h, grid_w).
+        mirror: Whether to mirror them left to right first; maps then have to be mirrored back.
+
+    Returns:
+        (B, C, H, W), of the dtype and on the device of `images`.
+    """
+    values = (images.flip(-1) if mirror else images).cpu().float()
+    down, right = (max(1, size // (8 * cells)) for size, cells in zip(images.shape[2:], grid, strict=True))
+    values = F.pad(values, (right, 0, down, 0), mode="replicate")[..., : images.shape[2], : images.shape[3]]
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
+    return (values + _NOISE * values.std(dim=(1, 2, 3), keepdim=True) * noise).to(images)
+
+
+def output_holds(logits: Tensor, changed: Tensor) -> bool:
+    """Whether a change of the images moves the model's output less than half as far as another image does.
+
+    Root mean squares of the Euclidean distance are compared. A single image cannot tell.
+
+    Args:
+        logits: (B, C) of the images.
+        changed: (B, C) of the changed images.
+    """
+    logits, changed = logits.double(), changed.double()
+    moved = (changed - logits).pow(2).sum(dim=1).mean()
+    between = 2 * logits.var(dim=0).sum() if len(logits) > 1 else torch.zeros(())
+    return bool(moved < between / 4)
+
+
+def noise_floor(maps: Tensor, of_nudged: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Mean of `measure` under a change that should not matter.
 
     Args:
         maps: (B, grid_h, grid_w).
-        mirrored: Maps of the same images mirrored left to right, mirrored back, (B, grid_h, grid_w).
+        of_nudged: Maps of the same images `nudged`, mirrored back if they were, (B, grid_h, grid_w).
         measure: One of `drift.METRICS`.
     """
-    return torch.nanmean(measure(maps, mirrored)).item()
+    return torch.nanmean(measure(maps, of_nudged)).item()
 
 
 def unrelated_level(maps: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -36,7 +74,7 @@ def unrelated_level(maps: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -
 def on_scale(drift: float, noise: float, unrelated: float, unchanged: float) -> float:
     """Drift on the scale on which 0 is noise and 1 is unrelated; below 0, it is less than the noise.
 
-    NaN where there is no such scale: where a mirror changes maps by 80 % of what another image does, or more.
+    NaN where there is no such scale: where noise changes maps by 80 % of what another image does, or more.
 
     Args:
         drift: Value of a measure.

@@ -78,7 +78,7 @@ def _drift(rows: Rows, method: str) -> dict[str, Any]:
     spread = _spread(rows, method, "spearman")
     noise, unrelated = _bars(rows, method, "spearman")
     unchanged = METRICS["spearman"].unchanged
-    title, note = "Drift", "0 = noise: a mirrored image; 1 = unrelated: another image; band p10 to p90"
+    title, note = "Drift", "0 = noise: a change that should not matter; 1 = unrelated: another image; band p10 to p90"
     ends: list[dict[str, Any]] = [
         {"name": name, "values": [end] * len(rows), "reference": True}
         for name, end in (("noise", 0.0), ("unrelated", 1.0))

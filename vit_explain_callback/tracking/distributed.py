@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed
 from torch import Tensor
 
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.metrics.faithfulness import (
-    SHARES,
-    Removal,
-    Remover,
-    mean_colour,
-    random_maps,
-    symmetric_relevance_gain,
-)
-from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.tracking.guard import raised_by_us
-from vit_explain_callback.tracking.progress import Advance
-from vit_explain_callback.tracking.snapshot import Reliability
 
 T = TypeVar("T")
 
@@ -102,62 +89,6 @@ def explain_together(
 
     parts = [part for part in ranks.together(explain_share) if part is not None]
     return Explanation.joined(parts) if ranks.divided else parts[0]
-
-
-def check_together(
-    ranks: Ranks,
-    explainer: Explainer,
-    images: Tensor,
-    maps: Mapping[str, Tensor],
-    target: Tensor,
-    batch_size: int | None,
-    removal: Removal | None = "mean_colour",
-    advance: Advance = lambda: None,
-) -> Reliability:
-    """Explain the mirrored images and measure the faithfulness of `maps`, each process its share.
-
-    Maps are taken as they are measured; the random order, the control, has the grid of the first of them.
-
-    Without a `removal`, as where there are no probabilities, faithfulness is left out. `advance` is called
-    after each of the `passes_of_checks`.
-
-    Raises:
-        Exception: What the model raised on any of them.
-    """
-    mirrored = explain_together(ranks, explainer, images.flip(-1), target, batch_size).maps
-    advance()
-    maps = {name: pooled(each) for name, each in maps.items()}
-    grid = next(iter(maps.values())).shape[1:]
-    ordered = {**maps, "random": random_maps(len(images), (grid[0], grid[1]))}
-    mirrored = {name: pooled(found.flip(-1)) for name, found in mirrored.items()}
-    if removal is None:
-        return Reliability(mirrored, {})
-    share = ranks.share(len(images))
-
-    def measure_share() -> dict[str, Tensor]:
-        own = {name: order[share] for name, order in ordered.items()}
-        if removal == "tokens":
-            remove: Remover = partial(explainer.logits_without, batch_size=batch_size, first=share.start)
-        else:
-            remove = mean_colour(partial(explainer.logits, batch_size=batch_size, first=share.start))
-
-        def remove_and_advance(images: Tensor, taken: Tensor) -> Tensor:
-            logits = remove(images, taken)
-            advance()
-            return logits
-
-        own_images, own_target = images[share], target[share]
-        return symmetric_relevance_gain(remove_and_advance, own_images, own, own_target) if len(own_images) else {}
-
-    parts = [part for part in ranks.together(measure_share) if part]
-    parts = parts if ranks.divided else parts[:1]
-    gains = {name: torch.cat([part[name] for part in parts]) for name in ordered}
-    return Reliability(mirrored, gains)
-
-
-def passes_of_checks(methods: int, removal: Removal | None) -> int:
-    """Passes that `check_together` makes over the images of a process: the mirrored ones, and those of faithfulness."""
-    return 1 if removal is None else 1 + 2 * len(SHARES) * (methods + 1)
 
 
 def _sendable(error: Exception | None) -> Exception | None:

@@ -105,17 +105,19 @@ class LivePage:
     def __init__(self) -> None:
         self._written, self._seconds = -math.inf, 0.0
 
-    def write(self, run: Run, is_last: bool) -> None:
-        """Write the page, unless it was written too short a time ago; the last one always.
+    def write(self, run: Run, is_last: bool) -> Path | None:
+        """Write the page, unless it was written too short a time ago; the last one always. The file, if it was.
 
         Raises:
             OSError: If it cannot be written.
         """
         begun = time.monotonic()
         if is_last or begun - self._written > 10 * self._seconds:
-            write_page(run)
+            file = write_page(run)
             self._written = time.monotonic()
             self._seconds = self._written - begun
+            return file
+        return None
 
 
 def thinned(steps: Sequence[int], count: int) -> list[int]:

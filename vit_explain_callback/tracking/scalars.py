@@ -34,7 +34,7 @@ def scalars(history: History, probe: Probe) -> dict[str, float]:
     """Every scalar of the latest snapshot, averaged over the images for which it is known; NaN if there are none.
 
     The baseline is compared with itself. Drift on the scale from noise to unrelated is left out where there is none:
-    where the mirrored images were not explained, or have maps about as different as those of different images.
+    where the noise was not measured, or moves maps about as far as another image does.
 
     Args:
         history: The snapshots, the latest one last.

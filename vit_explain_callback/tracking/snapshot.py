@@ -31,12 +31,16 @@ class Reliability:
     """How far a snapshot's maps can be trusted; tensors on the CPU.
 
     Attributes:
-        mirrored: Maps of the mirrored images, mirrored back, by method name, (B, grid_h, grid_w), as they are measured.
-        gains: Symmetric relevance gain by method name, and of a `"random"` order, (B,).
+        nudged: Maps of the images with a change that should not matter, see `metrics.reference.nudged`, by method name,
+            (B, grid_h, grid_w), as they are measured; mirrored back.
+        gains: Symmetric relevance gain by method name, and of a `"random"` order, (B,); NaN for images that were not
+            looked at. Empty where faithfulness was not.
+        mirror: Whether the change was a mirror too.
     """
 
-    mirrored: dict[str, Tensor]
+    nudged: dict[str, Tensor]
     gains: dict[str, Tensor]
+    mirror: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,11 @@ class Snapshot:
         return torch.stack([torch.nanmean(measure(rows[:, block], other[:, block])) for block in range(rows.shape[1])])
 
     def scale(self, method: str, metric: str | DriftMetric) -> tuple[float, float] | None:
-        """Noise floor and unrelated level of a drift metric; None where the mirrored images were not looked at."""
+        """Noise floor and unrelated level of a drift metric; None where the noise was not measured."""
         if self.reliability is None:
             return None
         maps, measure = pooled(self.maps[method]), _measure(metric)
-        return noise_floor(maps, self.reliability.mirrored[method], measure), unrelated_level(maps, measure)
+        return noise_floor(maps, self.reliability.nudged[method], measure), unrelated_level(maps, measure)
 
     def pooled(self) -> Snapshot:
         """The snapshot with maps as they are measured; see `metrics.maps.pooled`."""
@@ -135,12 +139,13 @@ class Snapshot:
     def state_dict(self) -> dict[str, Any]:
         """Tensors by name, and the step: for a checkpoint that loads with `weights_only=True`.
 
-        The names are those of `Explanation.tensors`, and `mirrored/{method}`, `gain/{method}`.
+        The names are those of `Explanation.tensors`, and `nudged/{method}`, `mirror`, `gain/{method}`.
         """
         state: dict[str, Any] = {"step": self.step, **self.explanation.tensors()}
         if self.reliability is not None:
-            for group, part in (("mirrored", self.reliability.mirrored), ("gain", self.reliability.gains)):
+            for group, part in (("nudged", self.reliability.nudged), ("gain", self.reliability.gains)):
                 state |= {f"{group}/{name}": value for name, value in part.items()}
+            state["mirror"] = torch.tensor(self.reliability.mirror)
         return state
 
     @classmethod
@@ -163,8 +168,9 @@ class Snapshot:
                 raise ValueError(f"Expected `{name}` in {source} to be a tensor, but got {type(value).__name__}.")
         _check(source, tensors)
         tensors["target"] = tensors["target"].long()
-        mirrored = tensors_under("mirrored", tensors)
-        reliability = Reliability(mirrored, tensors_under("gain", tensors)) if mirrored else None
+        nudged = tensors_under("nudged", tensors)
+        gains = tensors_under("gain", tensors)
+        reliability = Reliability(nudged, gains, bool(tensors["mirror"])) if nudged else None
         return cls(step, Explanation.from_tensors(tensors), reliability)
 
 
@@ -178,16 +184,19 @@ def _check(source: str | Path, tensors: Mapping[str, Tensor]) -> None:
     if not methods:
         raise ValueError(f"Expected {source} to hold `map/…` of at least one method, but it does not.")
     check_explanation(source, tensors, methods)
-    # Of a regression, or where faithfulness was left out, there are maps alone.
-    groups = {name: tensors_under(name, tensors) for name in ("mirrored", "gain")}
-    wanted = {"mirrored": set(methods), "gain": {*methods, "random"}} if groups["mirrored"] or groups["gain"] else {}
+    # Of a baseline or a regression there is the noise alone.
+    groups = {name: tensors_under(name, tensors) for name in ("nudged", "gain")}
+    wanted = {"nudged": set(methods), "gain": {*methods, "random"}} if groups["nudged"] or groups["gain"] else {}
     shapes: dict[str, tuple[str, ...]] = {f"map/{name}": ("B", *grid_of(name)) for name in methods}
     for group, names in wanted.items():
         if group == "gain" and not groups[group]:
             continue
-        shapes |= {f"{group}/{name}": ("B", *(grid_of(name) if group == "mirrored" else ())) for name in names}
-    as_measured = {f"map/{name}": pooled(tensors[f"map/{name}"]) for name in methods}  # like the mirrored ones
+        shapes |= {f"{group}/{name}": ("B", *(grid_of(name) if group == "nudged" else ())) for name in names}
+    as_measured = {f"map/{name}": pooled(tensors[f"map/{name}"]) for name in methods}  # like the nudged ones
     check_tensors(source, {**tensors, **as_measured}, shapes)
+    if wanted:
+        check_tensors(source, tensors, {"mirror": ()})
+        check_dtype(source, tensors, "mirror", (torch.bool,))
     for name in ("logits", *(f"map/{name}" for name in methods), *shapes):
         check_dtype(source, tensors, name, (torch.float32, torch.float64))
     unknown = [f"{group}/{name}" for group, part in groups.items() for name in part if f"{group}/{name}" not in shapes]

@@ -26,8 +26,8 @@ _CONFIDENCE = 1.96  # standard errors
 def summary(history: History, probe: Probe) -> str:
     """Whether the model changed where it looks, by more than noise, when, on which images; whether to trust the maps.
 
-    Drift is more than noise where the images drifted further than a mirror moves their maps at the baseline, on average
-    by more than 1.96 standard errors.
+    Drift is more than noise where the images drifted further than their maps move at the baseline under a change that
+    should not matter (see `metrics.reference.nudged`), on average by more than 1.96 standard errors.
 
     Args:
         history: The snapshots of the run.
@@ -79,7 +79,7 @@ def _change(history: History, method: str) -> _Change:
     by_image = history.now.drift_from(baseline, method, "spearman")
     levels, beyond_noise = baseline.scale(method, "spearman"), None
     if baseline.reliability is not None:
-        noise = METRICS["spearman"](baseline.maps[method], baseline.reliability.mirrored[method])
+        noise = METRICS["spearman"](baseline.maps[method], baseline.reliability.nudged[method])
         further = noise - by_image
         margin = _margin(further)
         if margin is not None:
@@ -107,18 +107,25 @@ def _headline(history: History, changes: Sequence[_Change]) -> str:
     if history.count == 1:
         return f"Whether the model changed where it looks is not known: there is one snapshot only, at step {step}."
     known = [change for change in changes if math.isfinite(change.mean)]
+    noise = _noise(history)
     moved = [change.method for change in known if change.beyond_noise]
     still = [change.method for change in known if change.beyond_noise is False]
     if not known:
         return f"Whether the model changed where it looks cannot be told: the maps are degenerate {what}."
     if moved:
         but = f", not in those of {_names(still)}" if still else ""
-        return f"The model changed where it looks, by more than noise, in the maps of {_names(moved)}{but} {what}."
+        return f"The model changed where it looks, by more than {noise}, in the maps of {_names(moved)}{but} {what}."
     if still:
-        return f"The model looks where it looked before: the maps changed by no more than noise {what}."
+        return f"The model looks where it looked before: the maps changed by no more than {noise} {what}."
     if not any(map(_has_changed, known)):
         return f"The model looks where it looked before: the order of the patches is the same {what}."
     return f"The maps changed; whether by more than noise cannot be told, as {_why_not(history)} {what}."
+
+
+def _noise(history: History) -> str:
+    """What the noise is that was measured at the baseline."""
+    known = history.baseline.reliability
+    return f"noise (shift, grain{', mirror' if known is not None and known.mirror else ''})"
 
 
 def _why_not(history: History) -> str:
@@ -126,7 +133,7 @@ def _why_not(history: History) -> str:
         return "the noise was not measured"
     if len(history.now.target) == 1:
         return "one image is too few"
-    return "a mirror moves the maps as far as another image does"
+    return "noise moves the maps as far as another image does"
 
 
 def _method(change: _Change) -> str:
@@ -202,7 +209,8 @@ def _trust(history: History, methods: Sequence[str]) -> list[str]:
     parts = [f"more faithful than chance: {_names(faithful)}"] if faithful else []
     parts += [f"not told from chance: {_names(others)}"] if others else []
     parts += [f"not known: {_names(unknown)}"] if unknown else []
-    return [f"Can the maps be trusted (SRG over a random order)? {'; '.join(parts)}."]
+    images = _count(int(gains["random"].isfinite().sum()), "image")
+    return [f"Can the maps be trusted (SRG over a random order, {images})? {'; '.join(parts)}."]
 
 
 def _regions(history: History, probe: Probe, method: str) -> list[str]:

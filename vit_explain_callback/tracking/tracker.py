@@ -17,8 +17,8 @@ from vit_explain_callback._files import write_text
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
-from vit_explain_callback.metrics.faithfulness import Removal
-from vit_explain_callback.tracking.distributed import Ranks, check_together, explain_together, passes_of_checks
+from vit_explain_callback.tracking.checks import Checks, RemovalOrAuto
+from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.guard import Guard, OnError
 from vit_explain_callback.tracking.history import History
@@ -32,9 +32,9 @@ from vit_explain_callback.tracking.scalars import Detail, drift_scalars, final_t
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.summary import summary
-from vit_explain_callback.tracking.writers import Writer
+from vit_explain_callback.tracking.writers import RunEnd, Writer
 
-_VERSION = 1  # of the state
+_VERSION = 2  # of the state
 
 
 class ExplanationTracker:
@@ -49,9 +49,10 @@ class ExplanationTracker:
         writers: Where scalars and pictures go. A writer that fails does not stop the run.
         target: Class whose logit the gradients are of, an integer or (B,); None, and -1 for an image, is the prediction
             at the baseline.
-        check_every: Snapshots between those that also measure noise and faithfulness; None: none does. The first and
-            the last always do.
-        removal: How faithfulness takes patches away, `"mean_colour"` or `"tokens"`.
+        check_every: Snapshots between those that also measure noise and faithfulness, the second being the first of
+            them. The last always does, and the baseline has its noise measured. None: none is measured.
+        removal: How faithfulness takes patches away, `"mean_colour"` or `"tokens"`; `"auto"` is `"tokens"` where the
+            model allows it.
         batch_size: Images explained in one pass; None takes all at once.
         block_statistics: Whether to measure what each block attends to.
         metrics: Measures of drift to log besides rank correlation: names of built-in ones, or `DriftMetric` objects.
@@ -95,8 +96,8 @@ class ExplanationTracker:
         folder: Path | RunFolder | None = None,
         writers: Sequence[Writer] = (),
         target: SupportsIndex | Tensor | None = None,
-        check_every: int | None = 5,
-        removal: Removal = "mean_colour",
+        check_every: int | None = 20,
+        removal: RemovalOrAuto = "auto",
         batch_size: int | None = None,
         block_statistics: bool = True,
         metrics: Sequence[str | DriftMetric] = (),
@@ -117,9 +118,10 @@ class ExplanationTracker:
         self.explainer: Explainer | None = explainer
         self._folder = RunFolder(folder) if isinstance(folder, Path) else folder
         self.writers = tuple(writers)
-        self._check_every, self._removal = check_every, removal
         self._batch_size, self._block_statistics = batch_size, block_statistics
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
+        self._has_checks = check_every is not None
+        self._checks = Checks(check_every, None if probe.regression else removal, batch_size, self._ranks)
         self._notices = Notices(self.methods)
         self._detail: Detail = detail
         self._metrics = resolve_metrics(metrics)
@@ -144,15 +146,17 @@ class ExplanationTracker:
             Exception: What the model raised on any process.
         """
         again = self.history.count > 1 and self.history.now.step == step
-        due = bool(self._check_every) and (self.history.count - again) % (self._check_every or 1) == 0
-        with self._progress(f"explaining {len(self.probe)} images at step {step}", 1, due) as advance:
+        number = self.history.count - again
+        due = self._checks.are_due(number)
+        passes = self._checks.passes(len(self.methods), number > 0) if due else 0
+        with self._progress(f"explaining {len(self.probe)} images at step {step}", 1 + passes) as advance:
             target = self.history.baseline.target if self.history.count else self._first_target()
             explanation = explain_together(
                 self._ranks, self._model(), self._images, target, self._batch_size, self._block_statistics
             )
             advance()
             self.history.check_grids(explanation)
-            reliability = self._reliability(explanation, advance) if due else None
+            reliability = self._reliability(explanation, number > 0, advance) if due else None
         if again:
             self.history.drop_latest()
         snapshot = Snapshot(step, explanation, reliability)
@@ -182,9 +186,10 @@ class ExplanationTracker:
         if not self.history.count:
             raise RuntimeError("Expected at least one `observe(step)` before `finish()`, but there was none.")
         now = self.history.now
-        if self._check_every and now.reliability is None:
-            with self._progress(f"checking the maps at step {now.step}", 0, True) as advance:
-                self.history.update_latest(self._reliability(now.explanation, advance))
+        if self._checks.are_missing(now.reliability):
+            passes = self._checks.passes(len(self.methods), True)
+            with self._progress(f"checking the maps at step {now.step}", passes) as advance:
+                self.history.update_latest(self._reliability(now.explanation, True, advance))
         text = summary(self.history, self.probe)
         if self._ranks.rank == 0:
             self._write_end(text)
@@ -198,6 +203,7 @@ class ExplanationTracker:
         """The snapshots kept, and whose they are; loads with `weights_only=True`."""
         run = None if self._folder is None else self._folder.run
         about = {"version": _VERSION, "fingerprint": self.probe.fingerprint, "run": run}
+        about["removal"] = self._checks.removal
         return {**about, **self.history.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -217,6 +223,7 @@ class ExplanationTracker:
             rank_zero_warn(f"ViTExplainCallback: the checkpoint's explanations {reason}, so a new baseline is taken.")
         elif history.count:
             self.history = history
+            self._checks.go_on(state.get("removal"), history.checked[-1] if history.checked else None)
             if self._folder is not None and isinstance(state.get("run"), str):
                 self._folder.run = state["run"]
 
@@ -242,20 +249,12 @@ class ExplanationTracker:
     def _add_drift(self, values: dict[str, float], metric: DriftMetric) -> None:
         values |= drift_scalars(self.history, self.probe, metric)
 
-    def _reliability(self, explanation: Explanation, advance: Advance) -> Reliability:
-        maps, target = explanation.maps, explanation.target
-        return check_together(
-            self._ranks, self._model(), self._images, maps, target, self._batch_size, self._measured_by, advance
-        )
+    def _reliability(self, explanation: Explanation, with_gains: bool, advance: Advance) -> Reliability:
+        known = self.history.baseline.reliability if self.history.count else None
+        return self._checks.of(self._model(), self._images, explanation, known, with_gains, advance)
 
-    @property
-    def _measured_by(self) -> Removal | None:
-        """How faithfulness takes patches away; None where there are no probabilities to measure it by."""
-        return None if self.probe.regression else self._removal
-
-    def _progress(self, what: str, units: int, checks: bool) -> AbstractContextManager[Advance]:
-        units += passes_of_checks(len(self.methods), self._measured_by) if checks else 0
-        return progress(f"ViTExplainCallback: {what}", units, self._shows_progress)
+    def _progress(self, what: str, passes: int) -> AbstractContextManager[Advance]:
+        return progress(f"ViTExplainCallback: {what}", passes, self._shows_progress)
 
     def _first_target(self) -> int | Tensor | None:
         target = self._target
@@ -287,30 +286,36 @@ class ExplanationTracker:
         self._rows = {step: row for step, row in self._rows.items() if step in kept}
         self._rows[self.history.now.step] = {"step": self.history.now.step, **values}
 
-    def _write_report(self, is_last: bool) -> None:
-        """The page of the run so far; a snapshot of a run that was resumed has no scalars before it is loaded."""
-        report = self._report
+    def _write_report(self, is_last: bool) -> Path | None:
+        """The page of the run so far, if it was written.
+
+        A snapshot of a run that was resumed has no scalars before it is loaded.
+        """
+        report, written = self._report, list[Path | None]()
         if report is not None:
             kept = self.history.snapshots
             rows = [self._rows.get(one.step, {"step": one.step}) for one in kept]
-            self._to_folder(lambda folder: report.write(Run(folder, self.probe, kept, rows), is_last))
+            run = partial(Run, probe=self.probe, snapshots=kept, rows=rows)
+            self._to_folder(lambda folder: written.append(report.write(run(folder), is_last)))
+        return written[0] if written else None
 
     def _write_end(self, text: str) -> None:
         now, measured, full = self.history.now, self._values(), self._detail == "full"
         values = of_detail(measured, self._detail)
         new = {tag: value for tag, value in values.items() if tag not in self._written}
         if full:
-            finals = final_tags(self.methods, self.probe.regions, bool(self._check_every))
+            finals = final_tags(self.methods, self.probe.regions, self._has_checks)
             new |= {final: values[tag] for final, tag in finals.items() if tag in values}
         self._to_folder(lambda folder: now.save_checked(folder / f"step_{now.step:08d}.safetensors"))
         self._to_folder(lambda folder: write_text(folder / "summary.txt", text + "\n"))
-        if self.writers:
-            pictures = dict(last_filmstrips(self.history, self.probe))
-            moving = dict(animations(self.history, self.probe)) if full else {}
-            self._each_writer(lambda writer: writer.scalars(new, now.step))
-            self._each_writer(lambda writer: writer.finish(text, pictures, moving, now.step))
         self._keep_row(measured)
-        self._write_report(is_last=True)
+        page = self._write_report(is_last=True)
+        if self.writers:
+            moving = dict(animations(self.history, self.probe)) if full else {}
+            end = RunEnd(now.step, text, dict(last_filmstrips(self.history, self.probe)), moving, page)
+            if new:
+                self._each_writer(lambda writer: writer.scalars(new, now.step))
+            self._each_writer(lambda writer: writer.finish(end))
 
     def _to_folder(self, write: Callable[[Path], None]) -> None:
         folder = self._folder

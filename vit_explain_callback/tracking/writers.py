@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,27 +24,56 @@ from vit_explain_callback.visualization.overlay import Picture
 _QUALITY = 75  # two filmstrips of three rows and a heat map take less than 300 kB, whatever is on the images
 
 
+@dataclass(frozen=True)
+class RunEnd:
+    """What is known at the end of a run only.
+
+    Attributes:
+        step: Of the last snapshot.
+        summary: The run in words.
+        pictures: Those that replace others of their tag, (H, W, 3) uint8.
+        animations: GIF files by tag.
+        page: The HTML page, whole; None where none was written.
+    """
+
+    step: int
+    summary: str
+    pictures: Mapping[str, Picture]
+    animations: Mapping[str, bytes]
+    page: Path | None
+
+
 class Writer(Protocol):
-    """What takes the scalars and pictures of a run. What it raises does not stop the run.
+    """What takes the scalars and pictures of a run, on its first process. What it raises does not stop the run.
 
     Example:
+        >>> import timm, torch
+        >>> from vit_explain_callback import Explainer, ExplanationTracker, Probe
         >>> class Printer:
         ...     def scalars(self, values, step):
-        ...         print(step, len(values))
+        ...         print(step, len(values), values["explain/drift/baseline_rank_correlation/rollout"] > 0.99)
         ...     def pictures(self, pictures, step):
-        ...         print(step, list(pictures))
-        ...     def finish(self, summary, pictures, animations, step):
-        ...         print(summary)
+        ...         print(step, {tag: picture.shape for tag, picture in pictures.items()})
+        ...     def finish(self, end):
+        ...         print(end.step, len(end.summary.splitlines()), end.page)
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5)
+        >>> probe = Probe.of(torch.randn(2, 3, 224, 224), torch.tensor([0, 3]))
+        >>> options = {"check_every": None, "block_statistics": False}
+        >>> tracker = ExplanationTracker(Explainer(model, ["rollout"]), probe, writers=[Printer()], **options)
+        >>> values, text = tracker.observe(step=0), tracker.finish()
+        0 6 True
+        0 {'explain/filmstrip/rollout': (584, 700, 3)}
+        0 1 None
     """
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Take the scalars of a snapshot by tag."""
+        """Take the scalars of a snapshot by tag; at the end, those that came to be known since."""
 
     def pictures(self, pictures: Mapping[str, Picture], step: int) -> None:
         """Take the pictures of a snapshot by tag, (H, W, 3) uint8."""
 
-    def finish(self, summary: str, pictures: Mapping[str, Picture], animations: Mapping[str, bytes], step: int) -> None:
-        """Take what is known at the end only: the summary in words, pictures that replace others, GIF files by tag."""
+    def finish(self, end: RunEnd) -> None:
+        """Take what is known at the end only."""
 
 
 class FolderWriter:
@@ -67,10 +97,10 @@ class FolderWriter:
         for tag, picture in pictures.items():
             self._write(tag, "png", png(picture))
 
-    def finish(self, summary: str, pictures: Mapping[str, Picture], animations: Mapping[str, bytes], step: int) -> None:
+    def finish(self, end: RunEnd) -> None:
         """Write `{tag}.png` and `{tag}.gif`."""
-        self.pictures(pictures, step)
-        for tag, gif in animations.items():
+        self.pictures(end.pictures, end.step)
+        for tag, gif in end.animations.items():
             self._write(tag, "gif", gif)
 
     def _write(self, tag: str, ending: str, content: bytes) -> None:
@@ -121,11 +151,11 @@ class TensorBoardWriter:
         # The filmstrips of the end have more rows.
         self._add(files, step, reserve=2 * self._largest)
 
-    def finish(self, summary: str, pictures: Mapping[str, Picture], animations: Mapping[str, bytes], step: int) -> None:
+    def finish(self, end: RunEnd) -> None:
         """Add the summary as text, the last pictures, and each animation as a GIF file."""
-        add_lines(self._experiment, f"{self._prefix}summary", summary, step)
-        self._add(_encoded(pictures), step)
-        self._add(animations, step)
+        add_lines(self._experiment, f"{self._prefix}summary", end.summary, end.step)
+        self._add(_encoded(end.pictures), end.step)
+        self._add(end.animations, end.step)
 
     def _add(self, files: Mapping[str, bytes], step: int, reserve: int = 0) -> None:
         size = sum(map(len, files.values()))
