@@ -79,12 +79,19 @@ def test_peak_memory_sees_what_is_gone_at_the_end() -> None:
 
 
 def test_a_snapshot_is_split_into_its_parts() -> None:
-    found = snapshot.measure("vit_tiny_patch16_224", 2, 2, 2, img_size=32, depth=2, embed_dim=48, num_heads=3)
-    assert found["parts"].keys() == snapshot.PARTS.keys() | snapshot.RARE.keys()
+    shape = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
+    found = snapshot.measure("vit_tiny_patch16_224", 2, 2, 2, "full", **shape)
+    assert found["parts"].keys() == snapshot.PARTS.keys() | snapshot.RARE.keys() | snapshot.WHOLE.keys()
     assert len(found["parts"]["explain"]) == 3  # the baseline and two steps
-    printed = snapshot.lines({"step": 0.1, "parts": {part: [1.0] for part in snapshot.PARTS | snapshot.RARE}})
+    assert len(found["parts"]["checks"]) == 3  # the baseline, the first step and the end
+    ones = {part: [1.0] for part in snapshot.PARTS | snapshot.RARE}
+    whole = {"observe": [5.0, 8.0, 2.0, 2.0], "finish": [3.0]}
+    printed = snapshot.lines({"step": 0.1, "parts": {**ones, **whole}})
     assert printed[0] == "one training step 100 ms; an epoch of 500 steps 50 s"
     assert printed[5].split() == ["a", "snapshot", "4000.0", "ms", "8.0000%", "of", "an", "epoch"]
+    ratios = [line.split(" x ")[0].split()[-1] for line in printed if " x a later" in line]
+    assert ratios == ["2.50", "4.00", "1.50"]
+    assert printed[-1].split() == ["all", "checks", "1.00", "s", "50%", "of", "all", "explaining"]
 
 
 def test_the_cost_model_finds_the_coefficients_that_made_the_times() -> None:
@@ -108,12 +115,14 @@ def test_memory_in_training_is_told_as_a_ratio(
 
 def test_many_snapshots_are_measured() -> None:
     series = leak.measure(6)
-    assert set(series) == {"resident", "cuda", "handles", "threads", "events", "maps", "pictures"}
+    assert set(series) == {"milliseconds", "resident", "cuda", "handles", "threads", "events", "maps", "pictures"}
     assert all(len(values) == 6 for values in series.values())
     for name in ("events", "maps"):
         assert all(after > before for before, after in itertools.pairwise(series[name]))
     assert series["handles"][2:] == [series["handles"][-1]] * 4
     assert series["threads"][2:] == [series["threads"][-1]] * 4
     assert series["pictures"] == [0.0] * 6
-    (line,) = leak.lines({"events": [0.0, 9, 12, 15]}, 1)
+    first, line = leak.lines({"milliseconds": [9.0, 1, 2, 4], "events": [0.0, 9, 12, 15]}, 1)
+    assert "takes 1 ms" in first
+    assert "and 4 ms in the last" in first
     assert line.split() == ["events", "15", "bytes", "+3.00", "a", "step"]

@@ -1,19 +1,28 @@
-"""What many snapshots leave: memory, handles, threads and bytes on the disk: `python -m tests.benchmarks.leak`."""
+"""What many snapshots leave, memory, handles, threads and bytes on the disk, and whether each costs more than the last.
+
+python -m tests.benchmarks.leak
+python -m tests.benchmarks.leak --snapshots 300 --num-images 64 --model vit_tiny_patch16_224
+"""
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
+import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytorch_lightning as pl
+import timm
 import torch
 
-from tests.runs import Pictures, fit, loader
+from tests.benchmarks.snapshot import smooth_images
+from tests.runs import Classifier, Pictures, fit, loader
 from vit_explain_callback import ViTExplainCallback
 
 
@@ -24,16 +33,20 @@ class Usage(pl.Callback):
     Attributes:
         folder: Of the run.
         series: A value after every step by name: `resident` and `cuda` memory in kB, `handles` that are open,
-            `threads`, and on the disk the bytes of `events` and `maps` and the number of `pictures`, which are files.
+            `threads`, on the disk the bytes of `events` and `maps` and the number of `pictures`, which are files, and
+            the `milliseconds` since the step before.
     """
 
     folder: Path
     series: dict[str, list[float]] = field(default_factory=dict)
+    _before: float = field(default_factory=time.perf_counter)
 
     def on_train_batch_end(self, *_: object) -> None:
         process = psutil.Process()
         handles = process.num_handles() if hasattr(process, "num_handles") else process.num_fds()
+        before, self._before = self._before, time.perf_counter()
         now = {
+            "milliseconds": 1000 * (self._before - before),
             "resident": process.memory_info().rss / 1024,
             "cuda": torch.cuda.memory_allocated() / 1024 if torch.cuda.is_initialized() else 0.0,
             "handles": handles,
@@ -50,16 +63,23 @@ def _bytes(folder: Path, pattern: str) -> int:
     return sum(path.stat().st_size for path in folder.rglob(pattern))
 
 
-def measure(snapshots: int, accelerator: str = "cpu", with_callback: bool = True) -> dict[str, list[float]]:
-    """Train with a snapshot after every step."""
-    callback = ViTExplainCallback(every_n_steps=1, num_images=8, num_shown=1, on_error="raise")
+def measure(
+    snapshots: int, accelerator: str = "cpu", with_callback: bool = True, num_images: int = 8, model: str | None = None
+) -> dict[str, list[float]]:
+    """Train with a snapshot after every step; a tiny ViT of 32 x 32 pixels, or one of timm's."""
+    callback = ViTExplainCallback(every_n_steps=1, num_images=num_images, num_shown=1, on_error="raise")
+    vit: Any = None if model is None else timm.create_model(model, num_classes=10)
+    data = Pictures() if vit is None else smooth_images(16, vit.patch_embed.img_size[0])
+    validation = Pictures(num_images) if vit is None else smooth_images(num_images, vit.patch_embed.img_size[0])
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         usage = Usage(Path(folder))
         fit(
             callback if with_callback else None,
             Path(folder),
-            train=loader(Pictures(), 16),
+            Classifier(vit),
+            train=loader(data, 16),
+            validation=loader(validation, 16),
             max_epochs=snapshots,
             accelerator=accelerator,
             more_callbacks=[usage],
@@ -81,9 +101,16 @@ def resident_memory_slope(snapshots: int, warm_up: int) -> float:
 def lines(series: dict[str, list[float]], warm_up: int) -> list[str]:
     """A line for each series: where it ends, and how it grows."""
     units = {"resident": "kB", "cuda": "kB", "events": "bytes", "maps": "bytes"}
+    times = series["milliseconds"][warm_up:]
+    part = max(1, len(times) // 4)
+    early, late = statistics.median(times[:part]), statistics.median(times[-part:])
     return [
-        f"{name:9} {values[-1]:12,.0f} {units.get(name, ''):5} {slope(values, warm_up):+12,.2f} a step"
-        for name, values in series.items()
+        f"a step takes {early:.0f} ms in the first quarter after the warm-up and {late:.0f} ms in the last (medians)",
+        *(
+            f"{name:9} {values[-1]:12,.0f} {units.get(name, ''):5} {slope(values, warm_up):+12,.2f} a step"
+            for name, values in series.items()
+            if name != "milliseconds"
+        ),
     ]
 
 
@@ -91,8 +118,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--snapshots", type=int, default=500)
     parser.add_argument("--warm-up", type=int, default=100, help="first snapshots, left out of the slope")
+    parser.add_argument("--num-images", type=int, default=8)
+    parser.add_argument("--model", help="of timm; default: a tiny ViT of 32 x 32 pixels")
     parser.add_argument("--accelerator", default="auto")
     arguments = parser.parse_args()
     for title, with_callback in (("with", True), ("without", False)):
-        found = measure(arguments.snapshots, arguments.accelerator, with_callback)
+        found = measure(
+            arguments.snapshots, arguments.accelerator, with_callback, arguments.num_images, arguments.model
+        )
         print(f"{title} the callback", *lines(found, arguments.warm_up), sep="\n")

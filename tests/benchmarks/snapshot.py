@@ -2,8 +2,9 @@
 
 A real run with TensorBoard: the callback's own steps are timed inside it, snapshot by snapshot, and the medians over
 those with a full filmstrip are printed. One training step of the same model at batch 32 is timed in a run without the
-callback. Noise and faithfulness checks, which come every fifth snapshot by default, and what is written at the end of
-the run, have their own lines.
+callback. Noise and faithfulness, which are not measured with every snapshot, and what is written at the end of the run,
+have their own lines. The last lines are what a user waits for: the first snapshot, the second, which is the first with
+faithfulness, and the end, beside a later snapshot; and all checks of the run beside all of its explaining.
 
     python -m tests.benchmarks.snapshot
     python -m tests.benchmarks.snapshot --model vit_base_patch16_224 --num-images 16
@@ -32,6 +33,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.runs import Classifier, fit
 from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.tracking import tracker
+from vit_explain_callback.tracking.checks import Checks
+from vit_explain_callback.tracking.scalars import Detail
+from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.tracking.writers import TensorBoardWriter
 
 EPOCH_STEPS = 500
@@ -42,9 +46,13 @@ PARTS: dict[str, tuple[Any, str]] = {
     "encode and write": (TensorBoardWriter, "pictures"),
 }
 RARE: dict[str, tuple[Any, str]] = {
-    "checks": (tracker, "check_together"),
+    "checks": (Checks, "of"),
     "draw animations": (tracker, "animations"),
     "write the end": (TensorBoardWriter, "finish"),
+}
+WHOLE: dict[str, tuple[Any, str]] = {
+    "observe": (ExplanationTracker, "observe"),
+    "finish": (ExplanationTracker, "finish"),
 }
 
 
@@ -107,14 +115,16 @@ def run(
         fit(explain, Path(folder), module, max_epochs=1, more_callbacks=callbacks, **options)
 
 
-def measure(model: str, num_images: int, snapshots: int, batch: int, **shape: Any) -> dict[str, Any]:
+def measure(
+    model: str, num_images: int, snapshots: int, batch: int, detail: Detail = "brief", **shape: Any
+) -> dict[str, Any]:
     """Seconds of a training step and of each part of a snapshot, snapshot by snapshot."""
     vit: Any = timm.create_model(model, pretrained=False, num_classes=10, **shape)
     size = vit.patch_embed.img_size[0]
     steps = StepTimes()
     run(vit, size, batch, 4, [steps], None)
-    callback = ViTExplainCallback(every_n_steps=1, num_images=num_images, detail="full", on_error="raise")
-    with timed(PARTS | RARE) as taken:
+    callback = ViTExplainCallback(every_n_steps=1, num_images=num_images, detail=detail, on_error="raise")
+    with timed(PARTS | RARE | WHOLE) as taken:
         run(vit, size, 1, snapshots, [], callback)
     return {"step": statistics.median(steps.seconds[1:]), "parts": dict(taken)}
 
@@ -124,9 +134,25 @@ def lines(found: dict[str, Any], epoch_steps: int = EPOCH_STEPS) -> list[str]:
     epoch = epoch_steps * found["step"]
     medians = {part: statistics.median(values[len(values) // 2 :]) for part, values in found["parts"].items()}
     every_time = {part: medians[part] for part in PARTS}
-    rows = [*every_time.items(), ("a snapshot", sum(every_time.values())), *((part, medians[part]) for part in RARE)]
+    rows = [
+        *every_time.items(),
+        ("a snapshot", sum(every_time.values())),
+        *(row for row in medians.items() if row[0] in RARE),
+    ]
     heading = f"one training step {found['step'] * 1000:.0f} ms; an epoch of {epoch_steps} steps {epoch:.0f} s"
-    return [heading, *(f"{name:20s} {value * 1000:9.1f} ms  {value / epoch:8.4%} of an epoch" for name, value in rows)]
+    table = [f"{name:20s} {value * 1000:9.1f} ms  {value / epoch:8.4%} of an epoch" for name, value in rows]
+    return [heading, *table, *_waits(found["parts"])]
+
+
+def _waits(parts: dict[str, list[float]]) -> list[str]:
+    first, second, *others = parts["observe"]
+    later = statistics.median(others)
+    waits = {"first snapshot": first, "second snapshot": second, "end": parts["finish"][0]}
+    checks, explaining = sum(parts["checks"]), sum(parts["explain"])
+    return [
+        *(f"{name:20s} {value:9.2f} s   {value / later:5.2f} x a later one" for name, value in waits.items()),
+        f"{'all checks':20s} {checks:9.2f} s   {checks / (checks + explaining):5.0%} of all explaining",
+    ]
 
 
 def main() -> None:
@@ -134,9 +160,10 @@ def main() -> None:
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--num-images", type=int, default=8)
     parser.add_argument("--snapshots", type=int, default=20)
+    parser.add_argument("--detail", choices=["brief", "full"], default="brief", help="as of the callback")
     parser.add_argument("--batch", type=int, default=32, help="of the training step that is timed")
     args = parser.parse_args()
-    print("\n".join(lines(measure(args.model, args.num_images, args.snapshots, args.batch))))
+    print("\n".join(lines(measure(args.model, args.num_images, args.snapshots, args.batch, args.detail))))
 
 
 if __name__ == "__main__":
