@@ -1,8 +1,8 @@
 """Which explanation methods earn their place, measured where a user is: on models fine-tuned for a few steps.
 
-Two tasks: DINOv2 ViT-S/14 after 24 steps on real photographs, and the example's small ViT after 60 steps on shapes; each
-at several seeds of head, data and noise. Gradients are of the logit of the label. By image, and never averaged before
-it is saved:
+Two tasks: DINOv2 ViT-S/14 after 24 steps on real photographs, and the example's small ViT after 60 steps on shapes;
+each at several seeds of head, data and noise. Gradients are of the logit of the label. By image, and never averaged
+before it is saved:
 
 - symmetric relevance gain (SRG) as the package computes it, patches painted in the mean colour, and tokens dropped;
 - insertion and deletion areas of the target's logit (how: `method_values.faithfulness`);
@@ -41,25 +41,24 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.benchmarks import fine_tuned
+from tests.benchmarks import fine_tuned, method_tables
 from tests.benchmarks.measure import machine
+from tests.benchmarks.method_rule import CLASS_FREE, FOR_A_CLASS, decision
 from tests.benchmarks.method_values import measured, progress
 
-CLASS_FREE = ("rollout", "rollout_from{half}", "rollout_max_0.9", "attention")
-FOR_A_CLASS = ("grad_rollout", "grad_rollout_max_0.9", "chefer", "gradsam", "legrad", "legrad_from-2", "grad_attention")
 TASKS = ("shapes", "photographs")
 
 
 def run(tasks: Sequence[str], seeds: Sequence[int], methods: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     """Measure, and save what is known after each task and seed."""
-    make = {
+    make: dict[str, Callable[[int], fine_tuned.Task]] = {
         "shapes": fine_tuned.made_up_shapes,
         "photographs": partial(fine_tuned.photographs, args.stamps),
     }
@@ -112,7 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = {"machine": parts[0]["machine"], "runs": [each for part in parts for each in part["runs"]]}
     else:
         found = run(_possible(args.tasks, args.stamps), args.seeds, args.methods, args)
-    print(len(found["runs"]))
+    found["decision"] = decision(found["runs"])
+    print("\n".join(method_tables.lines(found["runs"], found["decision"])))
+    if args.output is not None:
+        args.output.write_text(json.dumps(_plain(found)), encoding="utf-8")
 
 
 if __name__ == "__main__":
