@@ -152,7 +152,7 @@ def rank_correlations(one: Array, other: Array) -> Array:
 
 def _same_verdict(runs: Runs, task: str, one: str, other: str) -> bool:
     gap = gains(runs, task, one) - gains(runs, task, other)
-    found = [bootstrap(mean, [gap[..., place]], draws=200) for place in range(len(REMOVALS))]
+    found = [bootstrap(mean, [gap[..., place]]) for place in range(len(REMOVALS))]
     verdicts = {0 if each.has_zero else np.sign(each.value) for each in found}
     return len(verdicts) == 1
 
@@ -192,4 +192,4 @@ def _methods(runs: Runs) -> list[str]:
 
 def _d_prime(runs: Runs, task: str, method: str, metric: str, changes: Sequence[str]) -> Interval:
     statistic: Callable[..., float] = separation(len(changes), sign_of(metric))
-    return bootstrap(statistic, [drifts(runs, task, method, metric, changes)], draws=300)
+    return bootstrap(statistic, [drifts(runs, task, method, metric, changes)])

@@ -41,7 +41,7 @@ class Interval:
         return self.low <= 0 <= self.high
 
 
-def bootstrap(statistic: Callable[[Tasks], float], tasks: Tasks, draws: int = DRAWS) -> Interval:
+def bootstrap(statistic: Callable[[Tasks], float], tasks: Tasks) -> Interval:
     """A statistic and its 95 % percentile interval.
 
     In each draw seeds are drawn with replacement, and images, the same ones for all of those seeds: what is particular
@@ -49,7 +49,7 @@ def bootstrap(statistic: Callable[[Tasks], float], tasks: Tasks, draws: int = DR
     statistics of the same images are compared on the same draws.
     """
     rng = np.random.default_rng(0)
-    found = [statistic([_drawn(values, rng) for values in tasks]) for _ in range(draws)]
+    found = [statistic([_drawn(values, rng) for values in tasks]) for _ in range(DRAWS)]
     low, high = np.nanpercentile(found, (2.5, 97.5)) if not np.isnan(found).all() else (math.nan, math.nan)
     return Interval(statistic(tasks), float(low), float(high))
 
