@@ -207,7 +207,12 @@ def test_masks_are_those_of_their_photographs(tmp_path: Path, monkeypatch: pytes
                         Image.fromarray(picture).save(tmp_path / folder / name / f"{index}.png")
     monkeypatch.setattr(fine_tuned, "dinov2", lambda classes, seed: classes)
     seen: list[Any] = []
-    monkeypatch.setattr(fine_tuned, "tuned", lambda model, batches: seen.extend(batches) or model)
+
+    def tuned(model: Any, batches: Any) -> Any:
+        seen.extend(batches)
+        return model
+
+    monkeypatch.setattr(fine_tuned, "tuned", tuned)
     task = fine_tuned.photographs(tmp_path, seed=0, steps=3)
     assert len(seen) == 3
     assert task.model == 2

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.stats import kendalltau, rankdata
 
 from tests.benchmarks.method_rule import (
+    DEFAULTS,
     REMOVALS,
     Runs,
     drifts,
@@ -89,12 +90,20 @@ def separation_by_metric(runs: Runs, task: str) -> list[str]:
 
 
 def predictions(runs: Runs, task: str) -> list[str]:
+    """What becomes of predictions under each change, and of maps where they hold and where they do not."""
+    defaults = [method for method in DEFAULTS if method in _methods(runs)]
     rows = []
     for change in CHANGES:
-        same = bootstrap(mean, [values(runs, task, "changes", change, "same")])
-        moved = bootstrap(mean, [values(runs, task, "changes", change, "probability")])
-        rows.append([change, same, moved])
+        same = values(runs, task, "changes", change, "same")
+        moved = values(runs, task, "changes", change, "probability")
+        cells: list[object] = [bootstrap(mean, [same]), bootstrap(mean, [moved])]
+        for method in defaults:
+            rho = values(runs, task, "methods", method, "drift", "spearman", change)
+            held, lost = (mean([np.where(same == each, rho, np.nan)]) for each in (1, 0))
+            cells.append(f"{held:.2f} / {lost:.2f}")
+        rows.append([change, *cells])
     head = ["change", "predictions that hold", "mean change of the label's probability"]
+    head += [f"`{method}`, ρ where it holds / not" for method in defaults]
     return table("Does the prediction hold?", head, rows)
 
 
