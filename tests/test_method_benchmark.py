@@ -121,7 +121,7 @@ def test_rank_correlations_equal_scipy() -> None:
     assert np.isnan(rank_correlations(np.ones((3, 1)), one[:3, :1])).all()
 
 
-def tiny_task(seed: int = 0) -> Task:
+def tiny_task(seed: int = 0, count: int | None = None) -> Task:
     images = random_images(6, seed=seed)
     masks = torch.zeros(6, *images.shape[2:], dtype=torch.bool)
     masks[:, :16, :16] = True
@@ -219,3 +219,4 @@ def test_masks_are_those_of_their_photographs(tmp_path: Path, monkeypatch: pytes
     assert sorted(task.labels.tolist()) == [0, 0, 0, 1, 1, 1]
     bright = task.images.mean(dim=1) > 0
     assert (bright == task.masks).double().mean() > 0.98
+    assert fine_tuned.photographs(tmp_path, seed=1, steps=1, count=4).masks.equal(task.masks[:4])

@@ -71,8 +71,11 @@ def tuned(model: Any, batches: Iterable[tuple[Tensor, Tensor]], body_lr: float =
     return model.eval()
 
 
-def photographs(stamps: Path, seed: int, steps: int = 24) -> Task:
-    """DINOv2 on a folder with train/CLASS/*.png, val/CLASS/*.png and masks/CLASS/*.png; all of val is explained."""
+def photographs(stamps: Path, seed: int, steps: int = 24, count: int | None = None) -> Task:
+    """DINOv2 on a folder with train/CLASS/*.png, val/CLASS/*.png and masks/CLASS/*.png.
+
+    All of val is explained, or `count` images of it, the same ones for every seed.
+    """
     data = folder(stamps, SIZE, IMAGENET_MEAN, IMAGENET_STD, num_probe=10**6)
     torch.manual_seed(seed)
     loader = DataLoader(data.train, BATCH, shuffle=True, drop_last=True)
@@ -81,11 +84,11 @@ def photographs(stamps: Path, seed: int, steps: int = 24) -> Task:
     model = tuned(dinov2(len(data.classes), seed), batches)
     validation: Any = data.validation["validation"]
     masks = [_mask(stamps / "masks" / Path(path).relative_to(stamps / "val")) for path, _ in validation.samples]
-    order = _order(len(masks))
+    order = _order(len(masks))[:count]
     return Task(model, data.probe.images[order], data.probe.labels[order], torch.stack(masks)[order], 14, IMAGENET_STD)
 
 
-def made_up_shapes(seed: int, steps: int = 60) -> Task:
+def made_up_shapes(seed: int, steps: int = 60, count: int | None = None) -> Task:
     """The example's small ViT with a new head on shapes without a corner square."""
     torch.manual_seed(seed)
     model: Any = small_vit(len(FINETUNE_CLASSES))
@@ -96,7 +99,7 @@ def made_up_shapes(seed: int, steps: int = 60) -> Task:
     model = tuned(model, ((images, labels) for images, labels, _ in train), body_lr=1e-4)
     shown = Shapes(FINETUNE_CLASSES, SHAPES_IMAGES, seed=3000)
     images, labels, masks = zip(*(shown[index] for index in range(SHAPES_IMAGES)), strict=True)
-    order = _order(SHAPES_IMAGES)
+    order = _order(SHAPES_IMAGES)[:count]
     return Task(
         model, torch.stack(images)[order], torch.tensor(labels)[order], torch.stack(masks)[order], PATCH_SIZE, STD
     )

@@ -59,8 +59,8 @@ TASKS = ("shapes", "photographs")
 def run(tasks: Sequence[str], seeds: Sequence[int], methods: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     """Measure, and save what is known after each task and seed."""
     make: dict[str, Callable[[int], fine_tuned.Task]] = {
-        "shapes": fine_tuned.made_up_shapes,
-        "photographs": partial(fine_tuned.photographs, args.stamps),
+        "shapes": partial(fine_tuned.made_up_shapes, count=args.num_images),
+        "photographs": partial(fine_tuned.photographs, args.stamps, count=args.num_images),
     }
     found: dict[str, Any] = {"machine": machine(torch.get_num_threads()), "runs": []}
     with progress(len(seeds) * len(tasks), len(methods)) as bar:
@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stamps", type=Path, help="folder of photographs, as above")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--num-images", type=int, help="images of each task; default: all")
     parser.add_argument("--methods", nargs="+", default=[*CLASS_FREE, *FOR_A_CLASS])
     parser.add_argument("--output", type=Path, help="JSON file of the values by image and of the decision")
     parser.add_argument("--from", type=Path, nargs="+", dest="files", help="make tables of such files, measure nothing")
