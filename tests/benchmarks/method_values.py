@@ -79,9 +79,15 @@ def measured(task: Task, labels: Sequence[str], seed: int, advance: Callable[[],
             found[label]["scaled"] = spearman(maps[name], confident[name]).tolist()
             found[label]["drift"] = drift(maps[name], {kind: changed[kind][name] for kind in CHANGES})
         advance()
-    accuracy = (logits.argmax(dim=1) == task.labels).double().mean().item()
+    right = (logits.argmax(dim=1) == task.labels).double()
     agreement = [[spearman(maps[a], maps[b]).tolist() for b in maps] for a in maps]
-    return {"accuracy": accuracy, "changes": changes, "agreement": agreement, "methods": found}
+    return {
+        "accuracy": right.mean().item(),
+        "right": right.tolist(),
+        "changes": changes,
+        "agreement": agreement,
+        "methods": found,
+    }
 
 
 def explained(task: Task, names: Sequence[str], images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
