@@ -31,7 +31,7 @@ The rule for the defaults, written before any number was known:
 
 DIR holds train/CLASS/*.png, val/CLASS/*.png and masks/CLASS/*.png, a mask for each image of val. Without it, or without
 the weights, shapes alone are measured. `--tasks` and `--seeds` measure a part; `--from` takes several files and joins
-what they hold.
+what they hold. All of it takes about 35 minutes of one core; with `--num-images 24`, 15.
 """
 
 from __future__ import annotations
