@@ -17,28 +17,23 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from shapes import FINETUNE_CLASSES, Shapes
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tests import oracle
+from tests.benchmarks.fine_tuned import IMAGENET_MEAN, IMAGENET_STD, SIZE, dinov2, tuned
 from vit_explain_callback import attention_flow, attention_rollout, explain, gradient_rollout
-from vit_explain_callback.cli.weights import Weights
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.faithfulness import mean_colour, random_maps, symmetric_relevance_gain
 from vit_explain_callback.metrics.localisation import region_statistics
 
-SIZE = 112
 GRID = (8, 8)
 VARIANTS = [
     f"{kind}{fusion}{ratio}"
@@ -54,25 +49,14 @@ def batch(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     data = Shapes(FINETUNE_CLASSES, count, seed)
     images, labels, masks = zip(*(data[index] for index in range(count)), strict=True)
     pixels = torch.stack(images) / 2 + 0.5
-    mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     resized = F.interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True)
     return (resized - mean[:, None, None]) / std[:, None, None], torch.tensor(labels), torch.stack(masks)
 
 
 def fine_tuned(steps: int, seed: int) -> Any:
-    model: Any = timm.create_model("vit_small_patch14_dinov2", img_size=SIZE, num_classes=0)
-    Weights.read(Path(os.environ["VIT_EXPLAIN_WEIGHTS"])).load_into(model)
-    torch.manual_seed(seed)
-    model.reset_classifier(len(FINETUNE_CLASSES))
-    head = list(model.head.parameters())
-    body = [parameter for name, parameter in model.named_parameters() if not name.startswith("head.")]
-    optimizer = torch.optim.AdamW([{"params": body, "lr": 3e-5}, {"params": head, "lr": 1e-3}])
-    for step in tqdm(range(steps), desc="fine-tuning"):
-        images, labels, _ = batch(10_000 + 1000 * seed + step, 32)
-        optimizer.zero_grad()
-        F.cross_entropy(model.train()(images), labels).backward()
-        optimizer.step()
-    return model.eval()
+    batches = (batch(10_000 + 1000 * seed + step, 32)[:2] for step in range(steps))
+    return tuned(dinov2(len(FINETUNE_CLASSES), seed), batches)
 
 
 def mean_and_margin(values: Tensor) -> str:
