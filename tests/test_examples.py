@@ -151,9 +151,10 @@ def test_the_shortcut_says_what_it_should() -> None:
     assert 0.05 < agreement < 0.5
 
 
-def test_a_plain_loop_follows_its_model(tmp_path: Path) -> None:
-    summary = script(tmp_path, "plain_loop.py")
-    run = load_run(tmp_path / "runs" / "plain_loop")
+@pytest.mark.parametrize("name", ["plain_loop", "hf_trainer"])
+def test_a_loop_of_ones_own_follows_its_model(name: str, tmp_path: Path) -> None:
+    summary = script(tmp_path, f"{name}.py")
+    run = load_run(tmp_path / "runs" / name)
     assert run.steps == [0, 15, 30, 45, 60]
     assert run.summary in summary
     assert run.probe.labels is not None
