@@ -99,16 +99,6 @@ def test_wrong_arguments_end_in_one_line(tmp_path: Path, arguments: list[str], m
     assert "Traceback" not in output
 
 
-def test_overlays_of_photographs(tmp_path: Path) -> None:
-    noise_picture(tmp_path / "a.png", 0)
-    model = tiny_vit(patch_size=16, embed_dim=192, depth=12)
-    save_file(model.state_dict(), tmp_path / "w.safetensors")
-    options = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--checkpoint", "w.safetensors"]
-    script(tmp_path, "overlays.py", "a.png", *options, "--methods", "rollout", "grad_rollout")
-    with Image.open(tmp_path / "overlays.png") as picture:
-        assert picture.size == (3 * 32, 32 + 18)
-
-
 def test_a_dog_and_a_cat(tmp_path: Path) -> None:
     noise_picture(tmp_path / "both.png", 0)
     noise_picture(tmp_path / "more" / "room.png", 1)
