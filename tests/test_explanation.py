@@ -134,11 +134,14 @@ def test_notebooks_show_it(explanation: Explanation, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(data)
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > 600
-    html = explanation._repr_html_()
+    assert explanation._repr_html_() is None  # the picture shows all, and a file need not hold it twice
+    assert len(repr(explanation)) < 200
+    assert "grad_rollout (" in repr(explanation)
+    html = Explanation.joined([explanation] * 9)._repr_html_()
     assert html is not None
     assert html.startswith("<img alt=")
     assert "data:image/png;base64," in html
-    assert "more images" not in html
+    assert f"{9 * len(explanation.logits) - 8} more images" in html
     bare = replace(explanation, images=None)
     assert bare._repr_png_() is None
     assert bare._repr_html_() is None

@@ -55,6 +55,10 @@ class Explanation:
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None
     class_names: Sequence[str] | None = None
 
+    def __repr__(self) -> str:
+        maps = ", ".join(f"{name} {tuple(maps.shape)}" for name, maps in self.maps.items())
+        return f"Explanation({len(self.logits)} images: {maps})"
+
     @classmethod
     def joined(cls, parts: Sequence[Explanation]) -> Explanation:
         """One explanation of all images of several, in order."""
@@ -210,11 +214,12 @@ class Explanation:
         return None if self.images is None else png(rendered(self.plot()))
 
     def _repr_html_(self) -> str | None:
-        if self.images is None:
+        """The picture with a line on what it leaves out; a notebook file keeps both, so not where it shows all."""
+        left = len(self.logits) - _NUM_SHOWN
+        if self.images is None or left <= 0:
             return None
         data = base64.b64encode(png(rendered(self.plot()))).decode()
-        left = len(self.logits) - _NUM_SHOWN
-        more = f"<p>{left} more images: <code>plot(num_shown={len(self.logits)})</code></p>" if left > 0 else ""
+        more = f"<p>{left} more images: <code>plot(num_shown={len(self.logits)})</code></p>"
         return f'<img alt="explanation" src="data:image/png;base64,{data}">{more}'
 
 
