@@ -21,13 +21,16 @@ from vit_explain_callback.visualization.selection import most_changed
 _LINES = 10
 _NAMES = 3
 _CONFIDENCE = 1.96  # standard errors
+_ROUNDING = 1e-6  # of a rank correlation
+_NO_GAIN = 0.01  # what is printed as 0.00 or 0.01
 
 
 def summary(history: History, probe: Probe) -> str:
     """Whether the model changed where it looks, by more than noise, when, on which images; whether to trust the maps.
 
     Drift is more than noise where the images drifted further than a mirror moves their maps at the baseline, on average
-    by more than 1.96 standard errors.
+    by more than 1.96 standard errors; no more than noise where they drifted less by as much; else it cannot be told.
+    The same is asked of the lift of each region.
 
     Args:
         history: The snapshots of the run.
@@ -36,7 +39,7 @@ def summary(history: History, probe: Probe) -> str:
     Returns:
         At most 10 lines.
     """
-    changes = sorted((_change(history, method) for method in history.baseline.maps), key=_by_change)
+    changes = sorted((_change(history, probe, method) for method in history.baseline.maps), key=_by_change)
     known = [change for change in changes if math.isfinite(change.mean)]
     first = [_headline(history, changes)]
     if history.count == 1:
@@ -65,6 +68,7 @@ class _Change:
         mean: Of those that are known.
         levels: Rank correlation under noise and between different images, or None where they were not measured.
         beyond_noise: Whether the drift is more than noise; None where that cannot be told.
+        regions: Those whose lift changed by more than noise.
     """
 
     method: str
@@ -72,19 +76,38 @@ class _Change:
     mean: float
     levels: tuple[float, float] | None
     beyond_noise: bool | None
+    regions: Sequence[str]
 
 
-def _change(history: History, method: str) -> _Change:
+def _change(history: History, probe: Probe, method: str) -> _Change:
     baseline = history.baseline
     by_image = history.now.drift_from(baseline, method, "spearman")
     levels, beyond_noise = baseline.scale(method, "spearman"), None
     if baseline.reliability is not None:
         noise = METRICS["spearman"](baseline.maps[method], baseline.reliability.mirrored[method])
-        further = noise - by_image
-        margin = _margin(further)
-        if margin is not None:
-            beyond_noise = torch.nanmean(further).item() > margin or (False if _is_scale(levels) else None)
-    return _Change(method, by_image, torch.nanmean(by_image).item(), levels, beyond_noise)
+        beyond_noise = _is_more(noise - by_image)
+        if beyond_noise is False and not _is_scale(levels):
+            beyond_noise = None
+    regions = [name for name, masks in probe.regions.items() if _has_moved(history, method, masks)]
+    return _Change(method, by_image, torch.nanmean(by_image).item(), levels, beyond_noise, regions)
+
+
+def _is_more(excess: Tensor) -> bool | None:
+    """Whether it is above 0 on average over the images, or not above it; None where neither can be told."""
+    margin, mean = _margin(excess), torch.nanmean(excess).item()
+    if margin is None or -margin + _ROUNDING < mean <= margin:
+        return None
+    return mean > margin
+
+
+def _has_moved(history: History, method: str, masks: Tensor) -> bool:
+    """Whether the lift of a region changed further than a mirror changes it at the baseline."""
+    baseline = history.baseline
+    if baseline.reliability is None:
+        return False
+    maps = (history.now.maps[method], baseline.reliability.mirrored[method], baseline.maps[method])
+    now, mirrored, before = (region_statistics(each, masks)["lift"] for each in maps)
+    return _is_more((now - before).abs() - (mirrored - before).abs()) is True
 
 
 def _is_scale(levels: tuple[float, float] | None) -> bool:
@@ -96,9 +119,10 @@ def _has_changed(change: _Change) -> bool:
     return change.mean < 1 - 1e-6
 
 
-def _by_change(change: _Change) -> tuple[bool, bool, float]:
-    """Sorts what changed most first: beyond noise, then within it, then what is not known."""
-    return not math.isfinite(change.mean), not change.beyond_noise, change.mean if math.isfinite(change.mean) else 0.0
+def _by_change(change: _Change) -> tuple[bool, bool, bool, float]:
+    """Sorts what changed most first: beyond noise, then in a region, then the rest, then what is not known."""
+    mean = change.mean if math.isfinite(change.mean) else 0.0
+    return not math.isfinite(change.mean), not change.beyond_noise, not change.regions, mean
 
 
 def _headline(history: History, changes: Sequence[_Change]) -> str:
@@ -109,11 +133,17 @@ def _headline(history: History, changes: Sequence[_Change]) -> str:
     known = [change for change in changes if math.isfinite(change.mean)]
     moved = [change.method for change in known if change.beyond_noise]
     still = [change.method for change in known if change.beyond_noise is False]
+    unsure = [change.method for change in known if change.beyond_noise is None and _has_changed(change)]
     if not known:
         return f"Whether the model changed where it looks cannot be told: the maps are degenerate {what}."
     if moved:
         but = f", not in those of {_names(still)}" if still else ""
         return f"The model changed where it looks, by more than noise, in the maps of {_names(moved)}{but} {what}."
+    if known[0].regions:
+        regions = _names(known[0].regions)
+        return f"The model changed where it looks: the lift of {regions} by more than noise ({known[0].method}) {what}."
+    if still and unsure:
+        return f"The maps of {_names(still)} changed by no more than noise; of {_names(unsure)} it is not clear {what}."
     if still:
         return f"The model looks where it looked before: the maps changed by no more than noise {what}."
     if not any(map(_has_changed, known)):
@@ -126,6 +156,8 @@ def _why_not(history: History) -> str:
         return "the noise was not measured"
     if len(history.now.target) == 1:
         return "one image is too few"
+    if any(_is_scale(history.baseline.scale(method, "spearman")) for method in history.baseline.maps):
+        return "it is about as much as noise, and the images are few"
     return "a mirror moves the maps as far as another image does"
 
 
@@ -188,6 +220,9 @@ def _trust(history: History, methods: Sequence[str]) -> list[str]:
     if not history.checked or "random" not in history.checked[-1].gains:
         return []
     gains = history.checked[-1].gains
+    if all((gain.abs() < _NO_GAIN).all() for gain in gains.values()):
+        why = "the target's probability does not depend on what is taken away: try the other `removal`"
+        return [f"Can the maps be trusted? Not known, as {why}."]
     faithful: list[str] = []
     others: list[str] = []
     unknown: list[str] = []
