@@ -158,14 +158,14 @@ def test_regions_and_blocks() -> None:
     assert "Blocks: attention changed most in block 2 of 3" in text
 
 
-def of_corner(factor: float) -> list[str]:
+def of_corner(factor: float, images: int = COUNT) -> list[str]:
     """What is said where the strongest patch, in the corner, grows by a factor, which leaves the order as it was."""
     corner = torch.zeros(COUNT, 8, 10, dtype=torch.bool)
     corner[:, :2, :2] = True
     before = noise(0)
     before[:, 0, 0] = 1.5
     after = before.clone()
-    after[:, 0, 0] *= factor
+    after[:images, 0, 0] *= factor
     ends = zip((0, 9), (before, after), strict=True)
     snapshots = [snapshot(step, {"a": each}, [0] * COUNT, mirrored({"a": each}, 0.05)) for step, each in ends]
     return said_of(history(*snapshots), regions={"corner": corner})
@@ -173,10 +173,14 @@ def of_corner(factor: float) -> list[str]:
 
 def test_a_region_that_gains_is_a_change_whatever_the_order() -> None:
     lines = of_corner(20)
-    assert lines[0].startswith("The model changed where it looks: the lift of corner by more than noise (a) (6 images")
+    assert lines[0].startswith(
+        "The model changed where it looks: the lift of corner at least doubled or halved in the maps of a (6 images"
+    )
     assert "Regions (lift, 1 = their share of the image, a): corner 2.8 → 15.2." in lines
     assert lines[1].startswith("  a: rank correlation with the baseline 1.00")
     assert of_corner(1.001)[0].startswith(LESS)
+    assert of_corner(1.5)[0].startswith(LESS)  # on all images, but by less than twice
+    assert of_corner(50, images=1)[0].startswith(LESS)  # twice the mean, but on one image alone
 
 
 def test_a_method_of_which_it_is_not_clear_is_not_called_unchanged() -> None:

@@ -22,6 +22,7 @@ _LINES = 10
 _NAMES = 3
 _CONFIDENCE = 1.96  # standard errors
 _ROUNDING = 1e-6  # of a rank correlation
+_FACTOR = 2  # of a lift
 _NO_GAIN = 0.01  # what is printed as 0.00 or 0.01
 
 
@@ -30,7 +31,7 @@ def summary(history: History, probe: Probe) -> str:
 
     Drift is more than noise where the images drifted further than a mirror moves their maps at the baseline, on average
     by more than 1.96 standard errors; no more than noise where they drifted less by as much; else it cannot be told.
-    The same is asked of the lift of each region.
+    A region has moved where its mean lift at least doubled or halved, by more than 1.96 standard errors.
 
     Args:
         history: The snapshots of the run.
@@ -68,7 +69,7 @@ class _Change:
         mean: Of those that are known.
         levels: Rank correlation under noise and between different images, or None where they were not measured.
         beyond_noise: Whether the drift is more than noise; None where that cannot be told.
-        regions: Those whose lift changed by more than noise.
+        regions: Those whose lift at least doubled or halved.
     """
 
     method: str
@@ -101,13 +102,14 @@ def _is_more(excess: Tensor) -> bool | None:
 
 
 def _has_moved(history: History, method: str, masks: Tensor) -> bool:
-    """Whether the lift of a region changed further than a mirror changes it at the baseline."""
-    baseline = history.baseline
-    if baseline.reliability is None:
-        return False
-    maps = (history.now.maps[method], baseline.reliability.mirrored[method], baseline.maps[method])
-    now, mirrored, before = (region_statistics(each, masks)["lift"] for each in maps)
-    return _is_more((now - before).abs() - (mirrored - before).abs()) is True
+    """Whether the lift of a region at least doubled or halved, and on the images alike.
+
+    A mirror is no measure of noise here: a region such as a watermark in a corner has its place.
+    """
+    before, now = (region_statistics(one.maps[method], masks)["lift"] for one in (history.baseline, history.now))
+    low, high = sorted([torch.nanmean(before).item(), torch.nanmean(now).item()])
+    moved = _is_more(now - before) is True or _is_more(before - now) is True
+    return moved and high >= _FACTOR * low
 
 
 def _is_scale(levels: tuple[float, float] | None) -> bool:
@@ -140,8 +142,8 @@ def _headline(history: History, changes: Sequence[_Change]) -> str:
         but = f", not in those of {_names(still)}" if still else ""
         return f"The model changed where it looks, by more than noise, in the maps of {_names(moved)}{but} {what}."
     if known[0].regions:
-        regions = _names(known[0].regions)
-        return f"The model changed where it looks: the lift of {regions} by more than noise ({known[0].method}) {what}."
+        lifts = f"the lift of {_names(known[0].regions)} at least doubled or halved in the maps of {known[0].method}"
+        return f"The model changed where it looks: {lifts} {what}."
     if still and unsure:
         return f"The maps of {_names(still)} changed by no more than noise; of {_names(unsure)} it is not clear {what}."
     if still:
