@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.models import VisionTransformer
 
 from tests.bits import differing
 from tests.models import CLASSES, random_images, tiny_vit
 from tests.other_models import tiny_resnet, tiny_swin
 from tests.runs import Classifier, fit
-from vit_explain_callback import MapFunction, ViTExplainCallback, explain, load_run
+from vit_explain_callback import MapFunction, ViTExplainCallback, adapters, explain, load_run
 from vit_explain_callback.adapters import captum, pytorch_grad_cam, torch_cam, zennit
 
 IMAGES = random_images(3, (64, 64))
@@ -76,15 +79,11 @@ def test_pytorch_grad_cam() -> None:
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
 
 
-def tokens_to_grid(tokens: Tensor) -> Tensor:
-    return tokens[:, 1:].unflatten(1, (4, 4)).movedim(-1, 1)
-
-
 def test_pytorch_grad_cam_with_a_reshape_transform() -> None:
     library = pytest.importorskip("pytorch_grad_cam")
-    swin = pytorch_grad_cam(library.GradCAM, "layers.2", reshape_transform=lambda output: output.movedim(-1, 1))
+    swin = pytorch_grad_cam(library.GradCAM, "layers.2", reshape_transform=channels_first)
     assert tracked(swin, tiny_swin()).isfinite().all()
-    vit = pytorch_grad_cam(library.GradCAM, "blocks.1", reshape_transform=tokens_to_grid, name="grad_cam")
+    vit = pytorch_grad_cam(library.GradCAM, "blocks.1", reshape_transform=to_grid, name="grad_cam")
     found = explain(tiny_vit(), random_images(2), ["rollout", vit]).maps
     assert {name: tuple(maps.shape) for name, maps in found.items()} == {"rollout": (2, 4, 4), "grad_cam": (2, 32, 32)}
     torch.testing.assert_close(found["grad_cam"].amax(dim=(1, 2)), torch.ones(2))
@@ -138,3 +137,79 @@ def test_a_layer_that_is_not_there_and_one_of_tokens_are_said_in_a_sentence() ->
         explain(tiny_resnet(), IMAGES, [captum(grad_cam, "layer9")])
     with pytest.raises(RuntimeError, match=r"a layer whose output is \(B, C, h, w\), but got \(2, 1, 48\)"):
         explain(tiny_vit(), random_images(2), [captum(grad_cam, "blocks.1")])
+
+
+def tiny_convnext() -> Any:
+    torch.manual_seed(0)
+    return timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=CLASSES)
+
+
+def torchvision_vit() -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"image_size": 64, "patch_size": 16, "hidden_dim": 48, "mlp_dim": 96}
+    model = VisionTransformer(num_layers=2, num_heads=3, num_classes=CLASSES, **sizes)
+    nn.init.normal_(model.heads.head.weight)
+    return model
+
+
+def to_grid(tokens: Tensor) -> Tensor:
+    side = round((tokens.shape[1] - 1) ** 0.5)
+    return tokens[:, 1:].unflatten(1, (side, side)).movedim(-1, 1)
+
+
+def channels_first(output: Tensor) -> Tensor:
+    return output.movedim(-1, 1)
+
+
+# Models of each column, with a layer that gives features.
+MODELS: dict[str, list[tuple[Any, str]]] = {
+    "CNN": [(tiny_resnet, "layer3"), (tiny_convnext, "stages.2")],
+    "Swin": [(tiny_swin, "layers.2")],
+    "ViT of timm": [(lambda: tiny_vit(img_size=64), "blocks.1")],
+    "ViT of torchvision": [(torchvision_vit, "encoder.layers.encoder_layer_0")],
+}
+LIBRARIES = {"captum": "captum.attr", "pytorch-grad-cam": "pytorch_grad_cam", "torch-cam": "torchcam.methods"}
+ROWS = re.findall(r"^\| ([\w-]+) `(\w+)` \| (.*) \|$", adapters.__doc__ or "", flags=re.MULTILINE)
+
+
+def method_of(library: str, kind: str, column: str, layer: str, reshape: bool) -> MapFunction:
+    """The method of a row, without options but for what "reshape" stands for."""
+    found = getattr(pytest.importorskip(LIBRARIES.get(library, "zennit.composites")), kind)
+    if library == "zennit":
+        return zennit(found())
+    if library == "torch-cam":
+        return torch_cam(found, layer)
+    if library == "captum":
+        return captum(found, layer if kind.startswith("Layer") else None)
+    if not reshape:
+        return pytorch_grad_cam(found, layer)
+    return pytorch_grad_cam(found, layer, reshape_transform=channels_first if column == "Swin" else to_grid)
+
+
+@pytest.mark.parametrize("column", MODELS)
+@pytest.mark.parametrize(("library", "kind", "cells"), ROWS, ids=[" ".join(row[:2]) for row in ROWS])
+def test_the_table_of_the_docstring(library: str, kind: str, cells: str, column: str) -> None:
+    cell = dict(zip(MODELS, cells.split(" | "), strict=True))[column]
+    for make, layer in MODELS[column]:
+        model = make()
+        if cell != "yes":  # as it is, it is refused
+            with pytest.raises(RuntimeError, match="Expected the function of"):
+                explain(model, IMAGES, [method_of(library, kind, column, layer, reshape=False)], TARGET)
+        if cell != "no":
+            found = tracked(method_of(library, kind, column, layer, reshape=cell == "reshape"), model)
+            assert found.isfinite().all()
+            assert (found.amax(dim=(1, 2)) > found.amin(dim=(1, 2))).all()
+            assert found.shape[1:] in ((4, 4), (8, 8), (64, 64))
+
+
+def test_the_table_has_every_adapter() -> None:
+    assert {library for library, *_ in ROWS} == {*LIBRARIES, "zennit"}
+    assert len(ROWS) == 9
+
+
+def test_channels_that_come_last_are_no_columns() -> None:
+    grad_cam = pytest.importorskip("captum.attr").LayerGradCam
+    with pytest.raises(RuntimeError, match=r"but got 4 × 64 cells of images of 64 × 64 pixels, as where channels come"):
+        explain(tiny_swin(), IMAGES, [captum(grad_cam, "layers.2")], TARGET)
+    wide = explain(tiny_resnet(), random_images(2, (72, 130)), [captum(grad_cam, "layer3")]).maps
+    assert wide["LayerGradCam_layer3"].shape == (2, 5, 9)  # strides do not divide the sides

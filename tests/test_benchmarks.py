@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks import cost, leak, measure, model, snapshot, training_memory
+from tests.benchmarks import adapters, cost, leak, measure, model, snapshot, training_memory
 from tests.benchmarks.contenders import BACKWARD, CONTENDERS, FIVE, FORWARD, materialised_maps
 from tests.models import random_images, tiny_vit
 from vit_explain_callback import explain
@@ -126,3 +126,12 @@ def test_many_snapshots_are_measured() -> None:
     assert "takes 1 ms" in first
     assert "and 4 ms in the last" in first
     assert line.split() == ["events", "15", "bytes", "+3.00", "a", "step"]
+
+
+def test_the_adapters_are_timed_beside_what_they_are_compared_with(capsys: pytest.CaptureFixture[str]) -> None:
+    adapters.main(["--rounds", "1", "--vit-size", "32"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert {row[0].removeprefix("| ") for row in rows} == {"ViT-Ti/16 32", "tiny ResNet 64", "tiny Swin 64"}
+    assert all(row[3].startswith("1.00 (1.00 – 1.00)") for row in rows if row[1] == row[2])
+    assert len([row for row in rows if row[1] == row[2]]) == 3
+    assert {"captum Saliency", "zennit EpsilonPlus"} <= {row[1] for row in rows}

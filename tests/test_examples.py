@@ -99,16 +99,6 @@ def test_wrong_arguments_end_in_one_line(tmp_path: Path, arguments: list[str], m
     assert "Traceback" not in output
 
 
-def test_overlays_of_photographs(tmp_path: Path) -> None:
-    noise_picture(tmp_path / "a.png", 0)
-    model = tiny_vit(patch_size=16, embed_dim=192, depth=12)
-    save_file(model.state_dict(), tmp_path / "w.safetensors")
-    options = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--checkpoint", "w.safetensors"]
-    script(tmp_path, "overlays.py", "a.png", *options, "--methods", "rollout", "grad_rollout")
-    with Image.open(tmp_path / "overlays.png") as picture:
-        assert picture.size == (3 * 32, 32 + 18)
-
-
 def test_a_dog_and_a_cat(tmp_path: Path) -> None:
     noise_picture(tmp_path / "both.png", 0)
     noise_picture(tmp_path / "more" / "room.png", 1)
@@ -151,9 +141,10 @@ def test_the_shortcut_says_what_it_should() -> None:
     assert 0.05 < agreement < 0.5
 
 
-def test_a_plain_loop_follows_its_model(tmp_path: Path) -> None:
-    summary = script(tmp_path, "plain_loop.py")
-    run = load_run(tmp_path / "runs" / "plain_loop")
+@pytest.mark.parametrize("name", ["plain_loop", "hf_trainer"])
+def test_a_loop_of_ones_own_follows_its_model(name: str, tmp_path: Path) -> None:
+    summary = script(tmp_path, f"{name}.py")
+    run = load_run(tmp_path / "runs" / name)
     assert run.steps == [0, 15, 30, 45, 60]
     assert run.summary in summary
     assert run.probe.labels is not None

@@ -129,18 +129,21 @@ def test_a_figure_has_a_row_for_each_image_and_a_column_for_each_method(explanat
 
 
 def test_notebooks_show_it(explanation: Explanation, tmp_path: Path) -> None:
-    data = explanation._repr_png_()
+    data = explanation._repr_jpeg_()
     assert data is not None
-    (tmp_path / "a.png").write_bytes(data)
-    with Image.open(tmp_path / "a.png") as picture:
+    (tmp_path / "a.jpg").write_bytes(data)
+    with Image.open(tmp_path / "a.jpg") as picture:
         assert picture.width > 600
-    html = explanation._repr_html_()
+    assert explanation._repr_html_() is None  # the picture shows all, and a file need not hold it twice
+    assert len(repr(explanation)) < 200
+    assert "grad_rollout (" in repr(explanation)
+    html = Explanation.joined([explanation] * 9)._repr_html_()
     assert html is not None
     assert html.startswith("<img alt=")
-    assert "data:image/png;base64," in html
-    assert "more images" not in html
+    assert "data:image/jpeg;base64," in html
+    assert f"{9 * len(explanation.logits) - 8} more images" in html
     bare = replace(explanation, images=None)
-    assert bare._repr_png_() is None
+    assert bare._repr_jpeg_() is None
     assert bare._repr_html_() is None
     with pytest.raises(ValueError, match="to hold its images"):
         bare.plot()

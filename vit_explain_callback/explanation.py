@@ -23,7 +23,7 @@ from vit_explain_callback._files import (
 )
 from vit_explain_callback.metrics.attention import BlockStatistics
 from vit_explain_callback.visualization.captions import class_caption, range_caption
-from vit_explain_callback.visualization.encode import png, rendered
+from vit_explain_callback.visualization.encode import jpeg, rendered
 from vit_explain_callback.visualization.grid import Cell, figure
 from vit_explain_callback.visualization.overlay import Picture, colour_limit, overlay, range_of, unnormalise
 
@@ -54,6 +54,10 @@ class Explanation:
     images: Tensor | None = None
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None
     class_names: Sequence[str] | None = None
+
+    def __repr__(self) -> str:
+        maps = ", ".join(f"{name} {tuple(maps.shape)}" for name, maps in self.maps.items())
+        return f"Explanation({len(self.logits)} images: {maps})"
 
     @classmethod
     def joined(cls, parts: Sequence[Explanation]) -> Explanation:
@@ -206,16 +210,18 @@ class Explanation:
             )
         return unnormalise(self.images[index], *(self.normalisation or range_of(self.images)))
 
-    def _repr_png_(self) -> bytes | None:
-        return None if self.images is None else png(rendered(self.plot()))
+    def _repr_jpeg_(self) -> bytes | None:
+        """A quarter of what a PNG file of photographs takes in a notebook's file."""
+        return None if self.images is None else jpeg(rendered(self.plot()))
 
     def _repr_html_(self) -> str | None:
-        if self.images is None:
-            return None
-        data = base64.b64encode(png(rendered(self.plot()))).decode()
+        """The picture with a line on what it leaves out; a notebook file keeps both, so not where it shows all."""
         left = len(self.logits) - _NUM_SHOWN
-        more = f"<p>{left} more images: <code>plot(num_shown={len(self.logits)})</code></p>" if left > 0 else ""
-        return f'<img alt="explanation" src="data:image/png;base64,{data}">{more}'
+        if self.images is None or left <= 0:
+            return None
+        data = base64.b64encode(jpeg(rendered(self.plot()))).decode()
+        more = f"<p>{left} more images: <code>plot(num_shown={len(self.logits)})</code></p>"
+        return f'<img alt="explanation" src="data:image/jpeg;base64,{data}">{more}'
 
 
 def tensors_under(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

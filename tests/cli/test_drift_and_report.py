@@ -20,6 +20,7 @@ from torch import nn
 from tests.models import randomised
 from tests.runs import events, fit, saved
 from vit_explain_callback import ViTExplainCallback, explain
+from vit_explain_callback.cli.classifier import timm_transform
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.drift import read_images
 from vit_explain_callback.cli.weights import Weights, with_weights
@@ -82,7 +83,7 @@ def test_the_drift_of_a_series_of_checkpoints(
     assert str(output / "report.html") in said.out
     assert "left out" in said.err
     assert "d.png" in said.err
-    batch, _ = read_images(images, model(0), 16)
+    batch, _ = read_images(images, timm_transform(model(0)), 16)
     assert batch.shape == (3, 3, 32, 32)
     first = explain(model(0), batch)
     for seed in range(3):
@@ -208,3 +209,73 @@ def test_the_scalars_of_a_saved_run_are_those_that_were_logged(tmp_path: Path) -
     for tag in logged:
         curve = {event.step: event.value for event in board.Scalars(tag)}
         assert curve == pytest.approx({step: scalars[tag] for step, scalars in rebuilt}, nan_ok=True, abs=1e-6), tag
+
+
+def hugging_face_vit(seed: int, classes: int = 3) -> Any:
+    transformers = pytest.importorskip("transformers")
+    options: dict[str, Any] = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "intermediate_size": 96}
+    options["id2label"] = dict(enumerate(["owl", "hare", "fox", "cat"][:classes]))
+    config = transformers.ViTConfig(num_hidden_layers=2, num_attention_heads=3, **options)
+    return randomised(transformers.ViTForImageClassification(config), seed).eval()
+
+
+@pytest.fixture
+def of_trainer(tmp_path: Path) -> list[Path]:
+    """Folders as transformers' Trainer saves them, and one of the model with its processor."""
+    transformers = pytest.importorskip("transformers")
+    hugging_face_vit(9).save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6]).save_pretrained(
+        tmp_path / "vit"
+    )
+    folders = [tmp_path / f"checkpoint-{step}" for step in (20, 40)]
+    for step, folder in zip((20, 40), folders, strict=True):
+        hugging_face_vit(step).save_pretrained(folder)
+        (folder / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+    return folders
+
+
+def hf_drift(checkpoints: list[Path], images: Path, tmp_path: Path, *more: str) -> int:
+    words = ["drift", *map(str, checkpoints), "--images", str(images), "--hf", str(tmp_path / "vit")]
+    return main([*words, "--output", str(tmp_path / "drift"), *more])
+
+
+def test_the_drift_of_checkpoints_of_transformers(tmp_path: Path, images: Path, of_trainer: list[Path]) -> None:
+    assert hf_drift(of_trainer, images, tmp_path) == 0
+    run = load_run(tmp_path / "drift")
+    assert run.steps == [20, 40]
+    assert run.probe.class_names == ["owl", "hare", "fox"]
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.ViTImageProcessor.from_pretrained(tmp_path / "vit")
+    files = [images / name for name in ("b.png", "c.PNG", "cats/a.jpg")]
+    pixels = processor(images=[Image.open(file) for file in files], return_tensors="pt")["pixel_values"]
+    for index, step in enumerate((20, 40)):
+        expected = explain(hugging_face_vit(step), pixels, ["rollout"]).maps["rollout"]
+        torch.testing.assert_close(run.maps["rollout"][index], expected)
+
+
+def test_a_lightning_checkpoint_of_a_model_of_transformers(
+    tmp_path: Path, images: Path, of_trainer: list[Path]
+) -> None:
+    tensors = {f"net.{name}": value for name, value in hugging_face_vit(5).state_dict().items()}
+    torch.save({"state_dict": tensors, "global_step": 7}, tmp_path / "last.ckpt")
+    assert hf_drift([tmp_path / "last.ckpt", of_trainer[0]], images, tmp_path) == 0
+    assert load_run(tmp_path / "drift").steps == [7, 20]
+
+
+def test_what_a_series_of_transformers_cannot_be_of(
+    tmp_path: Path, images: Path, of_trainer: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hugging_face_vit(1, classes=4).save_pretrained(tmp_path / "four")
+    assert hf_drift([tmp_path / "four"], images, tmp_path) == 2
+    assert (
+        "classifier.bias, classifier.weight … are missing or of another shape. With --hf, give"
+        in capsys.readouterr().err
+    )
+    assert hf_drift([images], images, tmp_path) == 2
+    assert re.search(r"There is no file .*images.model\.safetensors", capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        hf_drift(of_trainer, images, tmp_path, "--model", NAME)
+    assert "not allowed with" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["drift", "a.ckpt", "--images", "b", "--output", "c"])
+    assert "one of the arguments --model --hf is required" in capsys.readouterr().err

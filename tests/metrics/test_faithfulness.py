@@ -140,3 +140,25 @@ def test_blocks_that_need_to_know_where_tokens_are_are_refused(name: str) -> Non
     taken[:, 0, 0] = True
     with pytest.raises(ValueError, match="`removal='mean_colour'`"):
         explainer.logits_without(images, taken)
+
+
+def test_the_mean_colour_hides_nothing_from_a_model_that_reads_it() -> None:
+    """Where the colour of the whole image is the class, the measure is 0 for every map: another removal is needed."""
+
+    def by_colour(images: Tensor) -> Tensor:
+        return 1e4 * images.mean(dim=(2, 3))
+
+    images = torch.zeros(3, 3, 32, 32, dtype=torch.float64)
+    images[:, :, :8, :8] = torch.eye(3, dtype=torch.float64)[:, :, None, None]  # a coloured square is the class
+    on_square = torch.zeros(3, 4, 4).index_fill_(1, torch.tensor([0]), 0.1)
+    on_square[:, 0, 0] = 1
+    target = torch.arange(3)
+    found = symmetric_relevance_gain(mean_colour(by_colour), images, {"square": on_square}, target)
+    torch.testing.assert_close(found["square"], torch.zeros(3, dtype=torch.float64), atol=1e-6, rtol=0)
+
+    def black(images: Tensor, taken: Tensor) -> Tensor:
+        pixels = taken.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+        return by_colour(images.masked_fill(pixels[:, None], 0))
+
+    found = symmetric_relevance_gain(black, images, {"square": on_square}, target)
+    torch.testing.assert_close(found["square"], torch.full((3,), 2 / 3, dtype=torch.float64))

@@ -7,6 +7,7 @@ import io
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,22 @@ def test_an_address_opens_its_moment_and_keeps_it(tmp_path: Path, opened: Any) -
     tab.evaluate("location.hash = '#step=10&method=nonsense&mode=__proto__&image=99'")
     wait_until(tab, "document.getElementById('where').textContent === 'step 10'")
     assert tab.locator("#method").input_value() == "rollout"
+
+
+def test_within_another_page_as_in_a_notebook(tmp_path: Path, chromium: Any) -> None:
+    noticed: list[str] = []
+    outer = f'<iframe srcdoc="{escape(page([save_run(tmp_path / "run")]))}" width="1000" height="700"></iframe>'
+    (tmp_path / "notebook.html").write_text(outer, encoding="utf-8")
+    tab = chromium.new_page()
+    tab.on("console", lambda message: noticed.append(message.text))
+    tab.on("pageerror", lambda error: noticed.append(str(error)))
+    tab.goto(f"file://{tmp_path / 'notebook.html'}")
+    inner = tab.frames[1]
+    inner.evaluate(SETTLED)
+    step_to(inner, 0)
+    assert inner.locator("#where").inner_text() == "step 0"
+    tab.close()
+    assert noticed == []
 
 
 def test_everything_is_reached_by_keyboard_alone(tmp_path: Path, opened: Any) -> None:

@@ -52,11 +52,13 @@ def mirrored(maps: dict[str, Tensor], by: float, gain: float = 0.0, spread: floa
     return Reliability({name: one + by * noise(5) for name, one in maps.items()}, gains)
 
 
-def run_of(moved: dict[str, float], by: float | None = 0.05, gain: float = 0.5, **about: Any) -> list[str]:
+def run_of(
+    moved: dict[str, float], by: float | None = 0.05, gain: float = 0.5, spread: float = 0.1, **about: Any
+) -> list[str]:
     """What is said where the maps of some methods move so much between two snapshots."""
     before = {name: noise(index) for index, name in enumerate(moved)}
     after = {name: before[name] + amount * noise(90 + index) for index, (name, amount) in enumerate(moved.items())}
-    checks = [None if by is None else mirrored(maps, by, gain) for maps in (before, after)]
+    checks = [None if by is None else mirrored(maps, by, gain, spread) for maps in (before, after)]
     ends = zip((0, 9), (before, after), checks, strict=True)
     return said_of(history(*(snapshot(step, maps, [0] * COUNT, check) for step, maps, check in ends)), **about)
 
@@ -96,15 +98,24 @@ def test_the_first_line_says_whether_the_change_is_more_than_noise(moved: dict[s
     assert run_of(moved)[0].startswith(first)
 
 
+MORE = "The model changed where it looks, by more than noise, in the maps of rollout"
+LESS = "The model looks where it looked before: the maps changed by no more than noise"
+UNCLEAR = "The maps changed; whether by more than noise cannot be told, as it is about as much as noise"
+
+
 def test_more_than_noise_is_a_paired_comparison() -> None:
-    """By hand: 1.96 standard errors of each image's own difference."""
+    """By hand: 1.96 standard errors of each image's own difference, to either side; between them nothing is said."""
+    seen = set()
     for amount in torch.linspace(0.01, 0.12, 12, dtype=torch.float64).tolist():
         before, after = noise(0), noise(0) + amount * noise(90)
         of_mirror = [scipy.stats.spearmanr(*pair)[0] for pair in pairs(before, before + 0.05 * noise(5))]
         of_drift = [scipy.stats.spearmanr(*pair)[0] for pair in pairs(before, after)]
         further = np.array(of_mirror) - np.array(of_drift)
-        expected = further.mean() > 1.96 * further.std(ddof=1) / COUNT**0.5
-        assert ("by more than noise" in run_of({"rollout": amount})[0]) == expected, amount
+        errors = further.mean() / (1.96 * further.std(ddof=1) / COUNT**0.5)
+        expected = MORE if errors > 1 else LESS if errors <= -1 else UNCLEAR
+        assert run_of({"rollout": amount})[0].startswith(expected), amount
+        seen.add(expected)
+    assert seen == {MORE, LESS, UNCLEAR}
 
 
 def pairs(one: Tensor, other: Tensor) -> list[tuple[Any, Any]]:
@@ -145,6 +156,43 @@ def test_regions_and_blocks() -> None:
     lift = "Regions (lift, 1 = their share of the image, rollout): "
     assert f"{lift}right 0.0 → 4.9, left 4.9 → 0.0." in text or f"{lift}left 4.9 → 0.0, right 0.0 → 4.9." in text
     assert "Blocks: attention changed most in block 2 of 3" in text
+
+
+def of_corner(factor: float, images: int = COUNT) -> list[str]:
+    """What is said where the strongest patch, in the corner, grows by a factor, which leaves the order as it was."""
+    corner = torch.zeros(COUNT, 8, 10, dtype=torch.bool)
+    corner[:, :2, :2] = True
+    before = noise(0)
+    before[:, 0, 0] = 1.5
+    after = before.clone()
+    after[:images, 0, 0] *= factor
+    ends = zip((0, 9), (before, after), strict=True)
+    snapshots = [snapshot(step, {"a": each}, [0] * COUNT, mirrored({"a": each}, 0.05)) for step, each in ends]
+    return said_of(history(*snapshots), regions={"corner": corner})
+
+
+def test_a_region_that_gains_is_a_change_whatever_the_order() -> None:
+    lines = of_corner(20)
+    assert lines[0].startswith(
+        "The model changed where it looks: the lift of corner at least doubled or halved in the maps of a (6 images"
+    )
+    assert "Regions (lift, 1 = their share of the image, a): corner 2.8 → 15.2." in lines
+    assert lines[1].startswith("  a: rank correlation with the baseline 1.00")
+    assert of_corner(1.001)[0].startswith(LESS)
+    assert of_corner(1.5)[0].startswith(LESS)  # on all images, but by less than twice
+    assert of_corner(50, images=2)[0].startswith(LESS)  # twice the mean, but on two images of six
+
+
+def test_a_method_of_which_it_is_not_clear_is_not_called_unchanged() -> None:
+    assert run_of({"still": 0.0005, "unsure": 0.05})[0].startswith(
+        "The maps of still changed by no more than noise; of unsure it is not clear (6 images"
+    )
+
+
+def test_where_nothing_that_is_taken_away_matters_trust_is_not_known() -> None:
+    (line,) = [line for line in run_of({"a": 0.5}, gain=0.002, spread=0.001) if "trusted" in line]
+    assert line.startswith("Can the maps be trusted? Not known, as the target's probability does not depend on what is")
+    assert line.endswith("try the other `removal`.")
 
 
 def test_maps_that_nothing_can_be_measured_of() -> None:

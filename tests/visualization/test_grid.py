@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from vit_explain_callback.visualization.encode import rendered
 from vit_explain_callback.visualization.grid import Cell, figure
@@ -31,3 +35,14 @@ def test_a_dollar_begins_no_formula() -> None:
     name = r"$\frac{1$"
     grid = figure([[Cell(PICTURES[0], name)]], [name], [name], scale=name, signed=True)
     assert rendered(grid).shape[2] == 3
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("columns", [2, 7])
+def test_no_text_lies_on_another_and_none_is_cut(signed: bool, columns: int) -> None:
+    row: list[Cell | None] = [Cell(PICTURES[0], "target dog · p 0.50")] * columns
+    grid = figure([row], ["heading"] * columns, scale="the limit over each column", signed=signed)
+    FigureCanvasAgg(grid).draw()
+    boxes = [text.get_window_extent() for text in grid.texts]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert all(grid.bbox.x0 <= box.x0 and box.x1 <= grid.bbox.x1 and box.y0 >= grid.bbox.y0 for box in boxes)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vit_explain_callback.cli.photograph import Transform, View
 from vit_explain_callback.cli.weights import Weights, with_weights
-from vit_explain_callback.vit.timm import refuse_other_timm_models
+from vit_explain_callback.vit.timm import Normalisation, normalisation, refuse_other_timm_models
 
 _CLOSE = 5
 
@@ -42,6 +42,7 @@ class Classifier:
         view: How it sees photographs.
         num_classes: C.
         class_names: Name of each class, or None.
+        normalisation: Mean and standard deviation that its images are given, where it says so.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Classifier:
     view: View
     num_classes: int
     class_names: Sequence[str] | None
+    normalisation: Normalisation = None
 
     def __post_init__(self) -> None:
         if self.class_names is not None and len(self.class_names) != self.num_classes:
@@ -65,6 +67,7 @@ class Classifier:
         image_size: int | None = None,
         class_names: Sequence[str] | None = None,
         prefix: str | None = None,
+        any_model: bool = False,
     ) -> Classifier:
         """A timm model with weights from the hub, or from a file of timm, Lightning or safetensors.
 
@@ -74,6 +77,7 @@ class Classifier:
             image_size: Side of its images in pixels; default: the model's own.
             class_names: Name of each class; default: those of ImageNet if it has as many classes.
             prefix: Of the model's names in the file, needed where it holds several models.
+            any_model: Whether one that is no ViT will do.
 
         Raises:
             OSError: If the weights cannot be fetched or found.
@@ -98,12 +102,14 @@ class Classifier:
                 f"The weights of {name} cannot be fetched from the hub ({_in_a_line(error)}). Offline, give a file of "
                 "them with --checkpoint FILE."
             ) from error
-        refuse_other_timm_models(model)
+        if not any_model:
+            refuse_other_timm_models(model)
         _check_image_size(name, model, image_size)
         subset = infer_imagenet_subset(model) if class_names is None and model.num_classes else None
         if subset is not None:
             class_names = list(ImageNetInfo(subset).label_descriptions())
-        return cls(name, model, View(timm_transform(model, image_size)), model.num_classes, class_names)
+        view = View(timm_transform(model, image_size))
+        return cls(name, model, view, model.num_classes, class_names, normalisation(model))
 
     @classmethod
     def from_hugging_face(cls, name: str, class_names: Sequence[str] | None = None) -> Classifier:
@@ -125,7 +131,7 @@ class Classifier:
                 'Expected transformers to be installed for --hf, but it is not: pip install "vit-explain-callback[hf]".'
             ) from error
         try:
-            with _quiet_hub():
+            with _quiet_hub(), quiet_transformers():
                 # Before the model: it is smaller, and as likely to be missing.
                 processor: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
                     name, trust_remote_code=False
@@ -152,7 +158,9 @@ class Classifier:
             class_names = [
                 model.config.id2label.get(index, f"class {index}") for index in range(model.config.num_labels)
             ]
-        return cls(name, model.eval(), View(transform), model.config.num_labels, class_names)
+        mean, std = (getattr(processor, said, None) for said in ("image_mean", "image_std"))
+        mean_std = (tuple(mean), tuple(std)) if mean and std else None
+        return cls(name, model.eval(), View(transform), model.config.num_labels, class_names, mean_std)
 
     def class_index(self, text: str) -> int:
         """The class that an index or a name stands for; of a name with synonyms, as `tabby, tabby cat`, each will do.
@@ -232,6 +240,23 @@ def _quiet_hub() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Transformers draws a bar and logs a table for each file; errors say it all."""
+    from transformers.utils import logging
+
+    log: Any = logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
 
 
 def _in_a_line(error: Exception) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from vit_explain_callback.cli.classifier import timm_transform
-from vit_explain_callback.cli.photograph import SUFFIXES, image_files, read_image
+from vit_explain_callback.cli.classifier import Classifier, quiet_transformers, timm_transform
+from vit_explain_callback.cli.photograph import SUFFIXES, Transform, image_files, read_image
 from vit_explain_callback.cli.weights import Weights, with_weights
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.methods.map_function import AnyMethod
@@ -20,15 +22,74 @@ from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.tracking.tracker import ExplanationTracker
-from vit_explain_callback.vit.timm import normalisation
+from vit_explain_callback.vit.timm import Normalisation, normalisation
 
 
-def read_images(folder: Path, model: Any, limit: int) -> tuple[Tensor, list[str]]:
+@dataclass(frozen=True)
+class Architecture:
+    """What the checkpoints of a series are of.
+
+    Attributes:
+        transform: Of a photograph to an image as the model takes it.
+        normalisation: Mean and standard deviation of that, where known.
+        load: A model with the weights of a checkpoint.
+        class_names: Name of each class, where known.
+    """
+
+    transform: Transform
+    normalisation: Normalisation
+    load: Callable[[Weights], nn.Module]
+    class_names: Sequence[str] | None = None
+
+    @classmethod
+    def of_timm(cls, name: str) -> Architecture:
+        """A timm model, with as many classes as each checkpoint has."""
+        model = timm.create_model(name)
+        return cls(timm_transform(model), normalisation(model), lambda weights: with_weights(name, weights))
+
+    @classmethod
+    def of_hugging_face(cls, name: str) -> Architecture:
+        """An image classifier of transformers, from the hub or from a folder.
+
+        Raises:
+            ImportError: If transformers is not installed.
+            OSError: If it cannot be fetched or found.
+            ValueError: If it is no image classifier.
+        """
+        classifier = Classifier.from_hugging_face(name)
+        load = partial(_loaded, classifier)
+        return cls(classifier.view.transform, classifier.normalisation, load, classifier.class_names)
+
+
+def _loaded(classifier: Classifier, weights: Weights) -> nn.Module:
+    """A model of transformers with the weights of a checkpoint.
+
+    Transformers itself loads them, as the names in its files are not always those of its modules.
+    """
+    model: Any = classifier.model
+    with quiet_transformers():
+        loaded, told = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=weights.of(model),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    lacking = sorted([*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])])
+    if lacking:
+        raise ValueError(
+            f"{weights.path} does not hold all of {classifier.name}; {', '.join(lacking[:3])} … are missing or of "
+            "another shape. With --hf, give the folder of the model that was fine-tuned."
+        )
+    return loaded.eval()  # type: ignore[no-any-return]
+
+
+def read_images(folder: Path, transform: Transform, limit: int) -> tuple[Tensor, list[str]]:
     """The first images of a folder and of those in it, as the model takes them; and what was wrong with others.
 
     Args:
         folder: Searched in the order of the names.
-        model: A timm model, whose own evaluation transform is used.
+        transform: Of each.
         limit: Images taken at most.
 
     Returns:
@@ -37,7 +98,6 @@ def read_images(folder: Path, model: Any, limit: int) -> tuple[Tensor, list[str]
     Raises:
         FileNotFoundError: If there is no image.
     """
-    transform = timm_transform(model)
     images: list[Tensor] = []
     unreadable: list[str] = []
     for path in image_files(folder):
@@ -53,7 +113,7 @@ def read_images(folder: Path, model: Any, limit: int) -> tuple[Tensor, list[str]
 
 
 def explain_series(
-    name: str,
+    architecture: Architecture,
     checkpoints: Sequence[Path],
     images: Tensor,
     methods: Sequence[AnyMethod],
@@ -71,7 +131,7 @@ def explain_series(
     The first checkpoint is the baseline. Steps are those that the checkpoints say, or else 0, 1, 2 …
 
     Args:
-        name: Of the timm model.
+        architecture: What they are of.
         checkpoints: In order.
         images: (B, C, H, W).
         methods: Methods.
@@ -89,12 +149,13 @@ def explain_series(
     """
     folder = folder / "explanations"
     steps = _steps([Weights.read(path, prefix) for path in checkpoints])
-    probe = Probe.of(images, normalisation=normalisation(timm.create_model(name)), num_shown=num_shown)
+    about: Any = {"normalisation": architecture.normalisation, "class_names": architecture.class_names}
+    probe = Probe.of(images, num_shown=num_shown, **about)
     kept = _kept(folder, probe, methods)
     series = list(zip(steps, checkpoints, strict=True))
 
     def explainer(path: Path) -> Explainer:
-        return Explainer(with_weights(name, Weights.read(path, prefix)).to(device), methods)
+        return Explainer(architecture.load(Weights.read(path, prefix)).to(device), methods)
 
     missing = [path for step, path in series if step not in kept]
     if not missing:

@@ -30,8 +30,9 @@ _COMPARE_EXAMPLES = """examples:
   vit-explain compare photo.jpg
   vit-explain compare photo.jpg --method rollout --discard_ratio 0 0.5 0.9 --open
 """
-_DRIFT_EXAMPLES = """example:
+_DRIFT_EXAMPLES = """examples:
   vit-explain drift epoch_*.ckpt --model vit_small_patch16_224 --images photos --output drift --open
+  vit-explain drift run/checkpoint-* --hf run/final --images photos --output drift --method my_methods:grad_cam
 """
 _REPORT_EXAMPLES = """examples:
   vit-explain report lightning_logs/version_0 --open
@@ -146,7 +147,8 @@ def _add_methods(parser: _Parser) -> argparse._ArgumentGroup:
         methods,
         "method",
         nargs="+",
-        help="such as rollout, grad_rollout, rollout_max_0.9; default: rollout, with a class grad_rollout",
+        help="such as rollout, grad_rollout, rollout_max_0.9, or MODULE:NAME of a method of your own; default: "
+        "rollout, with a class grad_rollout",
     )
     _option(
         methods, "category_index", nargs="+", metavar="CLASS", help="indices or names; default: the predicted class"
@@ -194,16 +196,28 @@ def _drift() -> _Parser:
     parser = _Parser("vit-explain drift", "Measure the drift of a series of checkpoints.", _DRIFT_EXAMPLES)
     series = parser.add_argument_group("series")
     series.add_argument(
-        "checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="of timm or Lightning; first = baseline"
+        "checkpoints",
+        type=Path,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="files of timm or Lightning, folders of transformers' Trainer; first = baseline",
     )
-    _option(series, "model", required=True, metavar="NAME", help="name of the timm model")
+    kinds = series.add_mutually_exclusive_group(required=True)
+    _option(kinds, "model", metavar="NAME", help="name of the timm model")
+    _option(kinds, "hf", metavar="NAME_OR_DIR", help="image classifier of transformers, instead of timm")
     _option(series, "prefix", help="of the model's names in the checkpoints, where they hold several models")
     _option(series, "images", type=Path, required=True, metavar="FOLDER", help="folder of images to explain")
     _option(
         series, "num_images", type=_at_least_one, metavar="COUNT", default=16, help="taken from the folder; default: 16"
     )
     measured = parser.add_argument_group("methods and classes")
-    _option(measured, "method", nargs="+", default=["rollout", "grad_rollout"], help="default: rollout grad_rollout")
+    _option(
+        measured,
+        "method",
+        nargs="+",
+        default=["rollout", "grad_rollout"],
+        help="names, or MODULE:NAME of a method of your own; default: rollout grad_rollout",
+    )
     _option(
         measured,
         "category_index",

@@ -10,21 +10,21 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from vit_explain_callback._files import write_text
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.compare import compare
-from vit_explain_callback.cli.drift import explain_series, read_images
+from vit_explain_callback.cli.drift import Architecture, explain_series, read_images
 from vit_explain_callback.cli.images import explain_gallery
+from vit_explain_callback.cli.own_methods import methods_of
 from vit_explain_callback.cli.parser import DISCARD_RATIO, HEAD_FUSIONS
 from vit_explain_callback.cli.results import INDEX
 from vit_explain_callback.cli.terminal import complain, say, table
 from vit_explain_callback.methods.fusion import HeadFusion
 from vit_explain_callback.methods.grad_rollout import GradRollout
-from vit_explain_callback.methods.map_function import AnyMethod
-from vit_explain_callback.methods.names import method_from_name, resolve_methods
+from vit_explain_callback.methods.map_function import AnyMethod, of_attention
+from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.methods.rollout import Rollout
 from vit_explain_callback.tracking.html import page
 
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _images(args: argparse.Namespace) -> int:
-    classifier = _classifier(args)
     methods = _chosen_methods(args.method, args.head_fusion, args.discard_ratio, bool(args.category_index))
+    classifier = _classifier(args, methods)
     classes = _classes(classifier, args.category_index)
     index = explain_gallery(classifier, methods, args.sources, args.output, classes, args.batch_size)
     images = index["images"]
@@ -78,11 +78,11 @@ def _first_picture(image: dict[str, Any]) -> str:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    classifier = _classifier(args)
     fusions, ratios = args.head_fusion or list(HEAD_FUSIONS), args.discard_ratio or [0.0, DISCARD_RATIO]
-    named = [method_from_name(name) for name in args.method or ["grad_rollout", "rollout"]]
+    named = methods_of(args.method or ["grad_rollout", "rollout"])
     methods = [variant for method in named for variant in _variants(method, fusions, ratios)]
     distinct = list({method.name: method for method in methods}.values())
+    classifier = _classifier(args, distinct)
     files = compare(classifier, distinct, args.sources[0], args.output, _classes(classifier, args.category_index))
     for file in files:
         say(str(file))
@@ -92,15 +92,16 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _drift(args: argparse.Namespace) -> int:
-    model = timm.create_model(args.model)
-    images, unreadable = read_images(args.images, model, args.num_images)
+    methods = resolve_methods(methods_of(args.method))
+    architecture = Architecture.of_timm(args.model) if args.hf is None else Architecture.of_hugging_face(args.hf)
+    images, unreadable = read_images(args.images, architecture.transform, args.num_images)
     for line in unreadable:
         complain(f"left out {line}")
     explain_series(
-        args.model,
+        architecture,
         args.checkpoints,
         images,
-        resolve_methods(args.method),
+        methods,
         args.output,
         target=args.category_index,
         num_shown=args.num_shown,
@@ -133,10 +134,13 @@ def _open(path: Path) -> None:
         complain(f"there is no browser to show {path} in")
 
 
-def _classifier(args: argparse.Namespace) -> Classifier:
+def _classifier(args: argparse.Namespace, methods: Sequence[AnyMethod]) -> Classifier:
     if args.hf is None:
         name = args.model or "deit_tiny_patch16_224"
-        classifier = Classifier.from_timm(name, args.checkpoint, args.image_size, args.class_names, args.prefix)
+        any_model = not of_attention(methods)
+        classifier = Classifier.from_timm(
+            name, args.checkpoint, args.image_size, args.class_names, args.prefix, any_model
+        )
     else:
         classifier = Classifier.from_hugging_face(args.hf, args.class_names)
     device = _device(args.device, args.use_cuda)
@@ -171,7 +175,7 @@ def _chosen_methods(
         return (GradRollout(fusion or "mean", discard) if of_class else Rollout(fusion or "max", discard),)
     given: dict[str, Any] = {"head_fusion": fusion, "discard_ratio": ratio}
     options = {name: value for name, value in given.items() if value is not None}
-    methods = [method_from_name(name) for name in names]
+    methods = methods_of(names)
     return resolve_methods([_with(m, options) if m.name == m.kind else m for m in methods])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import re
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _STATES = ("state_dict_ema", "model_ema", "state_dict", "model")  # where timm looks, in its order
+_OF_TRAINER = "model.safetensors"  # in a folder that the Trainer of transformers saved
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,20 @@ class Weights:
         """Read any file of tensors that timm reads, or a Lightning checkpoint, without running code that it might hold.
 
         Args:
-            path: A safetensors file if it is named so, else one of `torch.save`.
+            path: A safetensors file if it is named so, else one of `torch.save`; or a folder that the Trainer of
+                transformers saved.
             prefix: Of the names of the model to take, as `student`; needed where there are several.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is none of these files.
         """
+        folder, path = path, path / _OF_TRAINER if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         try:
             content = load_file(path) if path.suffix.lower() == ".safetensors" else _unpickled(path)
-            return cls(path, _state(content), _step(content), prefix)
+            return cls(path, _state(content), _step(content if path == folder else _told(folder)), prefix)
         except Exception as error:
             raise ValueError(f"{path} cannot be read as weights: {error}") from error
 
@@ -188,6 +192,12 @@ def _state(content: object) -> dict[str, Tensor]:
         raise ValueError("it holds no tensors by name")
     cleaned: dict[str, Tensor] = timm.models.clean_state_dict(named)
     return cleaned
+
+
+def _told(folder: Path) -> object:
+    """What the Trainer of transformers says of a folder that it saved."""
+    file = folder / "trainer_state.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _step(content: object) -> int | None:

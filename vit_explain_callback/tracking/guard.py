@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from vit_explain_callback.tracking.warning import warn
 
 OnError = Literal["warn", "raise"]
 
@@ -50,7 +50,7 @@ class Guard:
         kind = re.sub(r"\d+", "0", repr(error)) if kind is None else kind
         if kind not in self._said:
             self._said.add(kind)
-            rank_zero_warn(
-                f"ViTExplainCallback: pass `on_error='raise'` to stop here and see where; {what}, and training goes on"
+            warn(
+                f"pass `on_error='raise'` to stop here and see where; {what}, and training goes on"
                 f": {error!r}. The same is not said again."
             )

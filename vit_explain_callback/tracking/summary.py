@@ -21,13 +21,18 @@ from vit_explain_callback.visualization.selection import most_changed
 _LINES = 10
 _NAMES = 3
 _CONFIDENCE = 1.96  # standard errors
+_ROUNDING = 1e-6  # of a rank correlation
+_FACTOR = 2  # of a lift
+_NO_GAIN = 0.01  # what is printed as 0.00 or 0.01
 
 
 def summary(history: History, probe: Probe) -> str:
     """Whether the model changed where it looks, by more than noise, when, on which images; whether to trust the maps.
 
     Drift is more than noise where the images drifted further than their maps move at the baseline under a change that
-    should not matter (see `metrics.reference.nudged`), on average by more than 1.96 standard errors.
+    should not matter (see `metrics.reference.nudged`), on average by more than 1.96 standard errors; no more than noise
+    where they drifted less by as much; else it cannot be told. A region has moved where its mean lift at least doubled
+    or halved, by more than 1.96 standard errors.
 
     Args:
         history: The snapshots of the run.
@@ -36,7 +41,7 @@ def summary(history: History, probe: Probe) -> str:
     Returns:
         At most 10 lines.
     """
-    changes = sorted((_change(history, method) for method in history.baseline.maps), key=_by_change)
+    changes = sorted((_change(history, probe, method) for method in history.baseline.maps), key=_by_change)
     known = [change for change in changes if math.isfinite(change.mean)]
     first = [_headline(history, changes)]
     if history.count == 1:
@@ -65,6 +70,7 @@ class _Change:
         mean: Of those that are known.
         levels: Rank correlation under noise and between different images, or None where they were not measured.
         beyond_noise: Whether the drift is more than noise; None where that cannot be told.
+        regions: Those whose lift at least doubled or halved.
     """
 
     method: str
@@ -72,19 +78,39 @@ class _Change:
     mean: float
     levels: tuple[float, float] | None
     beyond_noise: bool | None
+    regions: Sequence[str]
 
 
-def _change(history: History, method: str) -> _Change:
+def _change(history: History, probe: Probe, method: str) -> _Change:
     baseline = history.baseline
     by_image = history.now.drift_from(baseline, method, "spearman")
     levels, beyond_noise = baseline.scale(method, "spearman"), None
     if baseline.reliability is not None:
         noise = METRICS["spearman"](baseline.maps[method], baseline.reliability.nudged[method])
-        further = noise - by_image
-        margin = _margin(further)
-        if margin is not None:
-            beyond_noise = torch.nanmean(further).item() > margin or (False if _is_scale(levels) else None)
-    return _Change(method, by_image, torch.nanmean(by_image).item(), levels, beyond_noise)
+        beyond_noise = _is_more(noise - by_image)
+        if beyond_noise is False and not _is_scale(levels):
+            beyond_noise = None
+    regions = [name for name, masks in probe.regions.items() if _has_moved(history, method, masks)]
+    return _Change(method, by_image, torch.nanmean(by_image).item(), levels, beyond_noise, regions)
+
+
+def _is_more(excess: Tensor) -> bool | None:
+    """Whether it is above 0 on average over the images, or not above it; None where neither can be told."""
+    margin, mean = _margin(excess), torch.nanmean(excess).item()
+    if margin is None or -margin + _ROUNDING < mean <= margin:
+        return None
+    return mean > margin
+
+
+def _has_moved(history: History, method: str, masks: Tensor) -> bool:
+    """Whether the lift of a region at least doubled or halved, and on the images alike.
+
+    The noise is no measure here: a region such as a watermark in a corner has its place, which a mirror moves.
+    """
+    before, now = (region_statistics(one.maps[method], masks)["lift"] for one in (history.baseline, history.now))
+    low, high = sorted([torch.nanmean(before).item(), torch.nanmean(now).item()])
+    moved = _is_more(now - before) is True or _is_more(before - now) is True
+    return moved and high >= _FACTOR * low
 
 
 def _is_scale(levels: tuple[float, float] | None) -> bool:
@@ -96,9 +122,10 @@ def _has_changed(change: _Change) -> bool:
     return change.mean < 1 - 1e-6
 
 
-def _by_change(change: _Change) -> tuple[bool, bool, float]:
-    """Sorts what changed most first: beyond noise, then within it, then what is not known."""
-    return not math.isfinite(change.mean), not change.beyond_noise, change.mean if math.isfinite(change.mean) else 0.0
+def _by_change(change: _Change) -> tuple[bool, bool, bool, float]:
+    """Sorts what changed most first: beyond noise, then in a region, then the rest, then what is not known."""
+    mean = change.mean if math.isfinite(change.mean) else 0.0
+    return not math.isfinite(change.mean), not change.beyond_noise, not change.regions, mean
 
 
 def _headline(history: History, changes: Sequence[_Change]) -> str:
@@ -110,11 +137,19 @@ def _headline(history: History, changes: Sequence[_Change]) -> str:
     noise = _noise(history)
     moved = [change.method for change in known if change.beyond_noise]
     still = [change.method for change in known if change.beyond_noise is False]
+    unsure = [change.method for change in known if change.beyond_noise is None and _has_changed(change)]
     if not known:
         return f"Whether the model changed where it looks cannot be told: the maps are degenerate {what}."
     if moved:
         but = f", not in those of {_names(still)}" if still else ""
         return f"The model changed where it looks, by more than {noise}, in the maps of {_names(moved)}{but} {what}."
+    if known[0].regions:
+        lifts = f"the lift of {_names(known[0].regions)} at least doubled or halved in the maps of {known[0].method}"
+        return f"The model changed where it looks: {lifts} {what}."
+    if still and unsure:
+        return (
+            f"The maps of {_names(still)} changed by no more than {noise}; of {_names(unsure)} it is not clear {what}."
+        )
     if still:
         return f"The model looks where it looked before: the maps changed by no more than {noise} {what}."
     if not any(map(_has_changed, known)):
@@ -133,6 +168,8 @@ def _why_not(history: History) -> str:
         return "the noise was not measured"
     if len(history.now.target) == 1:
         return "one image is too few"
+    if any(_is_scale(history.baseline.scale(method, "spearman")) for method in history.baseline.maps):
+        return "it is about as much as noise, and the images are few"
     return "noise moves the maps as far as another image does"
 
 
@@ -195,6 +232,9 @@ def _trust(history: History, methods: Sequence[str]) -> list[str]:
     if not history.checked or "random" not in history.checked[-1].gains:
         return []
     gains = history.checked[-1].gains
+    if all((gain[gain.isfinite()].abs() < _NO_GAIN).all() for gain in gains.values()):
+        why = "the target's probability does not depend on what is taken away: try the other `removal`"
+        return [f"Can the maps be trusted? Not known, as {why}."]
     faithful: list[str] = []
     others: list[str] = []
     unknown: list[str] = []

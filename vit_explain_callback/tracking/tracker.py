@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from vit_explain_callback._checks import as_target, check_counts, check_images, check_removal
@@ -32,6 +31,7 @@ from vit_explain_callback.tracking.scalars import Detail, drift_scalars, final_t
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.summary import summary
+from vit_explain_callback.tracking.warning import warn
 from vit_explain_callback.tracking.writers import RunEnd, Writer
 
 _VERSION = 2  # of the state
@@ -166,7 +166,7 @@ class ExplanationTracker:
         self._keep_row(values)
         if self._ranks.rank == 0:
             for notice in self._notices.of(values):
-                rank_zero_warn(f"ViTExplainCallback: {notice}")
+                warn(notice)
             self._write(logged, snapshot)
         return logged
 
@@ -220,7 +220,7 @@ class ExplanationTracker:
         except ValueError as error:
             reason = f"cannot be read ({error})"
         if reason is not None:
-            rank_zero_warn(f"ViTExplainCallback: the checkpoint's explanations {reason}, so a new baseline is taken.")
+            warn(f"the checkpoint's explanations {reason}, so a new baseline is taken.")
         elif history.count:
             self.history = history
             self._checks.go_on(state.get("removal"), history.checked[-1] if history.checked else None)

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
-
 from vit_explain_callback._files import write_bytes
 from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.scalars import PREFIX
 from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.tensorboard import add_file, add_lines, lay_out_margin_charts
+from vit_explain_callback.tracking.warning import warn
 from vit_explain_callback.visualization.encode import jpeg, png
 from vit_explain_callback.visualization.overlay import Picture
 
@@ -165,8 +164,8 @@ class TensorBoardWriter:
                 add_file(self._experiment, tag, file, step)
         elif not self._is_full:
             self._is_full = True
-            rank_zero_warn(
-                f"ViTExplainCallback: a larger `max_pictures_mb` than {self._most / 1e6:g} keeps more pictures; from "
+            warn(
+                f"a larger `max_pictures_mb` than {self._most / 1e6:g} keeps more pictures; from "
                 f"step {step} on, only those of the end are still written to TensorBoard, if they fit."
             )
         self._experiment.flush()

@@ -101,8 +101,12 @@ def _colour_scale(page: _Page, left: float, text: str, signed: bool) -> None:
     y = height - 1.3 * _LINE - thick
     page.axes(left, y, length, thick).imshow(colour_ramp(256, 1, signed), aspect="auto")
     under = y + thick + 0.02
-    page.write(left, under, f"− {text}" if signed else "0", ha="left", va="top")
-    page.write(left + length, under, text, ha="right" if len(text) < 24 else "center", va="top")
+    page.write(left, under, "−" if signed else "0", ha="left", va="top")
+    if signed:
+        page.write(left + length, under, "+", ha="right", va="top")
+        page.write(left + length + _MARGIN, y + thick / 2, f"± {text}", ha="left", va="center")
+    else:
+        page.write(left + length, under, text, ha="right" if len(text) < 24 else "center", va="top")
 
 
 def _lines(text: str) -> int:

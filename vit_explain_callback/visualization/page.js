@@ -69,6 +69,7 @@ function legendOf() {
 // ---- Addresses ------------------------------------------------------------------------------------------------------
 
 function writeAddress() {
+  if (location.protocol === 'about:') return; // within another page, as in a notebook, it has none
   const words = new URLSearchParams({
     step: String(runs[0].steps[snapshots[0]]),
     method: state.method,

@@ -1,0 +1,80 @@
+"""Methods by the words after `--method`: names of ours, and `MODULE:NAME` for those of the user's own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.map_function import AnyMethod, MapFunction
+from vit_explain_callback.methods.names import method_from_name
+
+_AS_IN = "as in --method my_methods:grad_cam"
+
+
+def methods_of(words: Sequence[str]) -> list[AnyMethod]:
+    """The methods that words stand for.
+
+    Args:
+        words: Names as `rollout_max_0.9`, or `package.module:name` for an object of a module, which is imported: it is
+            looked for among what is installed, then in the current folder.
+
+    Raises:
+        ValueError: If there is no such method.
+    """
+    return [_own(word) if ":" in word else method_from_name(word) for word in words]
+
+
+def _own(word: str) -> AnyMethod:
+    path, _, name = word.partition(":")
+    if not all(part.isidentifier() for part in [*path.split("."), name]):
+        raise ValueError(f"Expected `method` to be MODULE:NAME, {_AS_IN}, but got {word!r}.")
+    module = _module(path, word)
+    if not hasattr(module, name):
+        raise ValueError(f"Expected `method` to name an object of a module, but got {word!r}: {_held(module, name)}")
+    found = getattr(module, name)
+    if isinstance(found, type) and issubclass(found, Method):
+        try:
+            found = found()
+        except TypeError as error:
+            raise ValueError(
+                f"Expected `method` to name a Method that has a default for each option, but got {word!r} ({error}): "
+                f"name an object, as in `mine = {name}(…)`."
+            ) from error
+    if isinstance(found, MapFunction | Method):
+        return found
+    cure = f"write `my_{name} = MapFunction({name!r}, {name})` there, and name that" if callable(found) else "name one"
+    raise ValueError(
+        f"Expected `method` to name a MapFunction or a Method, but got {word!r}, a {type(found).__name__}: {cure}."
+    )
+
+
+def _module(path: str, word: str) -> ModuleType:
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)  # last, so that no file here takes the place of an installed module
+    try:
+        return importlib.import_module(path)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"Expected `method` to name a module that can be imported, {_AS_IN}, but got {word!r}: there is no "
+                f"{error.name} in {here}, nor is it installed. Run the command in the folder that holds it."
+            ) from error
+        raise ValueError(
+            f"Expected `method` to name a module that can be imported, but got {word!r}, which raises {error!r}: "
+            f'python -c "import {path}" shows where.'
+        ) from error
+
+
+def _held(module: ModuleType, name: str) -> str:
+    """What there is instead of a name, in words."""
+    own = [key for key, value in vars(module).items() if isinstance(value, MapFunction | Method)]
+    close = difflib.get_close_matches(name, vars(module), 1)
+    file = getattr(module, "__file__", None) or module.__name__
+    instead = f"its methods are {', '.join(own)}" if own else f"it has {close[0]}" if close else "it has no methods"
+    return f"{file} has no {name}; {instead}."
