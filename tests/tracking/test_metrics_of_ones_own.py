@@ -64,7 +64,7 @@ def test_it_is_in_the_scalars_the_curves_and_the_page(tmp_path: Path) -> None:
 
     found = load_run(tmp_path / "run", metrics=[TOTAL])
     assert found.scalars[1]["explain/drift/baseline_total/grad_rollout"] == pytest.approx(expected, rel=1e-5)
-    noise = float(total(first, found.history.baseline.reliability.mirrored["grad_rollout"]).mean())  # type: ignore[union-attr]
+    noise = float(total(first, found.history.baseline.reliability.nudged["grad_rollout"]).mean())  # type: ignore[union-attr]
     assert found.scalars[0]["explain/statistics/drift_scale/grad_rollout/total/noise"] == pytest.approx(noise, rel=1e-5)
     for text in (page(found), (tmp_path / "run" / "report.html").read_text(encoding="utf-8")):
         charts = {chart["title"]: chart for chart in _data(text)["runs"][0]["charts"]}

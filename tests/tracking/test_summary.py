@@ -45,7 +45,7 @@ def history(*snapshots: Snapshot) -> History:
     return found
 
 
-def mirrored(maps: dict[str, Tensor], by: float, gain: float = 0.0, spread: float = 0.1) -> Reliability:
+def checked(maps: dict[str, Tensor], by: float, gain: float = 0.0, spread: float = 0.1) -> Reliability:
     """Mirrored maps that differ by some noise, and a gain over a random order."""
     signs = torch.tensor([1.0, -1.0] * (COUNT // 2), dtype=torch.float64)
     gains = dict.fromkeys(maps, gain + spread * signs) | {"random": torch.zeros(COUNT, dtype=torch.float64)}
@@ -58,7 +58,7 @@ def run_of(
     """What is said where the maps of some methods move so much between two snapshots."""
     before = {name: noise(index) for index, name in enumerate(moved)}
     after = {name: before[name] + amount * noise(90 + index) for index, (name, amount) in enumerate(moved.items())}
-    checks = [None if by is None else mirrored(maps, by, gain, spread) for maps in (before, after)]
+    checks = [None if by is None else checked(maps, by, gain, spread) for maps in (before, after)]
     ends = zip((0, 9), (before, after), checks, strict=True)
     return said_of(history(*(snapshot(step, maps, [0] * COUNT, check) for step, maps, check in ends)), **about)
 
@@ -88,18 +88,27 @@ def test_what_changed_when_and_on_which_images() -> None:
 @pytest.mark.parametrize(
     ("moved", "first"),
     [
-        ({"rollout": 0.5}, "The model changed where it looks, by more than noise, in the maps of rollout ("),
-        ({"rollout": 0.0005}, "The model looks where it looked before: the maps changed by no more than noise ("),
-        ({"a": 0.5, "b": 0.0005}, "The model changed where it looks, by more than noise, in the maps of a, not in th"),
-        ({"a": 0.5, "b": 0.5}, "The model changed where it looks, by more than noise, in the maps of "),
+        (
+            {"rollout": 0.5},
+            "The model changed where it looks, by more than noise (shift, grain), in the maps of rollout (",
+        ),
+        (
+            {"rollout": 0.0005},
+            "The model looks where it looked before: the maps changed by no more than noise (shift, grain) (",
+        ),
+        (
+            {"a": 0.5, "b": 0.0005},
+            "The model changed where it looks, by more than noise (shift, grain), in the maps of a, not in th",
+        ),
+        ({"a": 0.5, "b": 0.5}, "The model changed where it looks, by more than noise (shift, grain), in the maps of "),
     ],
 )
 def test_the_first_line_says_whether_the_change_is_more_than_noise(moved: dict[str, float], first: str) -> None:
     assert run_of(moved)[0].startswith(first)
 
 
-MORE = "The model changed where it looks, by more than noise, in the maps of rollout"
-LESS = "The model looks where it looked before: the maps changed by no more than noise"
+MORE = "The model changed where it looks, by more than noise (shift, grain), in the maps of rollout"
+LESS = "The model looks where it looked before: the maps changed by no more than noise (shift, grain)"
 UNCLEAR = "The maps changed; whether by more than noise cannot be told, as it is about as much as noise"
 
 
@@ -167,7 +176,7 @@ def of_corner(factor: float, images: int = COUNT) -> list[str]:
     after = before.clone()
     after[:images, 0, 0] *= factor
     ends = zip((0, 9), (before, after), strict=True)
-    snapshots = [snapshot(step, {"a": each}, [0] * COUNT, mirrored({"a": each}, 0.05)) for step, each in ends]
+    snapshots = [snapshot(step, {"a": each}, [0] * COUNT, checked({"a": each}, 0.05)) for step, each in ends]
     return said_of(history(*snapshots), regions={"corner": corner})
 
 
@@ -185,7 +194,7 @@ def test_a_region_that_gains_is_a_change_whatever_the_order() -> None:
 
 def test_a_method_of_which_it_is_not_clear_is_not_called_unchanged() -> None:
     assert run_of({"still": 0.0005, "unsure": 0.05})[0].startswith(
-        "The maps of still changed by no more than noise; of unsure it is not clear (6 images"
+        "The maps of still changed by no more than noise (shift, grain); of unsure it is not clear (6 images"
     )
 
 
@@ -201,7 +210,7 @@ def test_maps_that_nothing_can_be_measured_of() -> None:
     lines = said_of(history(snapshot(0, zero, [0] * COUNT, checks), snapshot(1, zero, [0] * COUNT, checks)))
     assert lines[0].startswith("Whether the model changed where it looks cannot be told: the maps are degenerate")
     assert "  rollout: no drift can be measured, the maps are degenerate" in lines
-    assert "Can the maps be trusted (SRG over a random order)? not known: rollout." in lines
+    assert "Can the maps be trusted (SRG over a random order, 0 images)? not known: rollout." in lines
     assert "nan" not in "\n".join(lines)
 
 
@@ -213,7 +222,7 @@ def test_many_methods_are_cut_to_ten_lines() -> None:
 
 
 def test_noise_as_large_as_what_another_image_gives_tells_nothing() -> None:
-    assert "cannot be told, as a mirror moves the maps as far as another image does (" in run_of({"a": 0.3}, by=50)[0]
+    assert "cannot be told, as noise moves the maps as far as another image does (" in run_of({"a": 0.3}, by=50)[0]
 
 
 def test_one_image_is_too_few() -> None:

@@ -232,7 +232,8 @@ def _trust(history: History, methods: Sequence[str]) -> list[str]:
     if not history.checked or "random" not in history.checked[-1].gains:
         return []
     gains = history.checked[-1].gains
-    if all((gain[gain.isfinite()].abs() < _NO_GAIN).all() for gain in gains.values()):
+    known = [gain[gain.isfinite()] for gain in gains.values()]
+    if all(len(gain) and (gain.abs() < _NO_GAIN).all() for gain in known):
         why = "the target's probability does not depend on what is taken away: try the other `removal`"
         return [f"Can the maps be trusted? Not known, as {why}."]
     faithful: list[str] = []
