@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks import adapters, cost, leak, measure, model, snapshot, training_memory
+from tests.benchmarks import adapters, cost, leak, measure, model, noise, snapshot, training_memory
 from tests.benchmarks.contenders import BACKWARD, CONTENDERS, FIVE, FORWARD, materialised_maps
-from tests.models import random_images, tiny_vit
+from tests.models import random_images, steady_vit, tiny_vit
 from vit_explain_callback import explain
 from vit_explain_callback.methods.names import method_from_name
 
@@ -135,3 +135,13 @@ def test_the_adapters_are_timed_beside_what_they_are_compared_with(capsys: pytes
     assert all(row[3].startswith("1.00 (1.00 – 1.00)") for row in rows if row[1] == row[2])
     assert len([row for row in rows if row[1] == row[2]]) == 3
     assert {"captum Saliency", "zennit EpsilonPlus"} <= {row[1] for row in rows}
+
+
+def test_a_change_that_a_model_cannot_see_moves_nothing() -> None:
+    """And another image is one unit away, by definition."""
+    images = random_images(6, (4, 4)).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    rows = [line.strip("| ").split(" | ") for line in noise.table(steady_vit(), images, torch.arange(6) % 5, 8)]
+    assert rows[0] == ["mirror", "1.00", "0.00, yes", "1.00", "1.00"]
+    assert rows[-1][0] == "another image"
+    assert [row[0] for row in rows[1:4]] == [f"shift by {pixels} of 8 pixels" for pixels in (1, 2, 4)]
+    assert float(rows[1][2].split(",")[0]) < float(rows[3][2].split(",")[0])
