@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.runs import Classifier, fit
 from vit_explain_callback import ViTExplainCallback
-from vit_explain_callback.tracking import tracker
+from vit_explain_callback.tracking import output, tracker
 from vit_explain_callback.tracking.checks import Checks
 from vit_explain_callback.tracking.scalars import Detail
 from vit_explain_callback.tracking.tracker import ExplanationTracker
@@ -42,12 +42,12 @@ EPOCH_STEPS = 500
 PARTS: dict[str, tuple[Any, str]] = {
     "explain": (tracker, "explain_together"),
     "drift and scalars": (tracker, "scalars"),
-    "draw": (tracker, "figures"),
+    "draw": (output, "figures"),
     "encode and write": (TensorBoardWriter, "pictures"),
 }
 RARE: dict[str, tuple[Any, str]] = {
     "checks": (Checks, "of"),
-    "draw animations": (tracker, "animations"),
+    "draw animations": (output, "animations"),
     "write the end": (TensorBoardWriter, "finish"),
 }
 WHOLE: dict[str, tuple[Any, str]] = {

@@ -176,7 +176,7 @@ class Fit:
             )
             if self._state:
                 tracker.load_state_dict(self._state)
-            tracker.writers = self._writers(folder)
+            tracker.output.writers = self._writers(folder)
             self.tracker = tracker
             self._greeting = partial(self._watched_in_words, subject, folder)
         return self.tracker

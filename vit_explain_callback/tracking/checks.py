@@ -132,6 +132,8 @@ class Checks:
         return found
 
     def _chosen(self, explainer: Explainer, images: Tensor, maps: Mapping[str, Tensor]) -> Removal:
+        if len({each.shape[1:] for each in maps.values()}) > 1:
+            return "mean_colour"  # as of a function: cells that are no tokens
         can = self._ranks.together(lambda: explainer.can_leave_out_tokens(images, grid_of(maps)))
         return "tokens" if all(can) else "mean_colour"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from vit_explain_callback._checks import as_target, check_counts, check_images, check_removal
-from vit_explain_callback._files import write_text
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
@@ -21,18 +20,15 @@ from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.guard import Guard, OnError
 from vit_explain_callback.tracking.history import History
-from vit_explain_callback.tracking.html import LivePage
 from vit_explain_callback.tracking.notices import Notices
-from vit_explain_callback.tracking.pictures import animations, figures, last_filmstrips
+from vit_explain_callback.tracking.output import Output
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.progress import Advance, progress
-from vit_explain_callback.tracking.run import Run
-from vit_explain_callback.tracking.scalars import Detail, drift_scalars, final_tags, of_detail, scalars
+from vit_explain_callback.tracking.scalars import Detail, drift_scalars, of_detail, scalars
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
-from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.summary import summary
 from vit_explain_callback.tracking.warning import warn
-from vit_explain_callback.tracking.writers import RunEnd, Writer
+from vit_explain_callback.tracking.writers import Writer
 
 _VERSION = 2  # of the state
 
@@ -65,7 +61,7 @@ class ExplanationTracker:
 
     Attributes:
         history: The snapshots so far.
-        writers: Where scalars and pictures go.
+        output: Where it is written; its `writers` may be replaced.
         probe: The images.
         methods: Names of the methods.
         explainer: Of the model; another one with the same methods may take its place, as for the next checkpoint of a
@@ -116,8 +112,6 @@ class ExplanationTracker:
         self.methods = [method.name for method in explainer.methods]
         self._images, self._target = probe.images, as_target(target, len(probe.images))
         self.explainer: Explainer | None = explainer
-        self._folder = RunFolder(folder) if isinstance(folder, Path) else folder
-        self.writers = tuple(writers)
         self._batch_size, self._block_statistics = batch_size, block_statistics
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
         self._has_checks = check_every is not None
@@ -126,10 +120,8 @@ class ExplanationTracker:
         self._detail: Detail = detail
         self._metrics = resolve_metrics(metrics)
         self._shows_progress = progress and self._ranks.rank == 0
-        self._report = LivePage() if report else None
-        self._begun = False
-        self._written: set[str] = set()
-        self._rows: dict[int, dict[str, float]] = {}
+        own = RunFolder(folder) if isinstance(folder, Path) else folder
+        self.output = Output(probe, own, writers, detail, report, self._guard)
 
     def observe(self, step: int) -> dict[str, float]:
         """Take a snapshot: explain, measure and write. The first one is the baseline.
@@ -162,13 +154,11 @@ class ExplanationTracker:
         snapshot = Snapshot(step, explanation, reliability)
         self.history.add(snapshot)
         values = self._values()
-        logged = of_detail(values, self._detail)
-        self._keep_row(values)
         if self._ranks.rank == 0:
             for notice in self._notices.of(values):
                 warn(notice)
-            self._write(logged, snapshot)
-        return logged
+            self.output.add(self.history, values, snapshot)
+        return of_detail(values, self._detail)
 
     def scalars(self) -> dict[str, float]:
         """The scalars that are logged of the latest snapshot, by tag."""
@@ -192,16 +182,16 @@ class ExplanationTracker:
                 self.history.update_latest(self._reliability(now.explanation, True, advance))
         text = summary(self.history, self.probe)
         if self._ranks.rank == 0:
-            self._write_end(text)
+            self.output.end(self.history, self._values(), text, self._has_checks)
         return text
 
     def release(self) -> None:
         """Let go of the model and the writers; the snapshots stay."""
-        self.explainer, self.writers = None, ()
+        self.explainer, self.output.writers = None, ()
 
     def state_dict(self) -> dict[str, Any]:
         """The snapshots kept, and whose they are; loads with `weights_only=True`."""
-        run = None if self._folder is None else self._folder.run
+        run = None if self.output.folder is None else self.output.folder.run
         about = {"version": _VERSION, "fingerprint": self.probe.fingerprint, "run": run}
         about["removal"] = self._checks.removal
         return {**about, **self.history.state_dict()}
@@ -224,8 +214,8 @@ class ExplanationTracker:
         elif history.count:
             self.history = history
             self._checks.go_on(state.get("removal"), history.checked[-1] if history.checked else None)
-            if self._folder is not None and isinstance(state.get("run"), str):
-                self._folder.run = state["run"]
+            if self.output.folder is not None and isinstance(state.get("run"), str):
+                self.output.folder.run = state["run"]
 
     def _other_than(self, history: History, state: Mapping[str, Any]) -> str | None:
         """What keeps a history from being that of this run."""
@@ -267,66 +257,3 @@ class ExplanationTracker:
         if self.explainer is None:
             raise RuntimeError("Expected a tracker that still holds its model, but it was released.")
         return self.explainer
-
-    def _write(self, values: Mapping[str, float], now: Snapshot) -> None:
-        self._written = set(values)
-        if not self._begun:
-            self._begun = True
-            self._to_folder(lambda folder: self.probe.save(folder / "probe.safetensors"))
-        self._to_folder(lambda folder: now.save(folder / f"step_{now.step:08d}.safetensors"))
-        if self.writers:
-            pictures = dict(figures(self.history, self.probe, self._detail))
-            self._each_writer(lambda writer: writer.scalars(values, now.step))
-            self._each_writer(lambda writer: writer.pictures(pictures, now.step))
-        self._write_report(is_last=False)
-
-    def _keep_row(self, values: Mapping[str, float]) -> None:
-        """Every scalar of the latest snapshot, for the page; those of snapshots that were thinned out go."""
-        kept = {snapshot.step for snapshot in self.history.snapshots}
-        self._rows = {step: row for step, row in self._rows.items() if step in kept}
-        self._rows[self.history.now.step] = {"step": self.history.now.step, **values}
-
-    def _write_report(self, is_last: bool) -> Path | None:
-        """The page of the run so far, if it was written.
-
-        A snapshot of a run that was resumed has no scalars before it is loaded.
-        """
-        report, written = self._report, list[Path | None]()
-        if report is not None:
-            kept = self.history.snapshots
-            rows = [self._rows.get(one.step, {"step": one.step}) for one in kept]
-            run = partial(Run, probe=self.probe, snapshots=kept, rows=rows)
-            self._to_folder(lambda folder: written.append(report.write(run(folder), is_last)))
-        return written[0] if written else None
-
-    def _write_end(self, text: str) -> None:
-        now, measured, full = self.history.now, self._values(), self._detail == "full"
-        values = of_detail(measured, self._detail)
-        new = {tag: value for tag, value in values.items() if tag not in self._written}
-        if full:
-            finals = final_tags(self.methods, self.probe.regions, self._has_checks)
-            new |= {final: values[tag] for final, tag in finals.items() if tag in values}
-        self._to_folder(lambda folder: now.save_checked(folder / f"step_{now.step:08d}.safetensors"))
-        self._to_folder(lambda folder: write_text(folder / "summary.txt", text + "\n"))
-        self._keep_row(measured)
-        page = self._write_report(is_last=True)
-        if self.writers:
-            moving = dict(animations(self.history, self.probe)) if full else {}
-            end = RunEnd(now.step, text, dict(last_filmstrips(self.history, self.probe)), moving, page)
-            if new:
-                self._each_writer(lambda writer: writer.scalars(new, now.step))
-            self._each_writer(lambda writer: writer.finish(end))
-
-    def _to_folder(self, write: Callable[[Path], None]) -> None:
-        folder = self._folder
-        if folder is not None:
-
-            def make_and_write() -> None:
-                check_space(folder.wanted)
-                write(folder.path)
-
-            self._guard.attempt(f"cannot write to the folder {folder}", make_and_write)
-
-    def _each_writer(self, write: Callable[[Writer], None]) -> None:
-        for writer in self.writers:
-            self._guard.attempt(f"cannot write to {writer!r}", partial(write, writer))
