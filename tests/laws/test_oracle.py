@@ -92,11 +92,12 @@ def test_a_batch_equals_its_images_one_by_one(batch_size: int) -> None:
             torch.testing.assert_close(together.maps[key][image], maps[0], rtol=1e-9, atol=1e-12)
 
 
-def test_chunks_of_images_and_heads_do_not_change_the_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_images_heads_and_queries_do_not_change_the_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = tiny_vit().double(), random_images(3)
     whole = explain(model, images, VARIANTS)
     assert CHUNK_ENTRIES > 3 * 3 * 17 * 17
-    for entries in (17 * 17, 2 * 17 * 17, 4 * 17 * 17):  # one head, two heads, one image at a time
+    # A row, five rows, one head, two heads, one image at a time.
+    for entries in (1, 5 * 17, 17 * 17, 2 * 17 * 17, 4 * 17 * 17):
         monkeypatch.setattr("vit_explain_callback.methods.fold.CHUNK_ENTRIES", entries)
         for key, maps in explain(model, images, VARIANTS).maps.items():
             torch.testing.assert_close(maps, whole.maps[key], rtol=1e-12, atol=0)

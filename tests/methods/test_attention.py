@@ -32,7 +32,7 @@ def test_maps_equal_the_oracle(name: str) -> None:
     assert_maps_equal(name, VARIANTS, attended)
 
 
-@pytest.mark.parametrize("entries", [17 * 17, 2 * 17 * 17])
+@pytest.mark.parametrize("entries", [5 * 17, 17 * 17, 2 * 17 * 17])
 def test_one_head_is_found_in_any_chunk_of_heads(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = tiny_vit().double(), random_images(2)
     methods = [Attention(head=1), Attention(head=2), Attention(head=3)]

@@ -60,7 +60,9 @@ def test_statistics_equal_those_of_explicit_matrices(
     prefix = attentions[0].shape[-1] - P
     averaged = options.get("global_pool") == "avg"
     readout = list(range(prefix, prefix + P)) if averaged else [0]
-    for entries in (2**25, attentions[0][0].numel()):  # all at once; an image and a head at a time
+    head = attentions[0][0, 0].numel()
+    # All at once; an image and its heads, one head, ten rows, a row at a time.
+    for entries in (2**25, 3 * head, head, 10 * attentions[0].shape[-1], 1):
         monkeypatch.setattr("vit_explain_callback.methods.fold.CHUNK_ENTRIES", entries)
         blocks = explain(model, images, methods, batch_size=2, block_statistics=True).blocks
         assert blocks is not None
@@ -76,7 +78,7 @@ def test_statistics_equal_those_of_explicit_matrices(
 
 def metered(attention: Tensor) -> Any:
     meter = BlockMeter(TokenLayout(P + 1, 1, GRID, 0, mean_of(range(1), P + 1)), (32, 48), 1, [1], torch.zeros(()))
-    meter.add(0, slice(0, 1), attention[None, None])
+    meter.add(0, slice(0, 1), slice(0, 1), slice(0, P + 1), attention[None, None])
     return meter.result()
 
 

@@ -1,6 +1,6 @@
 """Carry relevance through the attention of a stack, from the last block to the first, for any number of methods.
 
-Shapes: B images, b of them at a time, H heads, N query tokens, M key tokens.
+Shapes: B images, b of them at a time, H heads, h at a time, N query tokens, n at a time, M key tokens.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,10 +21,14 @@ from vit_explain_callback.vit.capture import AttentionCall
 from vit_explain_callback.vit.stack import Stack
 from vit_explain_callback.vit.tokens import TokenLayout
 
-# Attention entries alive at once, and as many again for their gradients, but at least those of one head: on a CPU few
+# Attention entries alive at once, and as many again for their gradients, but at least those of one query: on a CPU few
 # enough to stay in its cache, elsewhere 128 MiB in float32.
 CHUNK_ENTRIES = 2**18
 ACCELERATOR_CHUNK_ENTRIES = 2**25
+
+
+Show: TypeAlias = Callable[[slice, slice, Tensor], None]
+"""Is shown the attention (b, h, n, M) of some heads and queries, given first."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,8 @@ class Blocks(Iterator[tuple[int, Recorded]]):
         last = stack.calls[-1]
         self.images = last.shape[0]
         heads = max(call.shape[1] for call in stack.calls)
-        step = max(1, _chunk_entries(last) // (heads * stack.tokens**2))
-        self.chunks = [slice(start, min(start + step, self.images)) for start in range(0, self.images, step)]
-        self.like = last.attention(slice(0, 1), slice(0, 1)).new_empty(0)
+        self.chunks = _parts(self.images, _chunk_entries(last) // (heads * stack.tokens**2))
+        self.like = last.attention(slice(0, 1), slice(0, 1), slice(0, 1)).new_empty(0)
         self._left = recorded
 
     def __next__(self) -> tuple[int, Recorded]:
@@ -176,9 +179,7 @@ def fold(
     ]
 
 
-def _fused(
-    block: Recorded, images: slice, show: Callable[[Tensor], None] | None, runs: Collection[_Run]
-) -> dict[_Run, Tensor]:
+def _fused(block: Recorded, images: slice, show: Show | None, runs: Collection[_Run]) -> dict[_Run, Tensor]:
     """The matrix (b, N, M) of some images that each run wants; runs that want the same one share a tensor."""
     wanted = {run: (run.method.fusion, run.target) for run in runs}
     of_logit = {key for key in wanted.values() if key[0].of == "block_gradient"}
@@ -190,40 +191,65 @@ def _fused(
 
 
 def _fuse(
-    block: Recorded, images: slice, show: Callable[[Tensor], None] | None, wanted: Collection[tuple[Fusion, int]]
+    block: Recorded, images: slice, show: Show | None, wanted: Collection[tuple[Fusion, int]]
 ) -> dict[tuple[Fusion, int], Tensor]:
-    """The matrices (b, N, M) of some images, each for a fusion and the place of the target that its gradient is of."""
+    """The matrices (b, N, M) of some images, each for a fusion and the place of the target that its gradient is of.
+
+    Where one head's matrix is more than a chunk, a few query rows are taken at a time.
+    """
+    _, heads, queries, keys = block.call.shape
+    rows = _parts(queries, _chunk_entries(block.call) // keys)
+    step = _chunk_entries(block.call) // ((rows[0].stop - rows[0].start) * keys)
+    if len(rows) == 1:
+        return _fuse_rows(block, images, _parts(heads, step), rows[0], show, wanted)
+    fused: dict[tuple[Fusion, int], Tensor] = {}
+    for part in rows:
+        for key, found in _fuse_rows(block, images, _parts(heads, step), part, show, wanted).items():
+            whole = fused.setdefault(key, found.new_empty(found.shape[0], queries, keys))
+            whole[:, part] = found
+    return fused
+
+
+def _fuse_rows(
+    block: Recorded,
+    images: slice,
+    heads: Sequence[slice],
+    queries: slice,
+    show: Show | None,
+    wanted: Collection[tuple[Fusion, int]],
+) -> dict[tuple[Fusion, int], Tensor]:
+    """Some query rows of the matrices, (b, n, M), from a few heads at a time."""
     fusers = {key: HeadFuser(key[0].head_fusion) for key in wanted}
     sources = sorted({(fusion.of, target) for fusion, target in wanted})
-    _, heads, queries, keys = block.call.shape
-    step = max(1, _chunk_entries(block.call) // (queries * keys))
-    for start in range(0, heads, step):
-        for source, matrix in _matrices(block, images, slice(start, min(start + step, heads)), show, sources):
+    for few in heads:
+        for source, matrix in _matrices(block, (images, few, queries), show, sources):
             for (fusion, target), fuser in fusers.items():
-                if (fusion.of, target) != source or not _takes(fusion, start, matrix.shape[1]):
+                if (fusion.of, target) != source or not _takes(fusion, few.start, matrix.shape[1]):
                     continue
-                part = matrix if fusion.head is None else matrix[:, fusion.head - 1 - start][:, None]
+                part = matrix if fusion.head is None else matrix[:, fusion.head - 1 - few.start][:, None]
                 fuser.add(part.clamp(min=0) if fusion.positive == "before" else part)
     results = {key: fuser.result() for key, fuser in fusers.items()}
     return {key: result.relu_() if key[0].positive == "after" else result for key, result in results.items()}
 
 
+def _parts(count: int, step: int) -> list[slice]:
+    """Slices of at most `step`, at least 1, that cover `count`."""
+    step = max(1, step)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
 def _matrices(
-    block: Recorded,
-    images: slice,
-    heads: slice,
-    show: Callable[[Tensor], None] | None,
-    sources: Sequence[tuple[str, int]],
+    block: Recorded, part: tuple[slice, slice, slice], show: Show | None, sources: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[tuple[str, int], Tensor]]:
-    """Each of `sources`, A, A ⊙ ∂y/∂A or ∂s/∂A, of some images and heads, (b, h, N, M), with the source.
+    """Each of `sources`, A, A ⊙ ∂y/∂A or ∂s/∂A, of some images, heads and queries, (b, h, n, M), with the source.
 
     Attention is computed only where it is needed: ∂s/∂A, which is never asked for together with others, does without.
     """
     attention = None
     if show is not None or any(of != "block_gradient" for of, _ in sources):
-        attention = block.call.attention(images, heads)
+        attention = block.call.attention(*part)
     if show is not None and attention is not None:
-        show(attention)
+        show(*part[1:], attention)
     for of, target in sources:
         if of == "attention":
             assert attention is not None
@@ -231,7 +257,7 @@ def _matrices(
             continue
         gradient = block.gradients[target]
         assert gradient is not None
-        matrix = block.call.attention_gradient(gradient, images, heads)
+        matrix = block.call.attention_gradient(gradient, *part)
         yield (of, target), matrix if attention is None else matrix.mul_(attention)
 
 

@@ -53,7 +53,7 @@ class BlockStatistics:
 
 
 class BlockMeter:
-    """Takes in attention matrices, some images and heads of a block at a time, and gives their statistics.
+    """Takes in attention matrices, some images, heads and query rows of a block at a time, and gives their statistics.
 
     Args:
         layout: The tokens.
@@ -80,40 +80,45 @@ class BlockMeter:
         blocks = len(heads)
         self._rows = like.new_zeros(images, blocks, patches)
         self._columns = like.new_zeros(images, blocks, patches)
-        self._entropy, self._distance, self._class_self = (like.new_zeros(images, blocks) for _ in range(3))
-        self._lowest = like.new_full((images, blocks), math.inf)
+        self._distance, self._class_self = (like.new_zeros(images, blocks) for _ in range(2))
+        self._entropy = like.new_zeros(images, blocks, max(heads))
 
-    def add(self, block: int, images: slice, attention: Tensor) -> None:
-        """Take in (b, h, N, N) of a block, counted from 0, for the images b."""
-        patches = self._layout.patches
-        self._rows[images, block] += (self._readout @ attention)[..., patches].sum(dim=1)
-        entropy = -torch.xlogy(attention, attention).sum(dim=(2, 3)) / (
-            attention.shape[2] * math.log(attention.shape[3])
-        )
-        self._entropy[images, block] += entropy.sum(dim=1)
-        self._lowest[images, block] = torch.minimum(self._lowest[images, block], entropy.amin(dim=1))
-        among = attention[:, :, patches, patches]
-        share = 1 / among.sum(dim=3)
-        self._columns[images, block] += (share[:, :, None] @ among)[:, :, 0].sum(dim=1)
-        distance = torch.einsum("bhij,ij->bhi", among, self._distances) * share
-        self._distance[images, block] += distance.mean(dim=2).sum(dim=1)
-        if self._layout.class_token is not None:
-            self._class_self[images, block] += attention[:, :, self._layout.class_token, self._layout.class_token].sum(
-                dim=1
-            )
+    def add(self, block: int, images: slice, heads: slice, queries: slice, attention: Tensor) -> None:
+        """Take in (b, h, n, N) of a block, counted from 0, for some of its images, heads and query rows."""
+        patches, class_token, tokens = self._layout.patches, self._layout.class_token, attention.shape[3]
+        self._rows[images, block] += (self._readout[queries] @ attention)[..., patches].sum(dim=1)
+        entropy = -torch.xlogy(attention, attention).sum(dim=(2, 3)) / (tokens * math.log(tokens))
+        self._entropy[images, block, heads] += entropy
+        if class_token is not None and queries.start <= class_token < queries.stop:
+            own = attention[:, :, class_token - queries.start, class_token]
+            self._class_self[images, block] += own.sum(dim=1)
+        first, last = max(queries.start, patches.start), min(queries.stop, patches.stop)
+        if first < last:
+            among = attention[:, :, first - queries.start : last - queries.start, patches]
+            share = 1 / among.sum(dim=3)
+            self._columns[images, block] += (share[:, :, None] @ among)[:, :, 0].sum(dim=1)
+            distances = self._distances[first - patches.start : last - patches.start]
+            distance = torch.einsum("bhij,ij->bhi", among, distances) * share
+            self._distance[images, block] += distance.sum(dim=(1, 2)) / among.shape[3]
 
     def result(self) -> BlockStatistics:
         """The statistics of everything added."""
-        maps = (*self._entropy.shape, *self._layout.grid)
+        maps = (*self._distance.shape, *self._layout.grid)
         columns = self._columns / self._heads[:, None]
         count = max(1, round(columns.shape[2] / 100))
         no_class_token = math.nan if self._layout.class_token is None else 0.0
         return BlockStatistics(
             rows=(self._rows / self._heads[:, None]).view(maps),
             columns=columns.view(maps),
-            entropy=self._entropy / self._heads,
-            lowest_head_entropy=self._lowest,
+            entropy=self._entropy.sum(dim=2) / self._heads,
+            lowest_head_entropy=self._lowest(),
             distance=self._distance / self._heads,
             class_self=self._class_self / self._heads + no_class_token,
             sink_share=columns.topk(count, dim=2).values.sum(dim=2) / columns.shape[2],
         )
+
+    def _lowest(self) -> Tensor:
+        """(B, L) entropy of the head that has the least, of those that a block has."""
+        heads = torch.arange(self._entropy.shape[2], device=self._entropy.device)
+        missing = heads >= self._heads[:, None]
+        return self._entropy.masked_fill(missing, math.inf).amin(dim=2)

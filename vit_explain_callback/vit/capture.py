@@ -10,7 +10,7 @@ and the gradient of a logit y with respect to A from what came out of it, O = A 
 
     ∂y/∂A = (∂y/∂O) vᵀ.
 
-Both are exact, and may be asked for a few images and heads at a time.
+Both are exact, and may be asked for a few images, heads and query rows at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,18 @@ from vit_explain_callback.vit._einsum import value_product
 from vit_explain_callback.vit._mha import MultiHeadParts, take_apart
 from vit_explain_callback.vit.copy_on_write import address
 
+_ALL = slice(None)
 _MATMULS = {"matmul", "__matmul__", "bmm"}
 _IN_PLACE = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}
 # What may stand between the softmax and the product with the values without changing the attention.
 _VALUE_PRESERVING = {"dropout", "to", "type_as", "float", "half", "bfloat16", "contiguous"}
+
+
+class PartOfAttention(Protocol):
+    """Gives the attention of some images, heads and query rows, (b, h, n, M)."""
+
+    def __call__(self, images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
+        """Compute it, in float32, or float64 where the model is float64."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +54,19 @@ class AttentionCall:
         module: Path of the innermost module that ran it, seen from the recorded module.
         output: O = A v as the model got it, (B, H, N, d) or (B, N, d), in the autograd graph if the forward built one.
         value: v, (B, H, M, d).
-        attention: The attention of some images and heads, each given as a slice: a function that returns
-            (b, h, N, M) in float32, or float64 where the model is float64.
+        attention: The attention of some images, heads and query rows.
         shape: (B, H, N, M).
     """
 
     module: str
     output: Tensor
     value: Tensor
-    attention: Callable[[slice, slice], Tensor]
+    attention: PartOfAttention
     shape: tuple[int, int, int, int]
 
-    def attention_gradient(self, output_gradient: Tensor, images: slice, heads: slice) -> Tensor:
-        """∂y/∂A = (∂y/∂O) vᵀ of some images and heads, (b, h, N, M), from `output_gradient` ∂y/∂O, (B, H, N, d)."""
-        upstream = output_gradient.reshape(*self.shape[:3], -1)[images, heads]
+    def attention_gradient(self, output_gradient: Tensor, images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
+        """∂y/∂A = (∂y/∂O) vᵀ of a part of the attention, (b, h, n, M), from `output_gradient` ∂y/∂O, (B, H, N, d)."""
+        upstream = output_gradient.reshape(*self.shape[:3], -1)[images, heads, queries]
         return _at_least_float32(upstream) @ _at_least_float32(self.value[images, heads]).mT
 
 
@@ -250,10 +257,11 @@ def _fused_call(
         attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
     mask = None if attn_mask is None else attn_mask.detach().expand(batch, heads, queries, keys)
 
-    def attention(images: slice, heads: slice) -> Tensor:
-        scores = (_at_least_float32(query[images, heads]) * factor) @ _at_least_float32(key[images, heads]).mT
+    def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
+        rows = _at_least_float32(query[images, heads, queries]) * factor
+        scores = rows @ _at_least_float32(key[images, heads]).mT
         if mask is not None:
-            part = mask[images, heads]
+            part = mask[images, heads, queries]
             scores = scores.masked_fill_(~part, -math.inf) if part.dtype == torch.bool else scores.add_(part)
         return scores.softmax(dim=-1)
 
@@ -264,8 +272,8 @@ def _explicit_call(module: str, output: Tensor, weights: Tensor, value: Tensor) 
     if weights.ndim == 3:  # one head
         weights, value = weights.unsqueeze(1), value.unsqueeze(1)
 
-    def attention(images: slice, heads: slice) -> Tensor:
-        return _at_least_float32(weights.detach()[images, heads])
+    def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
+        return _at_least_float32(weights.detach()[images, heads, queries])
 
     batch, heads, queries, keys = weights.shape
     return AttentionCall(module, output, value.detach(), attention, (batch, heads, queries, keys))
