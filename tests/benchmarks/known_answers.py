@@ -167,7 +167,6 @@ def make(args: argparse.Namespace) -> None:
             continue
         data, plan = datas[name], PLANS[name]
         if (name, seed // plan.shared) not in starts:
-            starts = {key: model for key, model in starts.items() if key[0] != name}
             starts[name, seed // plan.shared] = started(data, plan, seed)
         row = run(data, plan, starts[name, seed // plan.shared], condition, seed)
         with args.output.open("a", encoding="utf-8") as file:

@@ -64,6 +64,8 @@ class Data(ABC):
     size: int
     corner: int
     """Side of the square in pixels."""
+    pretrained: bool
+    """Whether the model has general features already, so that a classifier is all that it needs."""
     lr: float
     head_lr: float
     mean: tuple[float, ...]
@@ -114,7 +116,7 @@ class Data(ABC):
 class ShapesData(Data):
     name = "shapes"
     classes, size, corner = len(FINETUNE_CLASSES), 96, 16
-    lr, head_lr = 1e-3, 1e-3
+    pretrained, lr, head_lr = False, 1e-3, 1e-3
     mean = std = (0.5, 0.5, 0.5)
 
     def picture(self, split: Split, seed: int, index: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +132,7 @@ class ShapesData(Data):
 class Photographs(Data):
     name = "photographs"
     classes, size, corner = len(FOLDERS), 112, 28
-    lr, head_lr = 1e-4, 1e-3
+    pretrained, lr, head_lr = True, 5e-5, 1e-3
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, stamps: Path = STAMPS) -> None:
@@ -155,11 +157,11 @@ class Photographs(Data):
         rng = np.random.default_rng((seed, index, 0))
         choices = self.stamps[split][index % self.classes]
         stamp = choices[rng.integers(len(choices))]
-        factor = self.size * rng.uniform(0.45, 0.7) / max(stamp.size)
+        factor = self.size * rng.uniform(0.6, 0.75) / max(stamp.size)
         width, height = (max(1, int(side * factor)) for side in stamp.size)
         stamp = stamp.resize((width, height))
         x, y = self._place(rng, width, height)
-        noise = rng.uniform(0, 255, size=3) + rng.normal(0, 60, size=(self.size // 8, self.size // 8, 3))
+        noise = rng.uniform(0, 255, size=3) + rng.normal(0, 30, size=(self.size // 8, self.size // 8, 3))
         canvas = Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize(
             (self.size, self.size), Image.Resampling.BICUBIC
         )

@@ -30,6 +30,10 @@ CONTROLS = ("more data", "new head", "reset head", "lr decay", "mirrored", "long
 after the baseline; with a tenth of the learning rate from half of the run on; with every second image turned over; for
 twice as many steps."""
 
+RAMP = 6
+"""Steps over which the learning rate rises: Adam's first steps are as large as its later ones, and would shock a model
+that is trained already."""
+
 Values = list[list[float]]
 """By snapshot and image."""
 
@@ -51,7 +55,7 @@ class Plan:
 
 PLANS = {
     "shapes": Plan(warm_up=60, steps=52, every=4, batch=16, probe=16, test=96),
-    "photographs": Plan(warm_up=40, steps=24, every=3, batch=12, probe=12, test=48, probes=("label",)),
+    "photographs": Plan(warm_up=30, steps=24, every=3, batch=12, probe=12, test=60, probes=("label",)),
 }
 
 
@@ -74,12 +78,28 @@ class Row:
 def started(data: Data, plan: Plan, seed: int) -> Any:
     """The model that runs of this seed go on from."""
     model = data.model()
-    group = seed // plan.shared
+    group = 500_000 + seed // plan.shared
+    if data.pretrained:
+        _teach_head(data, plan, model, group)
+        return model.eval()
     batches = [range(step * plan.batch, (step + 1) * plan.batch) for step in range(plan.warm_up)]
     optimizer = _optimizer(data, model)
     for indices in tqdm(batches, desc=f"{data.name}: start {group}", leave=False):
-        _step(model, optimizer, data.batch("train", 500_000 + group, indices, Hints()))
+        _step(model, optimizer, data.batch("train", group, indices, Hints()))
     return model.eval()
+
+
+def _teach_head(data: Data, plan: Plan, model: Any, seed: int) -> None:
+    """Fit the classifier alone to features of fresh images."""
+    batch = data.batch("train", seed, range(plan.warm_up * plan.batch), Hints())
+    with torch.no_grad(), fast(model.eval()):
+        parts = [model.forward_head(model.forward_features(part), pre_logits=True) for part in batch.images.split(32)]
+    features = torch.cat(parts).float()
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-3, weight_decay=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        F.cross_entropy(model.head(features), batch.labels).backward()
+        optimizer.step()
 
 
 def run(data: Data, plan: Plan, start: Any, condition: str, seed: int) -> Row:
@@ -96,10 +116,11 @@ def run(data: Data, plan: Plan, start: Any, condition: str, seed: int) -> Row:
     if condition == "reset head":
         _draw_head(model)
     optimizer = _optimizer(data, model)
+    rates = [group["lr"] for group in optimizer.param_groups]
     for step in tqdm(range(1, steps + 1), desc=f"{data.name}: {condition} {seed}", leave=False):
-        if condition == "lr decay" and step == steps // 2:
-            for group in optimizer.param_groups:
-                group["lr"] /= 10
+        factor = 0.1 if condition == "lr decay" and step > steps // 2 else min(1.0, step / RAMP)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = factor * rate
         indices = range((step - 1) * plan.batch, step * plan.batch)
         _step(model, optimizer, data.batch("train", seed, indices, hints, mirrored=condition == "mirrored"))
         if step % plan.every == 0:
