@@ -11,7 +11,7 @@ whose hints are random has lost, for good, half of what it loses in the run. A s
 one snapshot after the end. Runs whose accuracy loses less than a tenth have no lead.
 
     python -m tests.benchmarks.known_answers --output runs.jsonl
-    python -m tests.benchmarks.known_answers --output runs.jsonl --only photographs/corner --seeds 0 1 2
+    python -m tests.benchmarks.known_answers --output runs.jsonl --only 'photographs/corner/*' --seeds 0 1 2
     python -m tests.benchmarks.known_answers --from runs.jsonl
 
 A run that the output holds already is not made again. Photographs need VIT_EXPLAIN_WEIGHTS (DINOv2 ViT-S/14) and
@@ -42,11 +42,9 @@ THRESHOLD_SEEDS = range(100, 105)
 Key = tuple[str, str]
 
 
-def schedule(seed: int, data: str) -> list[str]:
-    """Conditions of a seed: the controls take turns, two a seed for the shapes and one for the photographs."""
-    turn = seed % len(CONTROLS)
-    controls = [CONTROLS[turn]] + ([CONTROLS[(turn + 3) % len(CONTROLS)]] if data == "shapes" else [])
-    return [*(SHORTCUTS if seed < 103 else []), *controls]
+def schedule(seed: int) -> list[str]:
+    """Conditions of a seed: both shortcuts, and the controls in turn."""
+    return [*SHORTCUTS, CONTROLS[seed % len(CONTROLS)]]
 
 
 @dataclass
@@ -147,23 +145,24 @@ def read(path: Path) -> list[Row]:
     return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def wanted(seeds: Iterable[int], datas: dict[str, Data], only: str) -> list[tuple[int, str, str]]:
-    """(seed, data, condition) of the runs to make."""
-    return [
-        (seed, data, condition)
-        for seed in seeds
-        for data in datas
-        for condition in schedule(seed, data)
-        if fnmatch.fnmatch(f"{data}/{condition}", only)
-    ]
+def wanted(seeds: Iterable[int], patterns: Sequence[str]) -> list[tuple[str, str, int]]:
+    """(data, condition, seed) of the runs to make: those of the first pattern first.
+
+    Example:
+        >>> wanted([7], ["*/corner/*", "shapes/*"])[1:]
+        [('photographs', 'corner', 7), ('shapes', 'background', 7), ('shapes', 'new head', 7)]
+    """
+    every = [(data, condition, seed) for seed in seeds for data in PLANS for condition in schedule(seed)]
+    ordered = [run for pattern in patterns for run in every if fnmatch.fnmatch("/".join(map(str, run)), pattern)]
+    return list(dict.fromkeys(ordered))
 
 
 def make(args: argparse.Namespace) -> None:
     """Make the runs that the output does not hold, and append each as it ends."""
     datas: dict[str, Data] = {"shapes": ShapesData(), "photographs": Photographs(args.stamps)}
     starts: dict[tuple[str, int], Any] = {}
-    for seed, name, condition in wanted(args.seeds, datas, args.only):
-        if any((row.seed, row.data, row.condition) == (seed, name, condition) for row in read(args.output)):
+    for name, condition, seed in wanted(args.seeds, args.only):
+        if any((row.data, row.condition, row.seed) == (name, condition, seed) for row in read(args.output)):
             continue
         data, plan = datas[name], PLANS[name]
         if (name, seed // plan.shared) not in starts:
@@ -176,7 +175,9 @@ def make(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[*THRESHOLD_SEEDS, *range(10)])
-    parser.add_argument("--only", default="*", help="pattern of data/condition, as shapes/* or */corner")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], help="patterns of data/condition/seed, in order, as shapes/* or */corner/*"
+    )
     parser.add_argument("--stamps", type=Path, default=STAMPS, help="folder of Tux Paint's stamps")
     parser.add_argument("--output", type=Path, default=Path("known_answers.jsonl"), help="a line is added for each run")
     parser.add_argument("--from", type=Path, dest="source", help="make the tables of this file, and no run")

@@ -54,7 +54,7 @@ class Plan:
 
 
 PLANS = {
-    "shapes": Plan(warm_up=60, steps=52, every=4, batch=16, probe=16, test=96),
+    "shapes": Plan(warm_up=60, steps=48, every=4, batch=32, probe=16, test=96),
     "photographs": Plan(warm_up=30, steps=24, every=3, batch=12, probe=12, test=60, probes=("label",)),
 }
 
