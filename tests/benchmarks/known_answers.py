@@ -2,7 +2,7 @@
 
 Adebayo et al. 2022 (arXiv:2212.04629) ask it of explanations. A model that knows its task is fine-tuned on images in
 which a corner square, or the tint of the background, gives the label away (`planted`); or on images in which neither
-says anything, in six ordinary situations (`planted_runs.CONTROLS`). Signals are in `planted_signals`.
+says anything, in five ordinary situations (`planted_runs.CONTROLS`). Signals are in `planted_signals`.
 
 The rules were set before the runs. For each signal, the threshold is the highest value that a control of the threshold
 seeds has at any snapshot, moved up by a quarter of its size; one threshold holds for both data sets. Its alarm is the
@@ -150,7 +150,7 @@ def wanted(seeds: Iterable[int], patterns: Sequence[str]) -> list[tuple[str, str
 
     Example:
         >>> wanted([7], ["*/corner/*", "shapes/*"])[1:]
-        [('photographs', 'corner', 7), ('shapes', 'background', 7), ('shapes', 'new head', 7)]
+        [('photographs', 'corner', 7), ('shapes', 'background', 7), ('shapes', 'lr decay', 7)]
     """
     every = [(data, condition, seed) for seed in seeds for data in PLANS for condition in schedule(seed)]
     ordered = [run for pattern in patterns for run in every if fnmatch.fnmatch("/".join(map(str, run)), pattern)]

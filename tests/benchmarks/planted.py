@@ -132,7 +132,7 @@ class ShapesData(Data):
 class Photographs(Data):
     name = "photographs"
     classes, size, corner = len(FOLDERS), 112, 28
-    pretrained, lr, head_lr = True, 5e-5, 1e-3
+    pretrained, lr, head_lr = True, 4e-5, 3e-4
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, stamps: Path = STAMPS) -> None:
