@@ -43,8 +43,8 @@ Key = tuple[str, str]
 
 
 def schedule(seed: int) -> list[str]:
-    """Conditions of a seed: both shortcuts, and the controls in turn."""
-    return [*SHORTCUTS, CONTROLS[seed % len(CONTROLS)]]
+    """Conditions of a seed: both shortcuts, unless it is for thresholds, and the controls in turn."""
+    return [*(() if seed in THRESHOLD_SEEDS else SHORTCUTS), CONTROLS[seed % len(CONTROLS)]]
 
 
 @dataclass
@@ -98,7 +98,7 @@ def lead(row: Row, curve: Sequence[float], level: float) -> float:
     return half - (row.steps[-1] + row.steps[1] if math.isnan(step) else step)
 
 
-def print_tables(rows: Sequence[Row]) -> None:
+def print_tables(rows: Sequence[Row], patterns: Sequence[str] = ("*",)) -> None:
     for condition in (*SHORTCUTS, *CONTROLS):
         for data in PLANS:
             some = [row for row in rows if (row.condition, row.data) == (condition, data) and row.seed < 100]
@@ -111,7 +111,8 @@ def print_tables(rows: Sequence[Row]) -> None:
         print(f"\nShortcut: {region}\n")
         print("| signal | alarm above | " + " | ".join(f"{name}: lead · ahead" for name in names) + " | false alarms |")
         print("|---|---|" + "---|" * len(names) + "---|")
-        for name, found in sorted(judged.items(), key=lambda item: _order(item[1])):
+        shown = {name: found for name, found in judged.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
+        for name, found in sorted(shown.items(), key=lambda item: _order(item[1])):
             cells = [lead_cell(found.leads.get(data, [])) for data in names]
             print(f"| {name} | {found.threshold:.3g} | {' | '.join(cells)} | {share(len(found.alarms), controls)} |")
 
@@ -181,10 +182,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stamps", type=Path, default=STAMPS, help="folder of Tux Paint's stamps")
     parser.add_argument("--output", type=Path, default=Path("known_answers.jsonl"), help="a line is added for each run")
     parser.add_argument("--from", type=Path, dest="source", help="make the tables of this file, and no run")
+    parser.add_argument("--signals", nargs="+", default=["*"], help="patterns of the signals to print")
     args = parser.parse_args(arguments)
     if args.source is None:
         make(args)
-    print_tables(read(args.source or args.output))
+    print_tables(read(args.source or args.output), args.signals)
 
 
 if __name__ == "__main__":
