@@ -113,6 +113,7 @@ def test_thresholds_come_from_the_threshold_seeds_alone() -> None:
     assert controls == 2
     assert lift.threshold == pytest.approx(1.2 * 1.25)
     assert lift.alarms == ["shapes mirrored 1"]
+    assert lift.raised["shapes"] == [True, False, True]
     # Half of the loss is at step 6; the alarm at 8; no alarm counts as one at 12.
     assert lift.leads["shapes"][:2] == [-2.0, -6.0]
     assert math.isnan(lift.leads["shapes"][2])  # no loss, no lead

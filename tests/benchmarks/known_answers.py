@@ -54,11 +54,13 @@ class Found:
     Attributes:
         threshold: Above it is an alarm.
         leads: By data set, one a seed.
+        raised: By data set, whether it alarms at all, one a seed.
         alarms: Names of the controls in which it alarms.
     """
 
     threshold: float
     leads: dict[str, list[float]]
+    raised: dict[str, list[bool]]
     alarms: list[str]
 
 
@@ -78,15 +80,17 @@ def judge(rows: Sequence[Row], region: str) -> tuple[dict[str, Found], int]:
             continue
         level = threshold(highest, MARGIN)
         leads: dict[str, list[float]] = {}
+        raised: dict[str, list[bool]] = {}
         for row, found in planted:
             leads.setdefault(row.data, []).append(lead(row, found[name], level))
-        alarms = [
-            f"{row.data} {row.condition} {row.seed}"
-            for row, found in evaluated
-            if not math.isnan(alarm(list(zip(row.steps, found[name], strict=True)), level))
-        ]
-        judged[name] = Found(level, leads, alarms)
+            raised.setdefault(row.data, []).append(alarms_at_all(row, found[name], level))
+        false = [(row, found) for row, found in evaluated if alarms_at_all(row, found[name], level)]
+        judged[name] = Found(level, leads, raised, [f"{row.data} {row.condition} {row.seed}" for row, _ in false])
     return judged, len(evaluated)
+
+
+def alarms_at_all(row: Row, curve: Sequence[float], level: float) -> bool:
+    return not math.isnan(alarm(list(zip(row.steps, curve, strict=True)), level))
 
 
 def lead(row: Row, curve: Sequence[float], level: float) -> float:
@@ -109,11 +113,15 @@ def print_tables(rows: Sequence[Row], patterns: Sequence[str] = ("*",)) -> None:
         judged, controls = judge(rows, region)
         names = sorted({data for found in judged.values() for data in found.leads}, reverse=True)
         print(f"\nShortcut: {region}\n")
-        print("| signal | alarm above | " + " | ".join(f"{name}: lead · ahead" for name in names) + " | false alarms |")
+        columns = [f"{name}: alarms · lead · ahead" for name in names]
+        print(f"| signal | alarm above | {' | '.join(columns)} | false alarms |")
         print("|---|---|" + "---|" * len(names) + "---|")
         shown = {name: found for name, found in judged.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
         for name, found in sorted(shown.items(), key=lambda item: _order(item[1])):
-            cells = [lead_cell(found.leads.get(data, [])) for data in names]
+            cells = [
+                f"{sum(found.raised[data])} of {len(found.raised[data])} · {lead_cell(found.leads[data])}"
+                for data in names
+            ]
             print(f"| {name} | {found.threshold:.3g} | {' | '.join(cells)} | {share(len(found.alarms), controls)} |")
 
 
