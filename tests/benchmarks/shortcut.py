@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from shapes import FINETUNE_CLASSES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from tests.benchmarks.crossings import crossing, lasting_fall
 from vit_explain_callback import explain
 from vit_explain_callback.cli.weights import Weights
 from vit_explain_callback.metrics.drift import spearman
@@ -38,32 +38,6 @@ from vit_explain_callback.metrics.localisation import region_statistics
 ROOT = Path(__file__).parents[2]
 LIFT = 2.0
 T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-
-
-def crossing(curve: Sequence[tuple[int, float]], level: float) -> float:
-    """First step at which a curve, straight between its points, reaches a level from below; NaN if it never does.
-
-    Example:
-        >>> crossing([(0, 0.0), (10, 4.0), (20, 0.0)], 2.0)
-        5.0
-    """
-    if curve[0][1] >= level:
-        return float(curve[0][0])
-    for (step, value), (later, reached) in pairwise(curve):
-        if reached >= level:
-            return step + (later - step) * (level - value) / (reached - value)
-    return math.nan
-
-
-def lasting_fall(curve: Sequence[tuple[int, float]], level: float) -> float:
-    """Step from which on a curve that ends below a level stays below it.
-
-    Example:
-        >>> lasting_fall([(0, 4.0), (10, 1.0), (20, 4.0), (30, 0.0)], 2.0)
-        25.0
-    """
-    backwards = [(-step, value) for step, value in reversed(curve)]
-    return -crossing(backwards, level)
 
 
 def fine_tune(seed: int, every: int, folder: Path) -> dict[str, float]:
