@@ -92,7 +92,8 @@ def test_the_drift_of_a_series_of_checkpoints(
         for name, maps in expected.maps.items():
             torch.testing.assert_close(found.maps[name], maps)
         assert found.target.equal(first.target)
-        assert (found.reliability is None) == (seed == 1)
+        assert found.reliability is not None
+        assert bool(found.reliability.gains) == (seed > 0)
     html = (output / "report.html").read_text(encoding="utf-8")
     assert "3 images, 3 snapshots, steps 0 to 2" in html
 
@@ -208,7 +209,9 @@ def test_the_scalars_of_a_saved_run_are_those_that_were_logged(tmp_path: Path) -
     assert {tag for _, scalars in rebuilt for tag in scalars} == logged
     for tag in logged:
         curve = {event.step: event.value for event in board.Scalars(tag)}
-        assert curve == pytest.approx({step: scalars[tag] for step, scalars in rebuilt}, nan_ok=True, abs=1e-6), tag
+        assert curve == pytest.approx(
+            {step: scalars[tag] for step, scalars in rebuilt if tag in scalars}, nan_ok=True, abs=1e-6
+        ), tag
 
 
 def hugging_face_vit(seed: int, classes: int = 3) -> Any:
