@@ -99,6 +99,7 @@ def test_chunks_of_images_heads_and_queries_do_not_change_the_maps(monkeypatch: 
     # A row, five rows, one head, two heads, one image at a time.
     for entries in (1, 5 * 17, 17 * 17, 2 * 17 * 17, 4 * 17 * 17):
         monkeypatch.setattr("vit_explain_callback.methods.fold.CHUNK_ENTRIES", entries)
+        monkeypatch.setattr("vit_explain_callback.methods.fold.HEAD_ENTRIES", entries)
         for key, maps in explain(model, images, VARIANTS).maps.items():
             torch.testing.assert_close(maps, whole.maps[key], rtol=1e-12, atol=0)
 

@@ -38,6 +38,7 @@ def test_one_head_is_found_in_any_chunk_of_heads(entries: int, monkeypatch: pyte
     methods = [Attention(head=1), Attention(head=2), Attention(head=3)]
     whole = explain(model, images, methods).maps
     monkeypatch.setattr(fold, "CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(fold, "HEAD_ENTRIES", entries)
     for name, maps in explain(model, images, methods).maps.items():
         torch.testing.assert_close(maps, whole[name], rtol=1e-12, atol=0)
 

@@ -21,10 +21,12 @@ from vit_explain_callback.vit.capture import AttentionCall
 from vit_explain_callback.vit.stack import Stack
 from vit_explain_callback.vit.tokens import TokenLayout
 
-# Attention entries alive at once, and as many again for their gradients, but at least those of one query: on a CPU few
-# enough to stay in its cache, elsewhere 128 MiB in float32.
+# Attention entries alive at once, and as many again for their gradients: on a CPU few enough to stay in its cache, but
+# at least those of one head, which fewer rows at a time only slow down; elsewhere 128 MiB in float32.
 CHUNK_ENTRIES = 2**18
 ACCELERATOR_CHUNK_ENTRIES = 2**25
+# A head with more entries than these, 8 MiB in float32, is taken a few query rows at a time.
+HEAD_ENTRIES = 2**21
 
 
 Show: TypeAlias = Callable[[slice, slice, Tensor], None]
@@ -195,10 +197,10 @@ def _fuse(
 ) -> dict[tuple[Fusion, int], Tensor]:
     """The matrices (b, N, M) of some images, each for a fusion and the place of the target that its gradient is of.
 
-    Where one head's matrix is more than a chunk, a few query rows are taken at a time.
+    Of a head that is too large as a whole, a few query rows are taken at a time.
     """
     _, heads, queries, keys = block.call.shape
-    rows = _parts(queries, _chunk_entries(block.call) // keys)
+    rows = _parts(queries, HEAD_ENTRIES // keys)
     step = _chunk_entries(block.call) // ((rows[0].stop - rows[0].start) * keys)
     if len(rows) == 1:
         return _fuse_rows(block, images, _parts(heads, step), rows[0], show, wanted)
