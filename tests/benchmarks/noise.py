@@ -3,8 +3,8 @@
 Four models: the example's small ViT with a new head on shapes; the same on images with a corner square of a random
 colour, after it has learnt that the colour gives the label away, and before; and, with a folder of photographs and
 weights, DINOv2 ViT-S/14. For each change: the share of predictions that hold, how far the logits move beside those of
-another image (root mean squares; below a half, `output_holds`), and the rank correlation of the maps. `the package` is
-what its noise floor is measured with.
+another image (root mean squares; below a half, `output_holds`), and for each method the rank correlation of the maps
+and its d' against that of different images, as in `methods`. `the package` is what its noise floor is measured with.
 
     VIT_EXPLAIN_WEIGHTS=dinov2_vits14.safetensors python -m tests.benchmarks.noise --stamps DIR
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.benchmarks import fine_tuned
+from tests.benchmarks.resampling import d_prime
 from vit_explain_callback import explain
 from vit_explain_callback.cli.weights import Weights
 from vit_explain_callback.metrics.drift import spearman
@@ -75,10 +76,16 @@ def table(model: Any, images: Tensor, labels: Tensor, patch: int) -> Iterator[st
         held = (after.prediction == before.prediction).double().mean()
         moved = (after.logits - before.logits).double().pow(2).sum(dim=1).mean().sqrt()
         holds = "yes" if output_holds(before.logits, after.logits) else "no"
-        rho = [spearman(back(after.maps[method]), before.maps[method]).nanmean() for method in METHODS]
-        yield f"| {name} | {held:.2f} | {moved / between:.2f}, {holds} | {rho[0]:.2f} | {rho[1]:.2f} |"
+        rho = {method: spearman(back(after.maps[method]), before.maps[method]) for method in METHODS}
+        cells = [f"{rho[method].nanmean():.2f}, {_d_prime(rho[method], before.maps[method]):.1f}" for method in METHODS]
+        yield f"| {name} | {held:.2f} | {moved / between:.2f}, {holds} | {' | '.join(cells)} |"
     levels = [unrelated_level(before.maps[method], spearman) for method in METHODS]
     yield f"| another image | | 1 | {levels[0]:.2f} | {levels[1]:.2f} |"
+
+
+def _d_prime(of_changed: Tensor, maps: Tensor) -> float:
+    """Separation of rank correlations, (B,), from those of neighbours, which are different images."""
+    return -d_prime(of_changed.numpy(), spearman(maps, maps.roll(1, 0)).numpy())
 
 
 def _corner(tuned: bool) -> tuple[Any, Tensor, Tensor]:
@@ -114,7 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stamps", type=Path, help="folder with train/, val/ and masks/, as of `methods`")
     for name, made in models(parser.parse_args().stamps).items():
-        print(f"\n{name}\n\n| change | predictions hold | output moves, holds | rollout ρ | gradient rollout ρ |")
+        print(
+            f"\n{name}\n\n| change | predictions hold | output moves, holds | rollout ρ, d' | gradient rollout ρ, d' |"
+        )
         print("|---|---|---|---|---|", *table(*made()), sep="\n")
 
 
