@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,6 +17,7 @@ from vit_explain_callback.metrics.drift import METRICS, spearman
 from vit_explain_callback.metrics.faithfulness import SHARES, Remover, mean_colour, random_maps
 from vit_explain_callback.metrics.faithfulness import symmetric_relevance_gain as gain_of
 from vit_explain_callback.metrics.localisation import region_statistics
+from vit_explain_callback.metrics.reference import shifted
 
 RANDOM = "random order"
 NOISE = 0.02
@@ -123,11 +123,10 @@ def changed_images(task: Task, seed: int) -> dict[str, Tensor]:
     """
     noise = torch.randn(task.images.shape, generator=torch.Generator().manual_seed(seed))
     by = task.patch // 4
-    moved = F.pad(task.images, (by, 0, by, 0), mode="replicate")[..., : task.images.shape[2], : task.images.shape[3]]
     return {
         "mirror": task.images.flip(-1),
         "noise": task.images + noise * NOISE / torch.tensor(task.std)[:, None, None],
-        "shift": moved,
+        "shift": shifted(task.images, by, by),
     }
 
 

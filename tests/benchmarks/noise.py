@@ -29,7 +29,7 @@ from tests.benchmarks.resampling import d_prime
 from vit_explain_callback import explain
 from vit_explain_callback.cli.weights import Weights
 from vit_explain_callback.metrics.drift import spearman
-from vit_explain_callback.metrics.reference import nudged, output_holds, unrelated_level
+from vit_explain_callback.metrics.reference import nudged, output_holds, shifted, unrelated_level
 
 METHODS = ("rollout", "grad_rollout")
 IMAGES = 64
@@ -49,16 +49,11 @@ def changes(patch: int, grid: tuple[int, int]) -> dict[str, Change]:
     found: dict[str, Change] = {"mirror": (mirrored, mirrored)}
     for share in (8, 4, 2):
         pixels = max(1, patch // share)
-        found[f"shift by {pixels} of {patch} pixels"] = (partial(_shifted, by=pixels), same)
+        found[f"shift by {pixels} of {patch} pixels"] = (partial(shifted, down=pixels, right=pixels), same)
     found["grain, 5 % of the deviation"] = (lambda images: _grained(images, 0.05), same)
     found["the package, no mirror"] = (lambda images: nudged(images, grid), same)
     found["the package, with a mirror"] = (lambda images: nudged(images, grid, mirror=True), mirrored)
     return found
-
-
-def _shifted(images: Tensor, by: int) -> Tensor:
-    rows, columns = (torch.arange(size).sub(by).clamp(min=0) for size in images.shape[2:])
-    return images[:, :, rows][..., columns]
 
 
 def _grained(images: Tensor, by: float) -> Tensor:

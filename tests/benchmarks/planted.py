@@ -13,7 +13,6 @@ with other hints differs in nothing else.
 from __future__ import annotations
 
 import colorsys
-import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,13 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from pretrain import WEIGHTS, small_vit
 from shapes import FINETUNE_CLASSES, Shapes
 from torch import Tensor
 
+from tests.benchmarks.fine_tuned import IMAGENET_MEAN, IMAGENET_STD, SIZE, dinov2
 from vit_explain_callback.cli.weights import Weights
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
@@ -131,9 +130,9 @@ class ShapesData(Data):
 
 class Photographs(Data):
     name = "photographs"
-    classes, size, corner = len(FOLDERS), 112, 28
+    classes, size, corner = len(FOLDERS), SIZE, 28
     pretrained, lr, head_lr = True, 4e-5, 3e-4
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
 
     def __init__(self, stamps: Path = STAMPS) -> None:
         self.root = stamps
@@ -179,8 +178,4 @@ class Photographs(Data):
         return x, int(rng.integers(low, self.size - height + 1))
 
     def model(self) -> Any:
-        model: Any = timm.create_model("vit_small_patch14_dinov2", img_size=self.size, num_classes=0)
-        Weights.read(Path(os.environ["VIT_EXPLAIN_WEIGHTS"])).load_into(model)
-        torch.manual_seed(0)
-        model.reset_classifier(self.classes)
-        return model
+        return dinov2(self.classes, seed=0)

@@ -55,12 +55,16 @@ def test_mlflow_has_both_as_artifacts(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (folder / "summary.txt").read_text(encoding="utf-8") == text
 
 
-class CometLogger(Spy):
-    """Comet's, with an experiment that keeps what its documented calls are given."""
+class Keeping(Spy):
+    """Also keeps what the calls of its experiment are given."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, Any] = {}
+
+
+class CometLogger(Keeping):
+    """Comet's, with its documented calls."""
 
     @property
     def experiment(self) -> Any:
@@ -73,12 +77,8 @@ class CometLogger(Spy):
         return SimpleNamespace(log_text=log_text, log_asset=log_asset)
 
 
-class NeptuneLogger(Spy):
+class NeptuneLogger(Keeping):
     """Neptune's of older versions of Lightning: an experiment is a table of fields."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, Any] = {}
 
     @property
     def experiment(self) -> Any:

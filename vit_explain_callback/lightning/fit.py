@@ -212,7 +212,8 @@ class Fit:
         for index, logger in enumerate(self._trainer.loggers):
             what = f"cannot write to {type(logger).__name__} (logger {index})"
             make = partial(LoggerWriter, logger, index, charts, display.max_pictures_mb, self._prefix)
-            self._guard.attempt(what, lambda: loggers.append(make()))  # noqa: B023
+            made = self._guard.attempt(what, make)
+            loggers += [] if made is None else [made]
         if self._leaves_no_files or any(logger.shows_pictures for logger in loggers):
             return tuple(loggers)
         self._guard.attempt(f"cannot make the folder {folder}", lambda: folder.path)

@@ -18,9 +18,8 @@ def run_folder(trainer: Trainer, guard: Guard) -> RunFolder:
 
     Where both are on another machine, as `s3://…`, it is in the working directory, which is said.
     """
-    found: list[str] = []
-    guard.attempt("cannot ask the logger for its folder", lambda: found.append(trainer.log_dir or ""))
-    directories = [*filter(None, found), trainer.default_root_dir]
+    found = guard.attempt("cannot ask the logger for its folder", lambda: trainer.log_dir)
+    directories = [*filter(None, [found]), trainer.default_root_dir]
     local = next((path for directory in directories if (path := local_path(directory)) is not None), Path.cwd())
     # All processes name the run as the first one does.
     folder = RunFolder(local / "explanations", trainer.strategy.broadcast(RunFolder(local).run))

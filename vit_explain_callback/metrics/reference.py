@@ -29,9 +29,14 @@ def nudged(images: Tensor, grid: tuple[int, int], mirror: bool = False) -> Tenso
     """
     values = (images.flip(-1) if mirror else images).cpu().float()
     down, right = (max(1, size // (8 * cells)) for size, cells in zip(images.shape[2:], grid, strict=True))
-    values = F.pad(values, (right, 0, down, 0), mode="replicate")[..., : images.shape[2], : images.shape[3]]
+    values = shifted(values, down, right)
     noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
     return (values + _NOISE * values.std(dim=(1, 2, 3), keepdim=True) * noise).to(images)
+
+
+def shifted(images: Tensor, down: int, right: int) -> Tensor:
+    """Images (B, C, H, W) moved by some pixels, their edge repeated."""
+    return F.pad(images, (right, 0, down, 0), mode="replicate")[..., : images.shape[2], : images.shape[3]]
 
 
 def output_holds(logits: Tensor, changed: Tensor) -> bool:

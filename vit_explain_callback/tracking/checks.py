@@ -128,8 +128,9 @@ class Checks:
         gains = self._gains_together(explainer, images[few], orders, target[few], advance)
         rest = torch.full((len(images) - len(images[few]),), torch.nan, dtype=torch.float64)
         found = {name: torch.cat([gain, rest]) for name, gain in gains.items()}
-        self._control = found.setdefault(CONTROL, self._control) if self._control is not None else found[CONTROL]
-        return found
+        if self._control is None:
+            self._control = found[CONTROL]
+        return {**found, CONTROL: self._control}
 
     def _chosen(self, explainer: Explainer, images: Tensor, maps: Mapping[str, Tensor]) -> Removal:
         if len({each.shape[1:] for each in maps.values()}) > 1:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 from vit_explain_callback.tracking.warning import warn
 
+T = TypeVar("T")
 OnError = Literal["warn", "raise"]
 
 
@@ -32,12 +33,16 @@ class Guard:
         self._on_error = on_error
         self._said: set[str] = set()
 
-    def attempt(self, what: str, work: Callable[[], object]) -> None:
-        """Do `work`; `what` is how a warning begins, as in "cannot write to the disk"."""
+    def attempt(self, what: str, work: Callable[[], T]) -> T | None:
+        """Do `work` and give what it gives, None where it fails.
+
+        `what` is how a warning begins, as in "cannot write to the disk".
+        """
         try:
-            work()
+            return work()
         except Exception as error:
             self.failed(what, error, what)
+            return None
 
     def failed(self, what: str, error: Exception, kind: str | None = None) -> None:
         """Say that something failed, once for each kind; by default, a kind of error: the same but for its numbers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from vit_explain_callback._files import write_text
 from vit_explain_callback.tracking.folder import RunFolder
@@ -18,6 +19,8 @@ from vit_explain_callback.tracking.scalars import Detail, final_tags, of_detail
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.writers import RunEnd, Writer
+
+T = TypeVar("T")
 
 
 class Output:
@@ -73,14 +76,13 @@ class Output:
             self._to_writers(lambda writer: writer.pictures(pictures, now.step))
         self._write_page(history, is_last=False)
 
-    def end(self, history: History, measured: Mapping[str, float], text: str, has_checks: bool) -> None:
+    def end(self, history: History, measured: Mapping[str, float], text: str) -> None:
         """Write what is known at the end only.
 
         Args:
             history: The snapshots.
             measured: Every scalar of the latest one, now that it is checked.
             text: The summary.
-            has_checks: Whether noise and faithfulness were measured.
         """
         now = history.now
         self._to_folder(lambda folder: now.save_checked(folder / f"step_{now.step:08d}.safetensors"))
@@ -89,19 +91,19 @@ class Output:
         page = self._write_page(history, is_last=True)
         if not self.writers:
             return
-        new = self._new(measured, list(now.maps), has_checks)
+        new = self._new(measured, list(now.maps))
         if new:
             self._to_writers(lambda writer: writer.scalars(new, now.step))
         moving = dict(animations(history, self._probe)) if self._detail == "full" else {}
         end = RunEnd(now.step, text, dict(last_filmstrips(history, self._probe)), moving, page)
         self._to_writers(lambda writer: writer.finish(end))
 
-    def _new(self, measured: Mapping[str, float], methods: Sequence[str], has_checks: bool) -> dict[str, float]:
+    def _new(self, measured: Mapping[str, float], methods: Sequence[str]) -> dict[str, float]:
         """Scalars that the writers do not have yet."""
         values = of_detail(measured, self._detail)
         new = {tag: value for tag, value in values.items() if tag not in self._written}
         if self._detail == "full":
-            finals = final_tags(methods, self._probe.regions, has_checks)
+            finals = final_tags(methods, self._probe.regions)
             new |= {final: values[tag] for final, tag in finals.items() if tag in values}
         return new
 
@@ -116,23 +118,22 @@ class Output:
 
         A snapshot of a run that was resumed has no scalars before it is loaded.
         """
-        page, written = self._page, list[Path | None]()
-        if page is not None:
-            kept = history.snapshots
-            rows = [self._rows.get(one.step, {"step": one.step}) for one in kept]
-            run = partial(Run, probe=self._probe, snapshots=kept, rows=rows)
-            self._to_folder(lambda folder: written.append(page.write(run(folder), is_last)))
-        return written[0] if written else None
+        page, kept = self._page, history.snapshots
+        if page is None:
+            return None
+        rows = [self._rows.get(one.step, {"step": one.step}) for one in kept]
+        return self._to_folder(lambda folder: page.write(Run(folder, self._probe, kept, rows), is_last))
 
-    def _to_folder(self, write: Callable[[Path], None]) -> None:
+    def _to_folder(self, write: Callable[[Path], T]) -> T | None:
         folder = self.folder
-        if folder is not None:
+        if folder is None:
+            return None
 
-            def make_and_write() -> None:
-                check_space(folder.wanted)
-                write(folder.path)
+        def make_and_write() -> T:
+            check_space(folder.wanted)
+            return write(folder.path)
 
-            self._guard.attempt(f"cannot write to the folder {folder}", make_and_write)
+        return self._guard.attempt(f"cannot write to the folder {folder}", make_and_write)
 
     def _to_writers(self, write: Callable[[Writer], None]) -> None:
         for writer in self.writers:

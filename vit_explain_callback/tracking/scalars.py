@@ -97,13 +97,12 @@ def region_tag(region: str, method: str, statistic: str) -> str:
     return f"{STATISTICS}/region/{region}/{method}/{statistic}"
 
 
-def final_tags(methods: Sequence[str], regions: Iterable[str], checked: bool) -> dict[str, str]:
+def final_tags(methods: Sequence[str], regions: Iterable[str]) -> dict[str, str]:
     """Tag of each value that is kept for the whole run, and the tag of the scalar that it is the last of."""
     tags: dict[str, str] = {}
     for method in methods:
         tags[f"explain/final/drift/{method}"] = drift_tag(method, "spearman")
-        if checked:
-            tags[f"explain/final/faithfulness/{method}"] = f"explain/faithfulness/{method}"
+        tags[f"explain/final/faithfulness/{method}"] = f"explain/faithfulness/{method}"
         for region in regions:
             tags[f"explain/final/lift/{region}/{method}"] = region_tag(region, method, "lift")
     return tags

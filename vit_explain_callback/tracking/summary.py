@@ -119,7 +119,7 @@ def _is_scale(levels: tuple[float, float] | None) -> bool:
 
 
 def _has_changed(change: _Change) -> bool:
-    return change.mean < 1 - 1e-6
+    return change.mean < 1 - _ROUNDING
 
 
 def _by_change(change: _Change) -> tuple[bool, bool, bool, float]:

@@ -114,7 +114,6 @@ class ExplanationTracker:
         self.explainer: Explainer | None = explainer
         self._batch_size, self._block_statistics = batch_size, block_statistics
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
-        self._has_checks = check_every is not None
         self._checks = Checks(check_every, None if probe.regression else removal, batch_size, self._ranks)
         self._notices = Notices(self.methods)
         self._detail: Detail = detail
@@ -182,7 +181,7 @@ class ExplanationTracker:
                 self.history.update_latest(self._reliability(now.explanation, True, advance))
         text = summary(self.history, self.probe)
         if self._ranks.rank == 0:
-            self.output.end(self.history, self._values(), text, self._has_checks)
+            self.output.end(self.history, self._values(), text)
         return text
 
     def release(self) -> None:
