@@ -327,7 +327,7 @@ class Explainer:
         check_counts(batch_size=batch_size)
         size = min(batch_size or len(images), len(images))
         with self._adapter.evaluating(self._guarded) as twin:
-            subject = Subject(self._adapter, twin, self._stated, self._memory, has_vit=bool(self._attention))
+            subject = Subject.of(self._adapter, twin, self._stated, self._memory, has_vit=bool(self._attention))
             parts = in_parts(subject, images, size, first, work)
             self._guarded = bool(twin.moved or self._functions)
         return parts

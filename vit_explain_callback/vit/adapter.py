@@ -17,6 +17,9 @@ from vit_explain_callback.vit.timm import find_vit, timm_layout
 from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout
 from vit_explain_callback.vit.twin import Twin
 
+# What a module says of how it was built is of these types.
+_WORDS = (str, bool, int, type(None))
+
 LogitsOf: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -103,22 +106,21 @@ class Subject:
         twin: A twin of the adapter's model.
         stated: What the user says of the tokens.
         memory: What was found out before.
-        first: Place of the images among those of the probe.
-        has_vit: Whether there is to be a ViT in it.
         vit: The ViT in the twin, or the twin's module itself.
+        first: Place of the images among those of the probe.
     """
 
     adapter: Adapter
     twin: Twin
     stated: StatedLayout
     memory: Memory
+    vit: nn.Module
     first: int = 0
-    has_vit: bool = True
-    vit: nn.Module = field(init=False)
 
-    def __post_init__(self) -> None:
-        module = self.twin.module
-        object.__setattr__(self, "vit", find_vit(module, self.adapter.vit) if self.has_vit else module)
+    @classmethod
+    def of(cls, adapter: Adapter, twin: Twin, stated: StatedLayout, memory: Memory, has_vit: bool) -> Subject:
+        """A subject; without a ViT in it, its module stands for one."""
+        return cls(adapter, twin, stated, memory, find_vit(twin.module, adapter.vit) if has_vit else twin.module)
 
     @property
     def is_bare(self) -> bool:
@@ -281,11 +283,10 @@ def _outside_lists(module: nn.Module) -> Iterator[nn.Module]:
 def _built(model: nn.Module) -> object:
     """How a model is built: kinds of modules and what they say of themselves, but not their weights."""
 
-    def said(module: nn.Module) -> tuple[object, ...]:
-        words = (part for part in vars(module).items() if isinstance(part[1], str | bool | int | type(None)))
-        return tuple(word for word in words if not word[0].startswith("_"))
-
-    return tuple((name, type(module), said(module)) for name, module in model.named_modules())
+    return tuple(
+        (name, type(module), *[said for said in vars(module).items() if said[0][:1] != "_" and isinstance(said[1], _WORDS)])
+        for name, module in model.named_modules()
+    )
 
 
 def _checked(output: object, count: int, regression: bool) -> Tensor:

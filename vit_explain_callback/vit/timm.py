@@ -55,7 +55,7 @@ def _nested(blocks: nn.Module) -> bool:
 def is_timm_vit(module: nn.Module) -> bool:
     """Blocks over one sequence of patch and prefix tokens, in the attribute names that timm gives all of its ViTs."""
     return (
-        isinstance(getattr(module, "blocks", None), nn.ModuleList | nn.Sequential)
+        isinstance(module._modules.get("blocks"), nn.ModuleList | nn.Sequential)
         and hasattr(getattr(module, "patch_embed", getattr(module, "embeds", None)), "dynamic_feat_size")
         and hasattr(module, "num_prefix_tokens")
         and hasattr(module, "global_pool")
@@ -135,7 +135,7 @@ def normalisation(model: nn.Module) -> Normalisation:
 
     timm's models do; of several that say different things, none is believed.
     """
-    configs: list[Any] = [getattr(module, "pretrained_cfg", None) or {} for module in model.modules()]
+    configs: list[Any] = [vars(module).get("pretrained_cfg") or {} for module in model.modules()]
     said = {(tuple(config["mean"]), tuple(config["std"])) for config in configs if {"mean", "std"} <= set(config)}
     return next(iter(said)) if len(said) == 1 else None
 

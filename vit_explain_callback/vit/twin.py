@@ -29,6 +29,8 @@ from vit_explain_callback.vit.copy_on_write import CopyOnWrite, address
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, types.BuiltinFunctionType}
 _UNCHANGED = (int, float, complex, str, bytes, type, types.ModuleType)  # classes that inherit from them, too
+# Of every module, and no other module's; most of them are empty.
+_BOOKKEEPING = {name for name, part in vars(nn.Module()).items() if isinstance(part, dict | set)}
 _CONTAINERS = (dict, list, set, collections.deque)
 _PLAIN: list[Any] = [object.__new__, types.SimpleNamespace.__new__]
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
@@ -59,6 +61,7 @@ class Twin:
         self.moved: dict[int, torch.UntypedStorage] = {}
         self._made: dict[int, Any] = dict(replaced or {})
         self._makers: dict[type, Callable[[Twin, Any], Any]] = {}
+        self._pickling: dict[type, bool] = {}
         self._kept_alive: list[object] = []  # so that no `id` is given twice
         self.module: nn.Module = self._copy(module)
 
@@ -105,24 +108,35 @@ class Twin:
             return value
         made = type(value).__new__(type(value))
         self._remember(value, made)
-        own_state = type(value).__getstate__ if _pickles_itself(type(value)) and not is_parametrized(value) else vars
-        attributes = {**own_state(value), **{name: part for name, part in vars(value).items() if name in _NO_ONE}}
-        state = {name: self._attribute(name, part) for name, part in attributes.items()}
-        if own_state is vars:
-            made.__dict__.update(state)
+        kind = type(value)
+        if kind not in self._pickling:
+            self._pickling[kind] = _pickles_itself(kind)
+        if self._pickling[kind] and not is_parametrized(value):
+            own = kind.__getstate__(value)
+            kept = {name: part for name, part in vars(value).items() if name in _NO_ONE}
+            # A torchmetrics' `update` is bound to the metric again.
+            made.__setstate__(self._attributes(own | kept))  # type: ignore[no-untyped-call]
         else:
-            made.__setstate__(state)  # type: ignore[no-untyped-call]  # a torchmetrics' `update` is bound to the metric again
+            made.__dict__.update(self._attributes(vars(value)))
         if "_trainer" in made.__dict__:
             made.__dict__ |= {"log": _silent, "log_dict": _silent}
         made.__dict__["training"] = False
         return made
 
-    def _attribute(self, name: str, part: Any) -> Any:
-        if name in _NO_ONE:
-            return self._made.get(id(part))
-        if name in _NOT_TAKEN or (isinstance(part, dict) and not part):
-            return type(part)()  # most of a module's dictionaries are empty
-        return self._copy(part)
+    def _attributes(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """Copies of a module's; thousands in a model, most of them constants and empty containers."""
+        made: dict[str, Any] = {}
+        for name, part in attributes.items():
+            kind = type(part)
+            if kind in _ATOMS:
+                made[name] = part
+            elif name in _NOT_TAKEN or (name in _BOOKKEEPING and not part):
+                made[name] = kind()
+            elif name in _NO_ONE:
+                made[name] = self._made.get(id(part))
+            else:
+                made[name] = self._copy(part)
+        return made
 
     def _parameter(self, value: nn.Parameter) -> Any:
         if isinstance(value, UninitializedParameter):
@@ -251,12 +265,17 @@ def is_sharded(module: nn.Module) -> bool:
 
     Such a module has no twin: every process must take part in its own forward pass.
     """
-    if any(
-        "FullyShardedDataParallel" in type(child).__name__ or hasattr(child, "_fsdp_wrapped_module")
-        for child in module.modules()
-    ):
+    modules = list(module.modules())
+    if any("FullyShardedDataParallel" in kind.__name__ for kind in {type(child) for child in modules}):
         return True
-    return any(hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") for parameter in module.parameters())
+    # Read off dictionaries, as asking thousands of times for what is not there takes milliseconds.
+    if any("_fsdp_wrapped_module" in child._modules for child in modules):
+        return True
+    parameters = [part for child in modules for part in child._parameters.values() if part is not None]
+    return any(
+        "ds_id" in vars(part) or (type(part) is not nn.Parameter and hasattr(part, "device_mesh"))
+        for part in parameters
+    )
 
 
 def has_twin(module: nn.Module) -> bool:
@@ -270,7 +289,7 @@ def _uninitialised(value: Any, **options: Any) -> Any:
 
 def _pickles_itself(kind: Any) -> bool:
     own = getattr(kind, "__getstate__", None)
-    return own is not None and own is not getattr(object, "__getstate__", None)
+    return own is not None and all(own is not getattr(base, "__getstate__", None) for base in (object, nn.Module))
 
 
 def _is_plain(value: Any) -> bool:
