@@ -78,7 +78,8 @@ def block_logits(
                 call = stack.calls[layer - 1]
                 upstream = _gradients(chosen, [None] * len(chosen), read, call.module)
                 output = calls[call.module].output
-                found[layer] = BlockLogit(call, _gradients([tokens] * len(chosen), upstream, output, call.module))
+                by_output = _gradients([tokens] * len(chosen), upstream, output, call.module)
+                found[layer] = BlockLogit(replace(call, formed=None), by_output)
     return found
 
 

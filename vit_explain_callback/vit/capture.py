@@ -10,14 +10,15 @@ and the gradient of a logit y with respect to A from what came out of it, O = A 
 
     ∂y/∂A = (∂y/∂O) vᵀ.
 
-Both are exact, and may be asked for a few images, heads and query rows at a time.
+Both are exact, and may be asked for a few images, heads and query rows at a time. With few tokens on a CPU, A is formed
+in the forward pass instead of by the kernel (`formed.py`), where that is asked for, and ∂y/∂A is autograd's own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from vit_explain_callback.vit._einsum import value_product
 from vit_explain_callback.vit._mha import MultiHeadParts, take_apart
 from vit_explain_callback.vit.copy_on_write import address
+from vit_explain_callback.vit.formed import formed_attention, forms
 
 _ALL = slice(None)
 _MATMULS = {"matmul", "__matmul__", "bmm"}
@@ -56,6 +58,7 @@ class AttentionCall:
         value: v, (B, H, M, d).
         attention: The attention of some images, heads and query rows.
         shape: (B, H, N, M).
+        formed: A itself, (B, H, N, M), as it was formed in the forward pass, in the autograd graph like the output.
     """
 
     module: str
@@ -63,10 +66,21 @@ class AttentionCall:
     value: Tensor
     attention: PartOfAttention
     shape: tuple[int, int, int, int]
+    formed: Tensor | None = None
 
-    def attention_gradient(self, output_gradient: Tensor, images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
-        """∂y/∂A = (∂y/∂O) vᵀ of a part of the attention, (b, h, n, M), from `output_gradient` ∂y/∂O, (B, H, N, d)."""
-        upstream = output_gradient.reshape(*self.shape[:3], -1)[images, heads, queries]
+    @property
+    def differentiated(self) -> Tensor:
+        """What a gradient is to be asked of: A where it was formed, else O."""
+        return self.output if self.formed is None else self.formed
+
+    def attention_gradient(self, gradient: Tensor, images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
+        """∂y/∂A of a part of the attention, (b, h, n, M), from the gradient of `differentiated`.
+
+        That is ∂y/∂A itself, a part of which is copied, or ∂y/∂O, (B, H, N, d), with ∂y/∂A = (∂y/∂O) vᵀ.
+        """
+        if self.formed is not None:
+            return gradient[images, heads, queries].clone()
+        upstream = gradient.reshape(*self.shape[:3], -1)[images, heads, queries]
         return _at_least_float32(upstream) @ _at_least_float32(self.value[images, heads]).mT
 
 
@@ -86,6 +100,8 @@ class AttentionRecorder(TorchFunctionMode):
             `torch.no_grad()` all the same.
         begins_graph: Whether an attention's output asks for gradients where nothing before it does; by default where
             gradients are kept.
+        forms: Whether attention may be formed in the open where that is faster; outputs may then differ in the last
+            bits from those of the fused kernel.
 
     Attributes:
         calls: The operations so far, in the order in which they ran.
@@ -105,8 +121,10 @@ class AttentionRecorder(TorchFunctionMode):
         through_no_grad: bool = False,
         state: Collection[int] = frozenset(),
         begins_graph: bool | None = None,
+        forms: bool = False,
     ) -> None:
         super().__init__()
+        self._forms = forms
         self._through_no_grad = through_no_grad
         self._state = state
         self._begins_graph = through_no_grad if begins_graph is None else begins_graph
@@ -158,10 +176,14 @@ class AttentionRecorder(TorchFunctionMode):
         if self._switched_off and self._writes_state(func, args, kwargs):
             with torch.no_grad(), DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if self._running and func is F.multi_head_attention_forward and (parts := take_apart(args, kwargs)):
+        if not self._running:
+            return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if func is F.multi_head_attention_forward and (parts := take_apart(args, kwargs)):
             return self._multi_head(parts)
         output = func(*args, **kwargs)
-        return self._observe(func, output, args, kwargs) if self._running and isinstance(output, Tensor) else output
+        return self._observe(func, output, args, kwargs) if isinstance(output, Tensor) else output
 
     def _writes_state(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         name = getattr(func, "__name__", "")
@@ -169,21 +191,26 @@ class AttentionRecorder(TorchFunctionMode):
         written = kwargs.get("out", args[0] if in_place and args else None)
         return isinstance(written, Tensor) and address(written) in self._state
 
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **given: Any) -> Tensor:
+        """Run scaled dot-product attention, note it, and give the output that the model is to go on with."""
+        if self._forms and forms(query, key, value, attn_mask, **given):
+            formed = self._in_graph(formed_attention(query, key, given.get("scale")))
+            output = formed.to(value.dtype) @ value
+            self.calls.append(_formed_call(self._running[-1], output, formed, value))
+            return output
+        output = self._in_graph(F.scaled_dot_product_attention(query, key, value, attn_mask, **given))
+        self.calls.append(_fused_call(self._running[-1], output, query, key, value, attn_mask, **given))
+        return output
+
     def _multi_head(self, parts: MultiHeadParts) -> tuple[Tensor, Tensor | None]:
-        output = self._in_graph(F.scaled_dot_product_attention(parts.query, parts.key, parts.value, parts.mask))
-        call = _fused_call(self._running[-1], output, parts.query, parts.key, parts.value, parts.mask)
-        self.calls.append(call)
-        weights = None if parts.wants_weights is None else call.attention(slice(None), slice(None))
+        output = self._attend(parts.query, parts.key, parts.value, parts.mask)
+        weights = None if parts.wants_weights is None else self.calls[-1].attention(slice(None), slice(None))
         return parts.finish(output), weights.mean(dim=1) if weights is not None and parts.wants_weights else weights
 
     def _observe(
         self, func: Callable[..., Any], output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        """Note an attention, and give the output that the model is to go on with."""
-        if func is F.scaled_dot_product_attention:
-            output = self._in_graph(output)
-            self.calls.append(_fused_call(self._running[-1], output, *args, **kwargs))
-            return output
+        """Note an attention that is written by hand, and give the output that the model is to go on with."""
         name = getattr(func, "__name__", "")
         if name == "softmax" and _is_attention(output) and kwargs.get("dim", *args[1:2]) in (-1, output.ndim - 1):
             self._softmaxes[id(output)] = (output, output, self._running[-1])
@@ -266,6 +293,10 @@ def _fused_call(
         return scores.softmax(dim=-1)
 
     return AttentionCall(module, output, value, attention, (batch, heads, queries, keys))
+
+
+def _formed_call(module: str, output: Tensor, formed: Tensor, value: Tensor) -> AttentionCall:
+    return replace(_explicit_call(module, output, formed, value), formed=formed)
 
 
 def _explicit_call(module: str, output: Tensor, weights: Tensor, value: Tensor) -> AttentionCall:

@@ -28,12 +28,13 @@ from torch.utils.hooks import RemovableHandle
 from vit_explain_callback.vit.copy_on_write import CopyOnWrite, address
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, types.BuiltinFunctionType}
-_UNCHANGED = (int, float, complex, str, bytes, type, types.ModuleType)  # classes that inherit from them, too
+_NOT_YET = object()
 # Of every module, and no other module's; most of them are empty.
 _BOOKKEEPING = {name for name, part in vars(nn.Module()).items() if isinstance(part, dict | set)}
 _CONTAINERS = (dict, list, set, collections.deque)
 _PLAIN: list[Any] = [object.__new__, types.SimpleNamespace.__new__]
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+_PARTS = {"_parameters", "_buffers", "_modules"}  # dictionaries that no one but the module refers to
 # Hooks that run in a backward pass are for the user's own.
 _NOT_TAKEN = {"_backward_hooks", "_backward_pre_hooks"}
 _NO_ONE = {"_trainer", "_fabric", "_compiled_call_impl"}
@@ -80,23 +81,22 @@ class Twin:
         return CopyOnWrite(self.parameters, self.moved)
 
     def _copy(self, value: Any) -> Any:
-        if type(value) in _ATOMS or isinstance(value, _UNCHANGED):
+        kind = type(value)
+        if kind in _ATOMS:
             return value
+        made = self._made.get(id(value), _NOT_YET)
+        if made is not _NOT_YET:
+            return made
+        if kind not in self._makers:
+            self._makers[kind] = next((make for kinds, make in _MAKERS if isinstance(value, kinds)), Twin._any_other)
+        made = self._makers[kind](self, value)
         if id(value) not in self._made:
-            made = self._made_of(value)
-            if id(value) not in self._made:
-                self._remember(value, made)
+            self._remember(value, made)
         return self._made[id(value)]
 
     def _remember(self, value: object, made: object) -> None:
         self._made[id(value)] = made
         self._kept_alive.append(value)
-
-    def _made_of(self, value: Any) -> Any:
-        kind = type(value)
-        if kind not in self._makers:
-            self._makers[kind] = next((make for kinds, make in _MAKERS if isinstance(value, kinds)), Twin._any_other)
-        return self._makers[kind](self, value)
 
     def _any_other(self, value: Any) -> Any:
         return self._object(value) if _is_plain(value) else value
@@ -132,6 +132,8 @@ class Twin:
                 made[name] = part
             elif name in _NOT_TAKEN or (name in _BOOKKEEPING and not part):
                 made[name] = kind()
+            elif name in _PARTS and kind is dict:
+                made[name] = {key: self._copy(value) for key, value in part.items()}
             elif name in _NO_ONE:
                 made[name] = self._made.get(id(part))
             else:
@@ -227,6 +229,7 @@ class Twin:
 
 
 _MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
+    ((int, float, complex, str, bytes, type, types.ModuleType), lambda _, value: value),
     (nn.Module, Twin._module),
     (nn.Parameter, Twin._parameter),
     (Tensor, Twin._tensor),
