@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 
@@ -28,12 +29,13 @@ def check_images(images: Tensor) -> None:
         raise TypeError(f"Expected `images` to be a floating-point tensor, normalised for the model, but got {got}.")
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"Expected `images` of shape (B, C, H, W) with B >= 1, but got {tuple(images.shape)}.")
-    if not images.isfinite().all():
+    largest = max(abs(extreme.item()) for extreme in images.aminmax())
+    if not math.isfinite(largest):
         raise ValueError("Expected `images` to be finite, but they hold NaN or Inf.")
-    if images.abs().max() > 50:
+    if largest > 50:
         raise ValueError(
-            f"Expected `images` normalised as the model expects, but got values up to {images.abs().max():.0f}, as of "
-            "bytes. Divide by 255, subtract the mean and divide by the standard deviation."
+            f"Expected `images` normalised as the model expects, but got values up to {largest:.0f}, as of bytes. "
+            "Divide by 255, subtract the mean and divide by the standard deviation."
         )
 
 

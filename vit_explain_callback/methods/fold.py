@@ -23,7 +23,7 @@ from vit_explain_callback.vit.tokens import TokenLayout
 
 # Attention entries alive at once, and as many again for their gradients: on a CPU few enough to stay in its cache, but
 # at least those of one head, which fewer rows at a time only slow down; elsewhere 128 MiB in float32.
-CHUNK_ENTRIES = 2**18
+CHUNK_ENTRIES = 2**20
 ACCELERATOR_CHUNK_ENTRIES = 2**25
 # A head with more entries than these, 8 MiB in float32, is taken a few query rows at a time.
 HEAD_ENTRIES = 2**21
