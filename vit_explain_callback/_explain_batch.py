@@ -49,8 +49,7 @@ def explain_batch(
         with torch.no_grad():
             logits = subject.logits(images)
         return [Explanation({}, logits, target) for target in _targets(logits, wanted)]
-    # Of several targets, the gradients of O are kept together, which are smaller than those of A.
-    logits, stack, fed = _forward(subject, images, methods, forms=len(wanted) == 1)
+    logits, stack, fed = _forward(subject, images, methods)
     targets = _targets(logits.detach(), wanted)
     gradients = _gradients(logits, stack, targets)
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
@@ -97,14 +96,12 @@ def function_maps(subject: Subject, images: Tensor, function: MapFunction, targe
     return maps if function.needs_target else maps * len(targets)
 
 
-def _forward(
-    subject: Subject, images: Tensor, methods: Sequence[Method], forms: bool
-) -> tuple[Tensor, Stack, Tensor]:
+def _forward(subject: Subject, images: Tensor, methods: Sequence[Method]) -> tuple[Tensor, Stack, Tensor]:
     """Logits (B, C), in the autograd graph if a method asks for it, the blocks, and the images that the ViT was fed."""
     weighted = _weighted(methods)
     with (
         torch.set_grad_enabled(weighted),
-        AttentionRecorder(subject.vit, weighted, subject.twin.state, forms=forms) as recorder,
+        AttentionRecorder(subject.vit, weighted, subject.twin.state, forms=True) as recorder,
         subject.fed(weighted) as fed,
     ):
         logits = subject.logits(images)
@@ -128,11 +125,8 @@ def _targets(logits: Tensor, wanted: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def _gradients(logits: Tensor, stack: Stack, targets: Sequence[Tensor]) -> list[list[Tensor | None]]:
-    """∂y_c/∂O of each block and then of the pool for each target, ∂y_c/∂A where A was formed.
-
-    None where there is no graph from it to y_c.
-    """
-    outputs = [call.differentiated for call in _with_pool(stack)]
+    """∂y_c/∂O of each block and then of the pool for each target, None where there is no graph from it to y_c."""
+    outputs = [call.output for call in _with_pool(stack)]
     attached = [index for index, output in enumerate(outputs) if output.requires_grad]
     gradients: list[list[Tensor | None]] = [[None] * len(outputs) for _ in targets]
     if not logits.requires_grad or not attached:

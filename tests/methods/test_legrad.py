@@ -119,7 +119,8 @@ def test_others_beside_it_are_the_same_and_it_computes_the_blocks_once_more(monk
     assert seen.count("Block") == 2 * 2 * 3  # twice in each of two parts of the batch
     assert seen.count("VisionTransformer") == 2 * (2 + 3)
     for name in ("chefer", "rollout"):
-        assert explain(model, images, [name], batch_size=2).maps[name].equal(together.maps[name])
+        alone = explain(model, images, [name], batch_size=2).maps[name]
+        torch.testing.assert_close(alone, together.maps[name], rtol=1e-5, atol=0)  # rollout alone needs no gradients
 
 
 def test_frozen_and_checkpointed_models_and_no_grad_give_the_same_maps() -> None:

@@ -82,7 +82,8 @@ def test_a_method_of_ones_own_gives_its_own_maps_beside_others(family: str) -> N
         }.items():
             patches = expected[kind.prefix :].reshape(kind.grid)
             torch.testing.assert_close(maps[name][image].double(), patches, rtol=1e-4, atol=1e-6)
-    assert maps["rollout"].equal(explain(model, images, ["rollout"]).maps["rollout"])
+    # Alone it needs no gradients, so that attention is formed in the open: the same but for the last bits.
+    torch.testing.assert_close(maps["rollout"], explain(model, images, ["rollout"]).maps["rollout"], rtol=1e-5, atol=0)
 
 
 def test_the_tensors_of_a_block_are_let_go_once_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

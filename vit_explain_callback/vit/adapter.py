@@ -282,9 +282,12 @@ def _outside_lists(module: nn.Module) -> Iterator[nn.Module]:
 
 def _built(model: nn.Module) -> object:
     """How a model is built: kinds of modules and what they say of themselves, but not their weights."""
-
     return tuple(
-        (name, type(module), *[said for said in vars(module).items() if said[0][:1] != "_" and isinstance(said[1], _WORDS)])
+        (
+            name,
+            type(module),
+            *[said for said in vars(module).items() if said[0][:1] != "_" and isinstance(said[1], _WORDS)],
+        )
         for name, module in model.named_modules()
     )
 

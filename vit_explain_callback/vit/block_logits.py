@@ -75,11 +75,10 @@ def block_logits(
                 gradients = _gradients(chosen, [None] * len(chosen), pool.output, pool.module)
                 found[layer] = BlockLogit(replace(pool, output=pool.output.detach()), gradients)
             else:
-                call = stack.calls[layer - 1]
+                call = calls[stack.calls[layer - 1].module]
                 upstream = _gradients(chosen, [None] * len(chosen), read, call.module)
-                output = calls[call.module].output
-                by_output = _gradients([tokens] * len(chosen), upstream, output, call.module)
-                found[layer] = BlockLogit(replace(call, formed=None), by_output)
+                gradients = _gradients([tokens] * len(chosen), upstream, call.output, call.module)
+                found[layer] = BlockLogit(replace(call, output=call.output.detach()), gradients)
     return found
 
 

@@ -10,15 +10,15 @@ and the gradient of a logit y with respect to A from what came out of it, O = A 
 
     ∂y/∂A = (∂y/∂O) vᵀ.
 
-Both are exact, and may be asked for a few images, heads and query rows at a time. With few tokens on a CPU, A is formed
-in the forward pass instead of by the kernel (`formed.py`), where that is asked for, and ∂y/∂A is autograd's own.
+Both are exact, and may be asked for a few images, heads and query rows at a time. Where A is to be had in the forward
+pass itself for less (`formed.py`), it is formed there instead, if that is allowed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -58,7 +58,6 @@ class AttentionCall:
         value: v, (B, H, M, d).
         attention: The attention of some images, heads and query rows.
         shape: (B, H, N, M).
-        formed: A itself, (B, H, N, M), as it was formed in the forward pass, in the autograd graph like the output.
     """
 
     module: str
@@ -66,21 +65,10 @@ class AttentionCall:
     value: Tensor
     attention: PartOfAttention
     shape: tuple[int, int, int, int]
-    formed: Tensor | None = None
 
-    @property
-    def differentiated(self) -> Tensor:
-        """What a gradient is to be asked of: A where it was formed, else O."""
-        return self.output if self.formed is None else self.formed
-
-    def attention_gradient(self, gradient: Tensor, images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
-        """∂y/∂A of a part of the attention, (b, h, n, M), from the gradient of `differentiated`.
-
-        That is ∂y/∂A itself, a part of which is copied, or ∂y/∂O, (B, H, N, d), with ∂y/∂A = (∂y/∂O) vᵀ.
-        """
-        if self.formed is not None:
-            return gradient[images, heads, queries].clone()
-        upstream = gradient.reshape(*self.shape[:3], -1)[images, heads, queries]
+    def attention_gradient(self, output_gradient: Tensor, images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
+        """∂y/∂A = (∂y/∂O) vᵀ of a part of the attention, (b, h, n, M), from `output_gradient` ∂y/∂O, (B, H, N, d)."""
+        upstream = output_gradient.reshape(*self.shape[:3], -1)[images, heads, queries]
         return _at_least_float32(upstream) @ _at_least_float32(self.value[images, heads]).mT
 
 
@@ -100,8 +88,8 @@ class AttentionRecorder(TorchFunctionMode):
             `torch.no_grad()` all the same.
         begins_graph: Whether an attention's output asks for gradients where nothing before it does; by default where
             gradients are kept.
-        forms: Whether attention may be formed in the open where that is faster; outputs may then differ in the last
-            bits from those of the fused kernel.
+        forms: Whether attention may be formed in the open; outputs may then differ in the last bits from those of the
+            fused kernel.
 
     Attributes:
         calls: The operations so far, in the order in which they ran.
@@ -191,15 +179,18 @@ class AttentionRecorder(TorchFunctionMode):
         written = kwargs.get("out", args[0] if in_place and args else None)
         return isinstance(written, Tensor) and address(written) in self._state
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **given: Any) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run scaled dot-product attention, note it, and give the output that the model is to go on with."""
-        if self._forms and forms(query, key, value, attn_mask, **given):
-            formed = self._in_graph(formed_attention(query, key, given.get("scale")))
-            output = formed.to(value.dtype) @ value
-            self.calls.append(_formed_call(self._running[-1], output, formed, value))
+        if self._forms and forms(query, key, value, *args, **kwargs):
+            attention = formed_attention(query, key, kwargs.get("scale"))
+            output = attention.to(value.dtype) @ value
+            # Nothing of the tokens is kept that only a gradient would need.
+            self.calls.append(
+                _explicit_call(self._running[-1], output[..., :0].clone(), attention, value[..., :0].clone())
+            )
             return output
-        output = self._in_graph(F.scaled_dot_product_attention(query, key, value, attn_mask, **given))
-        self.calls.append(_fused_call(self._running[-1], output, query, key, value, attn_mask, **given))
+        output = self._in_graph(F.scaled_dot_product_attention(query, key, value, *args, **kwargs))
+        self.calls.append(_fused_call(self._running[-1], output, query, key, value, *args, **kwargs))
         return output
 
     def _multi_head(self, parts: MultiHeadParts) -> tuple[Tensor, Tensor | None]:
@@ -293,10 +284,6 @@ def _fused_call(
         return scores.softmax(dim=-1)
 
     return AttentionCall(module, output, value, attention, (batch, heads, queries, keys))
-
-
-def _formed_call(module: str, output: Tensor, formed: Tensor, value: Tensor) -> AttentionCall:
-    return replace(_explicit_call(module, output, formed, value), formed=formed)
 
 
 def _explicit_call(module: str, output: Tensor, weights: Tensor, value: Tensor) -> AttentionCall:

@@ -11,25 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Entries of a head, N · M, up to which a CPU forms A = softmax(scale · q kᵀ) and A v as fast as its fused kernel.
+# Entries of a head, N · M, up to which a CPU forms A = softmax(scale · q kᵀ) and A v about as fast as its fused kernel.
 FORMED_ENTRIES = 2**18
 
 
 def forms(query: Any, key: Any, value: Any, attn_mask: Any = None, scale: float | None = None, **options: Any) -> bool:
     """Whether attention of these is to be formed: on a CPU, with few tokens, and where nothing is unusual about it.
 
-    A mask, heads that share keys, and precision that the model chooses while it runs are left to torch's kernel; so is
-    what is computed once more in the backward pass, as by gradient checkpointing, which must do there what it did here.
+    Not where gradients are kept: A would be kept for them, and so would its gradient. Nor with a mask, with heads that
+    share keys, or in precision that the model chooses while it runs, all of which are left to torch's kernel.
     """
     return (
-        all(type(part) is Tensor and part.ndim == 4 and part.device.type == "cpu" for part in (query, key, value))
+        not torch.is_grad_enabled()
+        and all(type(part) is Tensor and part.ndim == 4 and part.device.type == "cpu" for part in (query, key, value))
         and query.shape[2] * key.shape[2] <= FORMED_ENTRIES
         and query.dtype == key.dtype == value.dtype
         and query.shape[:2] == key.shape[:2]
         and attn_mask is None
         and not any(options.values())
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and _is_computed_again())
     )
 
 
@@ -38,8 +38,3 @@ def formed_attention(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     precision = torch.promote_types(query.dtype, torch.float32)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return ((query.to(precision) * factor) @ key.to(precision).mT).softmax(dim=-1)
-
-
-def _is_computed_again() -> bool:
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return hooks is None or hooks(False) is not None

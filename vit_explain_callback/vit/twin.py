@@ -112,7 +112,7 @@ class Twin:
         if kind not in self._pickling:
             self._pickling[kind] = _pickles_itself(kind)
         if self._pickling[kind] and not is_parametrized(value):
-            own = kind.__getstate__(value)
+            own: dict[str, Any] = kind.__getstate__(value)  # type: ignore[no-untyped-call]
             kept = {name: part for name, part in vars(value).items() if name in _NO_ONE}
             # A torchmetrics' `update` is bound to the metric again.
             made.__setstate__(self._attributes(own | kept))  # type: ignore[no-untyped-call]
