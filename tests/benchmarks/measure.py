@@ -25,12 +25,13 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import psutil
 import torch
+
+from tests.processes import context
 
 T = TypeVar("T")
 Clock: TypeAlias = Literal["wall", "process"]
@@ -141,7 +142,7 @@ def in_new_process(work: Callable[..., T], *args: Any, environment: Mapping[str,
         environment: Variables that Python reads when it starts, so that no process is forked.
     """
     if environment is None:
-        with ProcessPoolExecutor(1, mp_context=_context()) as pool:
+        with ProcessPoolExecutor(1, mp_context=context()) as pool:
             return pool.submit(work, *args).result()
     before = dict(os.environ)
     os.environ.update(environment)
@@ -151,14 +152,6 @@ def in_new_process(work: Callable[..., T], *args: Any, environment: Mapping[str,
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def _context() -> BaseContext:
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")  # imports once, instead of once a process
-    context.set_forkserver_preload(["tests.benchmarks.contenders", "timm"])
-    return context
 
 
 def machine(threads: int, packages: tuple[str, ...] = ("torch", "timm", "numpy")) -> dict[str, Any]:

@@ -6,8 +6,6 @@ On a GPU, where there is one, `python -m pytest tests/test_training_never_notice
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.bits import differing
 from tests.models import CLASSES, random_images, tiny_vit
+from tests.processes import python
 from vit_explain_callback import ViTExplainCallback
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -225,8 +224,7 @@ OTHER_PACKAGE = """
 
 
 def test_a_run_of_the_other_lightning_package_ends_in_the_same_bits(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-c", textwrap.dedent(OTHER_PACKAGE), str(tmp_path)]
-    done = subprocess.run(arguments, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    done = python("-c", textwrap.dedent(OTHER_PACKAGE), str(tmp_path))
     assert "9 snapshots, the same bits" in done.stdout, done.stderr
 
 

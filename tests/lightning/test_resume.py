@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -16,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import Subset
 
 from tests.models import random_images
+from tests.processes import python
 from tests.runs import Classifier, Pictures, events, fit, loader, saved
 from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.tracking.snapshot import Snapshot
@@ -134,8 +134,7 @@ KILLED = """
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_a_killed_run_is_resumed_where_its_last_checkpoint_stands(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "killed")]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    done = python("-c", textwrap.dedent(KILLED), str(tmp_path / "killed"))
     assert done.returncode == -9, done.stderr
     (folder,) = tmp_path.rglob("explanations")
     files = sorted(folder.glob("step_*"))
