@@ -203,7 +203,8 @@ def test_a_run_with_the_callback_ends_in_the_same_bits(name: str, tmp_path: Path
     without = outcome(configuration, tmp_path, [])
     assert differing(without, outcome(configuration, tmp_path, [])) == []  # the run itself can be repeated
     for schedule in ({"every_n_steps": 1}, {"every_n_epochs": 1}):
-        callback = ViTExplainCallback(["rollout_max_0.5", "grad_rollout"], on_error="raise", **schedule)  # type: ignore
+        options: dict[str, Any] = {"num_images": 4, "num_shown": 1, "on_error": "raise", **schedule}
+        callback = ViTExplainCallback(["rollout_max_0.5", "grad_rollout"], **options)
         assert differing(without, outcome(configuration, tmp_path, [callback])) == []
         assert len(callback.state_dict()["snapshots"]) >= 2
 
@@ -217,7 +218,7 @@ OTHER_PACKAGE = """
     from tests.laws.test_training_never_notices import Configuration, ViTExplainCallback, outcome
     assert issubclass(ViTExplainCallback, lightning.pytorch.Callback)
     folder = Path(sys.argv[1])
-    callback = ViTExplainCallback(every_n_steps=1, on_error="raise")
+    callback = ViTExplainCallback(every_n_steps=1, num_images=4, num_shown=1, on_error="raise")
     assert differing(outcome(Configuration(), folder, []), outcome(Configuration(), folder, [callback])) == []
     print(len(callback.state_dict()["snapshots"]), "snapshots, the same bits")
 """
@@ -235,7 +236,7 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
         outcome(CONFIGURATIONS["torch.compile"], tmp_path, callbacks)
         return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
-    assert graphs([]) == graphs([ViTExplainCallback(every_n_steps=1, on_error="raise")]) > 0
+    assert graphs([]) == graphs([ViTExplainCallback(every_n_steps=1, num_images=4, num_shown=1, on_error="raise")]) > 0
 
 
 class Careless(pl.Callback):
