@@ -115,7 +115,8 @@ def test_memory_in_training_is_told_as_a_ratio(
 
 def test_many_snapshots_are_measured() -> None:
     series = leak.measure(6)
-    assert set(series) == {"milliseconds", "resident", "cuda", "handles", "threads", "events", "maps", "pictures"}
+    memory = {"live", "resident", "cuda", "objects"}
+    assert set(series) == {"milliseconds", *memory, "handles", "threads", "events", "maps", "pictures"}
     assert all(len(values) == 6 for values in series.values())
     for name in ("events", "maps"):
         assert all(after > before for before, after in itertools.pairwise(series[name]))
@@ -126,6 +127,13 @@ def test_many_snapshots_are_measured() -> None:
     assert "takes 1 ms" in first
     assert "and 4 ms in the last" in first
     assert line.split() == ["events", "15", "bytes", "+3.00", "a", "step"]
+
+
+def test_growth_is_seen_through_what_comes_and_goes_and_what_comes_once() -> None:
+    """A sawtooth of 50 kB, and 8 MB that are taken once: no growth; half a kB a snapshot beside them is half a kB."""
+    coming = [10.0 * (step % 5) + (8000 if step > 25 else 0) for step in range(45)]
+    assert leak.slope(coming, 20, period=5) == 0
+    assert leak.slope([value + 0.5 * step for step, value in enumerate(coming)], 20, period=5) == 0.5
 
 
 def test_the_adapters_are_timed_beside_what_they_are_compared_with(capsys: pytest.CaptureFixture[str]) -> None:

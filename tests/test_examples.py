@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 from shapes import CORNER, CORNER_COLOURS, FINETUNE_CLASSES, IMAGE_SIZE, Shapes
 
 from tests.models import random_images, tiny_vit
+from tests.processes import python
 from vit_explain_callback import load_run
 
 ROOT = Path(__file__).parent.parent
@@ -25,8 +24,7 @@ TINY = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch-size",
 
 
 def script(folder: Path, name: str, *arguments: str, status: int = 0) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    done = python(str(EXAMPLES / name), *arguments, cwd=folder, seconds=600)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -108,8 +106,7 @@ def test_a_dog_and_a_cat(tmp_path: Path) -> None:
     script(tmp_path, "dog_and_cat.py", "both.png", *options, "--others", "more")
     options = ["--model", "vit_tiny_patch16_224", "--image_size", "32", "--checkpoint", "dog_and_cat.safetensors"]
     options += ["--class_names", "dog", "cat", "other", "--category_index", "dog", "cat", "--device", "cpu"]
-    command = [sys.executable, "-m", "vit_explain_callback", "both.png", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    done = python("-m", "vit_explain_callback", "both.png", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "explanations").glob("both.grad_rollout_0.9.class*.png"))) == 2
 

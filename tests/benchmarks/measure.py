@@ -22,15 +22,16 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import psutil
 import torch
+
+from tests.processes import context
 
 T = TypeVar("T")
 Clock: TypeAlias = Literal["wall", "process"]
@@ -102,22 +103,55 @@ def _sampled_peak(run: Callable[[], object]) -> int:
 
 def _give_back_freed_memory() -> None:
     """Else what the allocator kept of earlier calls would be reused, and not be seen as growth."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+    if _has_glibc():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def in_new_process(work: Callable[..., T], *args: Any) -> T:
-    """Call a function of a module in a process that has done nothing before, but for its imports."""
-    with ProcessPoolExecutor(1, mp_context=_context()) as pool:
-        return pool.submit(work, *args).result()
+class _Mallinfo2(ctypes.Structure):
+    """What glibc counts; in `uordblks` what is allocated and not freed, in `hblkhd` the same of large blocks."""
+
+    _before = ("arena", "ordblks", "smblks", "hblks")
+    _after = ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in (*_before, "hblkhd", *_after))
 
 
-def _context() -> BaseContext:
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")  # imports once, instead of once a process
-    context.set_forkserver_preload(["tests.benchmarks.contenders", "timm"])
-    return context
+def live_bytes() -> int | None:
+    """Bytes that are allocated and not freed, as the allocator counts them; None where it does not.
+
+    Unlike the resident set they hold nothing that was freed and is kept for later. CPU tensors and arrays are among
+    them, and with `PYTHONMALLOC=malloc` every Python object too.
+    """
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None) if _has_glibc() else None
+    if mallinfo2 is None:
+        return None
+    mallinfo2.restype = _Mallinfo2
+    found = mallinfo2()
+    return int(found.uordblks) + int(found.hblkhd)
+
+
+def _has_glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+
+
+def in_new_process(work: Callable[..., T], *args: Any, environment: Mapping[str, str] | None = None) -> T:
+    """Call a function of a module in a process that has done nothing before, but for its imports.
+
+    Args:
+        work: The function.
+        args: Its arguments.
+        environment: Variables that Python reads when it starts, so that no process is forked.
+    """
+    if environment is None:
+        with ProcessPoolExecutor(1, mp_context=context()) as pool:
+            return pool.submit(work, *args).result()
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(work, *args).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def machine(threads: int, packages: tuple[str, ...] = ("torch", "timm", "numpy")) -> dict[str, Any]:

@@ -6,8 +6,6 @@ On a GPU, where there is one, `python -m pytest tests/test_training_never_notice
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.bits import differing
 from tests.models import CLASSES, random_images, tiny_vit
+from tests.processes import python
 from vit_explain_callback import ViTExplainCallback
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,7 +203,8 @@ def test_a_run_with_the_callback_ends_in_the_same_bits(name: str, tmp_path: Path
     without = outcome(configuration, tmp_path, [])
     assert differing(without, outcome(configuration, tmp_path, [])) == []  # the run itself can be repeated
     for schedule in ({"every_n_steps": 1}, {"every_n_epochs": 1}):
-        callback = ViTExplainCallback(["rollout_max_0.5", "grad_rollout"], on_error="raise", **schedule)  # type: ignore
+        options: dict[str, Any] = {"num_images": 4, "num_shown": 1, "on_error": "raise", **schedule}
+        callback = ViTExplainCallback(["rollout_max_0.5", "grad_rollout"], **options)
         assert differing(without, outcome(configuration, tmp_path, [callback])) == []
         assert len(callback.state_dict()["snapshots"]) >= 2
 
@@ -218,15 +218,14 @@ OTHER_PACKAGE = """
     from tests.laws.test_training_never_notices import Configuration, ViTExplainCallback, outcome
     assert issubclass(ViTExplainCallback, lightning.pytorch.Callback)
     folder = Path(sys.argv[1])
-    callback = ViTExplainCallback(every_n_steps=1, on_error="raise")
+    callback = ViTExplainCallback(every_n_steps=1, num_images=4, num_shown=1, on_error="raise")
     assert differing(outcome(Configuration(), folder, []), outcome(Configuration(), folder, [callback])) == []
     print(len(callback.state_dict()["snapshots"]), "snapshots, the same bits")
 """
 
 
 def test_a_run_of_the_other_lightning_package_ends_in_the_same_bits(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-c", textwrap.dedent(OTHER_PACKAGE), str(tmp_path)]
-    done = subprocess.run(arguments, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    done = python("-c", textwrap.dedent(OTHER_PACKAGE), str(tmp_path))
     assert "9 snapshots, the same bits" in done.stdout, done.stderr
 
 
@@ -237,7 +236,7 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
         outcome(CONFIGURATIONS["torch.compile"], tmp_path, callbacks)
         return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
-    assert graphs([]) == graphs([ViTExplainCallback(every_n_steps=1, on_error="raise")]) > 0
+    assert graphs([]) == graphs([ViTExplainCallback(every_n_steps=1, num_images=4, num_shown=1, on_error="raise")]) > 0
 
 
 class Careless(pl.Callback):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 import textwrap
 import warnings
@@ -17,6 +16,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from tests.laws.test_faults import assert_trained_alike, ending
 from tests.lightning.test_loggers import Spy
+from tests.processes import python
 from tests.runs import Classifier, events, fit
 from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.tracking import space
@@ -172,14 +172,7 @@ FULL = """
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no sizes of files")
 def test_a_board_that_may_not_grow(tmp_path: Path) -> None:
     def run(which: str) -> tuple[list[str], str]:
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path / which), which],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=Path(__file__).parents[2],
-            check=False,
-        )
+        done = python("-c", textwrap.dedent(FULL), str(tmp_path / which), which)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()[-2:], done.stderr
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests.processes import python
 from vit_explain_callback import load_run
 
 PROGRAM = """
@@ -109,7 +108,7 @@ OWN = """
 
 
 def run(folder: Path, *arguments: str) -> None:
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    done = python(*arguments, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +12,32 @@ import torch
 
 from tests.bits import differing
 from tests.models import tiny_vit
+from tests.processes import ROOT, pythons
 from tests.runs import Pictures
 from vit_explain_callback import explain
 from vit_explain_callback.tracking.distributed import Ranks
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 240
 IMAGES = 5
 # Each process learns from the user's step how the model is run, and tries whether it can be called alone.
 LEARNT = [IMAGES, IMAGES]
 
 
-def start(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """A run of several processes; one that hangs is killed and fails the test."""
+def start(folder: Path, *options: str, devices: int = 2) -> list[subprocess.CompletedProcess[str]]:
+    """A run of several processes, started as Lightning starts them; one that hangs is killed and fails the test."""
     folder.mkdir()
-    command = [sys.executable, "-m", "tests.processes_run", "--output", str(folder), "--num-images", str(IMAGES)]
-    return subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    command = ["-m", "tests.processes_run", "--output", str(folder), "--num-images", str(IMAGES)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
+    environments = [{**shared, "WORLD_SIZE": str(devices), "LOCAL_RANK": str(rank)} for rank in range(devices)]
+    return pythons([[*command, "--devices", str(devices), *options]] * devices, ROOT, environments, SECONDS)
 
 
-def ranks(folder: Path, *options: str) -> list[dict[str, Any]]:
+def ranks(folder: Path, *options: str, devices: int = 2) -> list[dict[str, Any]]:
     """What each process saw, with the callback; the weights are those of a run without it."""
-    done = start(folder, *options)
-    assert done.returncode == 0, done.stderr
+    for done in start(folder, *options, devices=devices):
+        assert done.returncode == 0, done.stderr
     seen = [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank_*.pt"))]
     for rank in seen:
         assert differing(rank["with"]["weights"], rank["without"]["weights"]) == []
@@ -69,7 +73,7 @@ def forward_passes(share: int, between: list[int] | None = None) -> list[int]:
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_ddp_divides_the_probe_batch_and_every_process_knows_the_whole(devices: int, tmp_path: Path) -> None:
-    seen = ranks(tmp_path / "run", "--devices", str(devices))
+    seen = ranks(tmp_path / "run", devices=devices)
     assert len(seen) == devices
     for rank, one in enumerate(seen):
         share = len(range(IMAGES)[Ranks(rank, devices).share(IMAGES)])
@@ -105,9 +109,9 @@ def test_a_fault_on_one_process_is_shared_by_all_and_training_goes_on(tmp_path: 
 
 
 def test_heads_divided_over_processes_are_refused(tmp_path: Path) -> None:
-    done = start(tmp_path / "run", "--strategy", "tensor_parallel")
-    assert done.returncode != 0
-    assert "Expected every process to compute all heads of an attention" in done.stderr
+    each = start(tmp_path / "run", "--strategy", "tensor_parallel")
+    assert all(done.returncode != 0 for done in each)
+    assert "Expected every process to compute all heads of an attention" in "".join(done.stderr for done in each)
 
 
 def test_shares_cover_all_images_once() -> None:

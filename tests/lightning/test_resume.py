@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -16,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import Subset
 
 from tests.models import random_images
+from tests.processes import python
 from tests.runs import Classifier, Pictures, events, fit, loader, saved
 from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.tracking.snapshot import Snapshot
@@ -25,6 +25,10 @@ CURVES = (
     "explain/drift/previous_rank_correlation/rollout",
     "explain/probe/accuracy",
 )
+
+
+def small(**schedule: Any) -> ViTExplainCallback:
+    return ViTExplainCallback(num_images=4, num_shown=1, **schedule)
 
 
 def state_in(checkpoint: Path) -> dict[str, Any]:
@@ -40,10 +44,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def test_a_resumed_run_keeps_its_baseline_and_takes_no_snapshot_twice(tmp_path: Path) -> None:
-    whole = fit(ViTExplainCallback(), tmp_path / "whole", max_epochs=4)
-    first = fit(ViTExplainCallback(), tmp_path / "parts", max_epochs=2)
+    whole = fit(small(), tmp_path / "whole", max_epochs=4)
+    first = fit(small(), tmp_path / "parts", max_epochs=2)
     first.save_checkpoint(tmp_path / "half.ckpt")
-    second = fit(ViTExplainCallback(), tmp_path / "parts", max_epochs=4, ckpt_path=str(tmp_path / "half.ckpt"))
+    second = fit(small(), tmp_path / "parts", max_epochs=4, ckpt_path=str(tmp_path / "half.ckpt"))
     assert [snapshot.step for snapshot in saved(second)] == [12, 16]
     for tag in (
         "explain/drift/baseline_rank_correlation/grad_rollout",
@@ -58,18 +62,18 @@ def test_a_run_resumed_from_lightnings_own_checkpoint_misses_no_snapshot(
     tmp_path: Path, schedule: dict[str, Any]
 ) -> None:
     """`ModelCheckpoint` saves after validation, and so before the snapshot at the end of that epoch."""
-    whole = fit(ViTExplainCallback(**schedule), tmp_path / "whole", max_epochs=3)
-    first = fit(ViTExplainCallback(**schedule), tmp_path / "first", max_epochs=2, enable_checkpointing=True)
+    whole = fit(small(**schedule), tmp_path / "whole", max_epochs=3)
+    first = fit(small(**schedule), tmp_path / "first", max_epochs=2, enable_checkpointing=True)
     (checkpoint,) = Path(first.log_dir or "").rglob("*.ckpt")
     resumed: dict[str, Any] = {"enable_checkpointing": True, "ckpt_path": str(checkpoint)}
-    second = fit(ViTExplainCallback(**schedule), tmp_path / "second", max_epochs=3, **resumed)
+    second = fit(small(**schedule), tmp_path / "second", max_epochs=3, **resumed)
     tag = "explain/drift/baseline_rank_correlation/grad_rollout"
     curve = {event.step: event.value for run in (first, second) for event in events(run).Scalars(tag)}
     assert curve == {event.step: event.value for event in events(whole).Scalars(tag)}
 
 
 def test_other_images_after_resuming_are_said_and_start_a_new_baseline(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(), tmp_path)
+    trainer = fit(small(), tmp_path)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     other = ViTExplainCallback(images=random_images(3, seed=5))
     with pytest.warns(UserWarning, match="a new baseline is taken"):
@@ -91,7 +95,7 @@ def test_a_run_resumed_from_any_checkpoint_gives_the_rest_of_the_curves(
     def run(name: str, ckpt_path: str | None = None) -> pl.Trainer:
         keeper = ModelCheckpoint(tmp_path / name, every_n_train_steps=every_n_train_steps, save_top_k=-1)
         return fit(
-            ViTExplainCallback(num_images=4, num_shown=1, **schedule),
+            small(**schedule),
             tmp_path / name,
             max_epochs=3,
             enable_checkpointing=True,
@@ -134,8 +138,7 @@ KILLED = """
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_a_killed_run_is_resumed_where_its_last_checkpoint_stands(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "killed")]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    done = python("-c", textwrap.dedent(KILLED), str(tmp_path / "killed"))
     assert done.returncode == -9, done.stderr
     (folder,) = tmp_path.rglob("explanations")
     files = sorted(folder.glob("step_*"))
@@ -143,11 +146,11 @@ def test_a_killed_run_is_resumed_where_its_last_checkpoint_stands(tmp_path: Path
     assert [Snapshot.load(path).step for path in files] == list(range(7))
     checkpoint = max(tmp_path.rglob("*.ckpt"), key=step_of)
     assert checkpoint.stem == "epoch=0-step=4"
-    callback = ViTExplainCallback(every_n_steps=1, num_images=4, num_shown=1)
+    callback = small(every_n_steps=1)
     keeper = ModelCheckpoint(tmp_path / "resumed", every_n_train_steps=2, save_top_k=-1)
     options: dict[str, Any] = {"enable_checkpointing": True, "more_callbacks": [keeper]}
     resumed = fit(callback, tmp_path / "resumed", ckpt_path=str(checkpoint), **options)
-    whole = fit(ViTExplainCallback(every_n_steps=1, num_images=4, num_shown=1), tmp_path / "whole")
+    whole = fit(small(every_n_steps=1), tmp_path / "whole")
     assert [snapshot.step for snapshot in saved(resumed)] == [5, 6, 7, 8]
     killed = EventAccumulator(str(folder.parent))
     killed.Reload()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from tests import oracle
 from tests.models import CLASSES
+from tests.processes import python
 from tests.runs import events, fit, messages, saved
 from tests.situations.check import (
     Run,
@@ -235,6 +234,5 @@ OURS = "from vit_explain_callback import ViTExplainCallback"
 def test_the_trainer_that_comes_decides_which_lightning_it_is(package: str, imports: str, tmp_path: Path) -> None:
     """lightning#17485."""
     script = textwrap.dedent(SCRIPT).format(package=package, imports=imports)
-    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    done = python("-c", f"import warnings; warnings.simplefilter('ignore')\n{script}", str(tmp_path))
     assert done.stdout.strip().endswith("explained"), done.stderr

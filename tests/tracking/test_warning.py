@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import textwrap
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import python
 from vit_explain_callback.tracking.warning import warn
 
 LOOP = """
@@ -37,9 +35,7 @@ SAID = ["maps are degenerate", "cannot write to", "checkpoint's explanations can
 
 
 def loop(**environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(LOOP)]
-    root = Path(__file__).parents[2]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    return python("-c", textwrap.dedent(LOOP), environment=environment)
 
 
 def test_a_loop_without_lightning_is_warned_and_goes_on() -> None:
