@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +16,16 @@ pytest.register_assert_rewrite("tests.laws.user_project", "tests.situations.chec
 @pytest.fixture(autouse=True)
 def _reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
-    if request.node.get_closest_marker("cuda") is None:
+    with ExitStack() as stack:
+        stack.callback(torch.use_deterministic_algorithms, False)
+        if request.node.get_closest_marker("cuda") is not None:
+            if not torch.cuda.is_available():
+                pytest.skip("needs a GPU that CUDA sees")
+            # So that runs can be compared bit by bit, and maps are in full precision.
+            torch.use_deterministic_algorithms(True)
+            flags: Any = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
+            stack.enter_context(torch.backends.cudnn.flags(**flags))
         yield
-        return
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU that CUDA sees")
-    # So that runs can be compared bit by bit, and maps in full precision.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        torch.use_deterministic_algorithms(True)
-        yield
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
