@@ -41,8 +41,9 @@ def test_the_command_says_which_kernel_ran_and_whether_the_targets_are_met(
     printed = capsys.readouterr().out.splitlines()
     for dtype in ("float32", "bfloat16"):
         name = f"Ti16-16-b1-{dtype}"
-        for ran in gpu.COMPARED:
-            assert f"{name}: {ran}: GPU's idle time not known; 6 × flash_attention_for_cpu" in printed
+        for limit in (FORWARD, BACKWARD):
+            assert f"{name}: {limit}: GPU's idle time not known; 6 × flash_attention_for_cpu" in printed
+        assert any(line.startswith(f"{name}: grad_rollout: GPU's idle time") for line in printed)
         ends = [line for line in printed[-4:] if line.startswith(f"{name}: ")]
         assert [line.split(": ")[1] for line in ends] == ["rollout", "grad_rollout"]
         assert all(", met (" in line or ", missed (" in line for line in ends)
@@ -58,11 +59,14 @@ def test_an_explanation_that_runs_another_kernel_is_told(
     seen = result()["watched"]
     other = result(watched=seen | {"rollout": {"kernels": {"attention_math": 12}, "names": [], "busy": None}})
     assert gpu.other_kernels(result()) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "machine", lambda _: {})
     monkeypatch.setattr(gpu, "examine", lambda *_: other)
-    assert gpu.main(["--device", "cpu"]) == 1
-    assert "ANOTHER KERNEL: a: rollout ran attention_math, but plain forward ran flash_attention" in (
-        capsys.readouterr().out
-    )
+    assert gpu.main(["--no-tests"]) == 1
+    told = "ANOTHER KERNEL: a: rollout ran attention_math, but plain forward ran flash_attention"
+    assert told in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "examine", lambda *_: result())
+    assert gpu.main(["--no-tests"]) == 0
 
 
 def test_targets_and_idle_time_are_told_apart() -> None:

@@ -5,7 +5,7 @@ own: `cost` times the limits, rollout and gradient rollout in turn and takes the
 each once more and says
 
 - which attention kernel ran, by the operation that torch chose. The model keeps its own: if an explanation runs another
-  than the plain pass that is its limit, the command fails.
+  than the plain pass that is its limit, the command fails. (On a CPU it may: there the package forms attention itself.)
 - how long the GPU was busy: the sum of its kernels, beside the time without the profiler, which slows the CPU alone. A
   GPU that is idle for long waits for launches: there `torch.compile` or CUDA graphs can win, elsewhere they cannot.
 
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     configurations = ON_GPU if args.device == "cuda" else TINY
     found, left_out = measure(configurations, args.rounds, args.device, end, keep)
-    wrong = [line for result in found for line in other_kernels(result)]
+    wrong = [line for result in found for line in other_kernels(result)] if args.device == "cuda" else []
     if found:
         print(cost.table(found))
     print("\n".join([*left_out, *(f"ANOTHER KERNEL: {line}" for line in wrong)]))
