@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +14,24 @@ pytest.register_assert_rewrite("tests.laws.user_project", "tests.situations.chec
 
 
 @pytest.fixture(autouse=True)
-def _reproducible() -> None:
+def _reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
+    with ExitStack() as stack:
+        stack.callback(torch.use_deterministic_algorithms, False)
+        if request.node.get_closest_marker("cuda") is not None:
+            if not torch.cuda.is_available():
+                pytest.skip("needs a GPU that CUDA sees")
+            # So that runs can be compared bit by bit, and maps are in full precision.
+            torch.use_deterministic_algorithms(True)
+            flags: Any = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
+            stack.enter_context(torch.backends.cudnn.flags(**flags))
+        yield
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """For laws that hold on every device."""
+    return str(request.param)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,3 +40,4 @@ def pytest_configure(config: pytest.Config) -> None:
     # The models are tiny: more threads only wait for one another. Child processes follow the variable.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms ask for

@@ -81,13 +81,14 @@ class Explanation:
 
     @property
     def probabilities(self) -> Tensor:
-        """(B, C) softmax of the logits, in float64."""
-        return self.logits.double().softmax(dim=1)
+        """(B, C) softmax of the logits, in float64; on the CPU where the logits are on MPS, which has no float64."""
+        return _in_float64(self.logits).softmax(dim=1)
 
     @property
     def target_probability(self) -> Tensor:
         """(B,) probability of the target class, in [0, 1]."""
-        return self.probabilities.gather(1, self.target[:, None])[:, 0]
+        probabilities = self.probabilities
+        return probabilities.gather(1, self.target[:, None].to(probabilities.device))[:, 0]
 
     def cpu(self) -> Explanation:
         """A copy on the CPU, with logits in float32 at least."""
@@ -222,6 +223,13 @@ class Explanation:
         data = base64.b64encode(jpeg(rendered(self.plot()))).decode()
         more = f"<p>{left} more images: <code>plot(num_shown={len(self.logits)})</code></p>"
         return f'<img alt="explanation" src="data:image/jpeg;base64,{data}">{more}'
+
+
+def _in_float64(tensor: Tensor) -> Tensor:
+    try:
+        return tensor.double()
+    except TypeError:  # MPS has none
+        return tensor.cpu().double()
 
 
 def tensors_under(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

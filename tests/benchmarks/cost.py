@@ -185,7 +185,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
                 [
                     result["name"],
                     name,
-                    f"{median:.3f}",
+                    f"{median:.3g}",
                     ratio(rounds, name, contender.limit),
                     ratio(rounds, name, contender.ours),
                     f"{memory[name] / 1e6:.0f}" if name in memory else "",

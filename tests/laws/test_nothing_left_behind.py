@@ -20,7 +20,7 @@ from vit_explain_callback import explain
 
 
 def digest(value: Any) -> str:
-    data = value.detach().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+    data = value.detach().cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
     return hashlib.sha256(data).hexdigest()
 
 
@@ -48,22 +48,26 @@ def traces(model: nn.Module) -> dict[str, Any]:
             torch.is_autocast_enabled("cpu"),
             torch.get_autocast_dtype("cpu"),
             torch.is_autocast_cache_enabled(),
+            torch.is_autocast_enabled("cuda"),
+            torch.get_autocast_dtype("cuda"),
         ),
         "default dtype": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
         "random": (digest(random.getstate()), digest(np.random.get_state()), digest(torch.get_rng_state())),
+        "random on the GPU": list(map(digest, torch.cuda.get_rng_state_all())) if torch.cuda.is_initialized() else [],
     }
 
 
 class Model(nn.Module):
     """A ViT in training, partly frozen, partly in evaluation mode, with gradients; may fail anywhere."""
 
-    def __init__(self, error: BaseException | None = None, late: bool = False) -> None:
+    def __init__(self, error: BaseException | None = None, late: bool = False, device: str = "cpu") -> None:
         super().__init__()
         self.vit = tiny_vit(attn_drop_rate=0.1, drop_path_rate=0.2).train()
         self.norm = nn.BatchNorm1d(5)
-        self(random_images(4)).sum().backward()
+        self.to(device)
+        self(random_images(4).to(device)).sum().backward()
         self.vit.blocks[0].eval().requires_grad_(False)
         self.vit.blocks[1].register_forward_hook(lambda *_: None)
         self.error, self.late = error, late
@@ -71,9 +75,10 @@ class Model(nn.Module):
     def forward(self, images: Tensor) -> Any:
         error = getattr(self, "error", None)
         if error is not None and not self.late:
-            self.vit.blocks[0](torch.rand(1, 17, 48))
+            self.vit.blocks[0](torch.rand(1, 17, 48, device=images.device))
             raise error
         torch.rand(1)
+        torch.rand(1, device=images.device)
         random.random()
         output = self.norm(self.vit(images))
         if error is not None:
@@ -86,10 +91,10 @@ class Model(nn.Module):
 
 
 CIRCUMSTANCES: dict[str, Any] = {
-    "training": nullcontext,
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "training": lambda _: nullcontext(),
+    "no_grad": lambda _: torch.no_grad(),
+    "inference_mode": lambda _: torch.inference_mode(),
+    "autocast": lambda device: torch.autocast(device, torch.bfloat16),
 }
 ERRORS = {"none": None, "an error": RuntimeError("no"), "Ctrl-C": KeyboardInterrupt(), "exit": SystemExit(1)}
 
@@ -97,9 +102,9 @@ ERRORS = {"none": None, "an error": RuntimeError("no"), "Ctrl-C": KeyboardInterr
 @pytest.mark.parametrize("circumstances", CIRCUMSTANCES)
 @pytest.mark.parametrize("late", [False, True], ids=["in the forward pass", "in the backward pass"])
 @pytest.mark.parametrize("error", ERRORS)
-def test_nothing_differs_after_an_explanation(error: str, late: bool, circumstances: str) -> None:
-    model = Model(ERRORS[error], late)
-    context: AbstractContextManager[Any] = CIRCUMSTANCES[circumstances]()
+def test_nothing_differs_after_an_explanation(error: str, late: bool, circumstances: str, device: str) -> None:
+    model = Model(ERRORS[error], late, device)
+    context: AbstractContextManager[Any] = CIRCUMSTANCES[circumstances](device)
     with context:
         before = traces(model)
         raised: type[BaseException] | None = None
@@ -131,6 +136,14 @@ def test_each_trace_would_be_seen(trace: str, disturb: Any) -> None:
     before = traces(model)
     disturb(model)
     assert {key for key, value in traces(model).items() if value != before[key]} == {trace}
+
+
+@pytest.mark.cuda
+def test_a_random_number_of_the_gpu_would_be_seen() -> None:
+    model = Model(device="cuda")
+    before = traces(model)
+    torch.rand(1, device="cuda")
+    assert {key for key, value in traces(model).items() if value != before[key]} == {"random on the GPU"}
 
 
 @pytest.mark.skipif(live_bytes() is None, reason="what is not freed is counted by glibc 2.33 or newer")

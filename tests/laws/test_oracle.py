@@ -49,12 +49,13 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_maps_equal_the_oracle_in_both_precisions(name: str) -> None:
+def test_maps_equal_the_oracle_in_both_precisions(name: str, device: str) -> None:
     family = FAMILIES[name]
     model, images = family.create(), random_images(2, family.image_size)
     found = oracle.matrices(model, images)
-    single = explain(model, images, VARIANTS)
-    double = explain(copy.deepcopy(model).double(), images, VARIANTS)
+    model.to(device)
+    single = explain(model, images, VARIANTS).cpu()
+    double = explain(copy.deepcopy(model).double(), images, VARIANTS).cpu()
     torch.testing.assert_close(single.logits.double(), found.logits, rtol=1e-4, atol=1e-4)
     for method in VARIANTS:
         expected = expected_maps(family, found, method)

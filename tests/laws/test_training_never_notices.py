@@ -1,6 +1,6 @@
 """Training with the callback ends in the same bits as without it: weights, optimizer, losses and random streams.
 
-On a GPU, where there is one, `python -m pytest tests/test_training_never_notices.py` runs the same there.
+On a GPU, where there is one, `python -m pytest -m cuda tests/laws/test_training_never_notices.py` runs the same there.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from tests.bits import differing
 from tests.models import CLASSES, random_images, tiny_vit
 from tests.processes import python
 from vit_explain_callback import ViTExplainCallback
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Noisy(Dataset[Any]):
@@ -118,7 +116,7 @@ class Configuration:
     noisy: bool = True
     manual: bool = False
     callbacks: Callable[[], list[pl.Callback]] = list
-    plugins: Callable[[], list[Any]] = list
+    plugins: Callable[[str], list[Any]] = lambda device: []
     after: tuple[str, ...] = ()
 
 
@@ -129,7 +127,9 @@ CONFIGURATIONS = {
     "accumulation and clipping": Configuration(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
     "manual optimisation": Configuration(manual=True),
     "bf16-mixed": Configuration(trainer={"precision": "bf16-mixed"}),
-    "16-mixed": Configuration(plugins=lambda: [MixedPrecision("16-mixed", DEVICE, torch.amp.GradScaler(DEVICE))]),
+    "16-mixed": Configuration(
+        plugins=lambda device: [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))]
+    ),
     "bf16-true": Configuration(trainer={"precision": "bf16-true"}),
     "gradient checkpointing": Configuration(model={"checkpointing": True}),
     "frozen backbone, partly in evaluation mode": Configuration(model={"frozen": True}),
@@ -144,11 +144,14 @@ CONFIGURATIONS = {
     "overfit_batches": Configuration(trainer={"overfit_batches": 2}),
     "fast_dev_run": Configuration(trainer={"fast_dev_run": 3}),
     "validation and test after fit": Configuration(after=("validate", "test", "validate")),
+    "deterministic algorithms": Configuration(trainer={"deterministic": True}),
     "no randomness at all": Configuration(model={"dropout": False}, noisy=False),
 }
 
 
-def outcome(configuration: Configuration, folder: Path, callbacks: list[pl.Callback]) -> dict[str, Any]:
+def outcome(
+    configuration: Configuration, folder: Path, callbacks: list[pl.Callback], device: str = "cpu"
+) -> dict[str, Any]:
     """Everything a run leaves behind."""
     random.seed(0)
     np.random.seed(0)
@@ -160,7 +163,7 @@ def outcome(configuration: Configuration, folder: Path, callbacks: list[pl.Callb
     options: dict[str, Any] = {"num_sanity_val_steps": 0} | configuration.trainer
     trainer = pl.Trainer(
         max_epochs=2,
-        accelerator="auto",
+        accelerator=device,
         devices=1,
         default_root_dir=str(folder),
         enable_checkpointing=False,
@@ -168,7 +171,7 @@ def outcome(configuration: Configuration, folder: Path, callbacks: list[pl.Callb
         enable_model_summary=False,
         log_every_n_steps=1,
         callbacks=[*callbacks, *others],
-        plugins=configuration.plugins(),
+        plugins=configuration.plugins(device),
         **options,
     )
     with warnings.catch_warnings():
@@ -192,20 +195,20 @@ def outcome(configuration: Configuration, folder: Path, callbacks: list[pl.Callb
         "logged": {name: value for name, value in trainer.logged_metrics.items() if "loss" in name},
         "results": results,
         "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
-        "random on the GPU": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "random on the GPU": torch.cuda.get_rng_state_all() if device == "cuda" else [],
         "step": trainer.global_step,
     }
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_a_run_with_the_callback_ends_in_the_same_bits(name: str, tmp_path: Path) -> None:
+def test_a_run_with_the_callback_ends_in_the_same_bits(name: str, device: str, tmp_path: Path) -> None:
     configuration = CONFIGURATIONS[name]
-    without = outcome(configuration, tmp_path, [])
-    assert differing(without, outcome(configuration, tmp_path, [])) == []  # the run itself can be repeated
+    without = outcome(configuration, tmp_path, [], device)
+    assert differing(without, outcome(configuration, tmp_path, [], device)) == []  # the run itself can be repeated
     for schedule in ({"every_n_steps": 1}, {"every_n_epochs": 1}):
         options: dict[str, Any] = {"num_images": 4, "num_shown": 1, "on_error": "raise", **schedule}
         callback = ViTExplainCallback(["rollout_max_0.5", "grad_rollout"], **options)
-        assert differing(without, outcome(configuration, tmp_path, [callback])) == []
+        assert differing(without, outcome(configuration, tmp_path, [callback], device)) == []
         assert len(callback.state_dict()["snapshots"]) >= 2
 
 

@@ -252,6 +252,17 @@ def test_sampling_starts_at_the_same_place_each_time_and_moves_no_stream() -> No
     assert torch.rand(4).equal(expected)
 
 
+def test_a_gpu_that_is_not_in_use_yet_is_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What seeds it now would do so when it is first used, and then with our seed instead of the user's."""
+    if torch.cuda.is_initialized():
+        pytest.skip("needs a GPU that is not in use yet, or none")
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(3)
+    explain(tiny_vit(), random_images(2), [MapFunction("noise", lambda _, images, __: torch.rand_like(images)[:, 0])])
+    assert seeds == [3]
+
+
 def test_what_cannot_be_asked_of_a_function_is_refused_before_it_runs() -> None:
     mine = MapFunction("mine", saliency)
     with pytest.raises(ValueError, match="Expected no `query` for `mine`"):

@@ -133,6 +133,16 @@ def held(module: Any) -> list[Any]:
     ]
 
 
+def test_what_has_no_memory_of_its_own_stands_for_nothing_else() -> None:
+    """Else an operation that writes to one empty tensor would be taken for one that writes to another."""
+    module = nn.Module()
+    module.weight, module.empty = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(0))
+    module.register_buffer("nothing", torch.ones(0))
+    twin = Twin(module)
+    assert twin.parameters.keys() == {module.weight.untyped_storage().data_ptr()}
+    assert twin.state == set()
+
+
 def test_nothing_that_a_forward_does_to_itself_reaches_the_module() -> None:
     module, other = Busy(), Busy()
     other.load_state_dict(module.state_dict())

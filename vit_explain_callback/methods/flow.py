@@ -66,9 +66,11 @@ class AttentionFlow(FusedMethod):
         """(b, N) maximum flow from the readout to each patch; NaN for other tokens."""
         flows = torch.full_like(readout, torch.nan)
         sinks = range(*layout.patches.indices(layout.tokens))
-        for image, row in enumerate(readout):
-            matrices = [row_normalised(fused[image]) for fused in reversed(relevance)]
-            flows[image, layout.patches] = maximum_flow(matrices, row, sinks).values.to(row)
+        # On the CPU, where the solver is: not every device has float64.
+        fused = [matrix.cpu() for matrix in reversed(relevance)]
+        for image, row in enumerate(readout.cpu()):
+            matrices = [row_normalised(matrix[image]) for matrix in fused]
+            flows[image, layout.patches] = maximum_flow(matrices, row, sinks).values.to(flows)
         return flows
 
 

@@ -130,7 +130,8 @@ def _smallest_but(count: int, entries: Tensor) -> Tensor:
     if entries.device.type == "cpu" and entries.dtype in (torch.float32, torch.float64):
         # The same value as torch's, several times as fast.
         return torch.from_numpy(np.stack([_smallest_of_row(count, row) for row in entries.detach().numpy()]))
-    return entries.kthvalue(count + 1, dim=1).values
+    # Not `kthvalue`, which torch up to some release refuses on CUDA where algorithms are to be deterministic.
+    return entries.topk(entries.shape[1] - count, dim=1, sorted=False).values.amin(dim=1)
 
 
 def _smallest_of_row(count: int, row: np.ndarray) -> Any:

@@ -71,9 +71,9 @@ def times_uniform(maps: Tensor) -> Tensor:
 
     Those that are degenerate (see `metrics.maps`) become NaN.
     """
-    values = maps.detach().cpu().double()
-    values = values / values.abs().mean(dim=(1, 2), keepdim=True)
-    return values.masked_fill(is_degenerate(maps).cpu()[:, None, None], torch.nan)
+    raw = maps.detach().cpu().double()  # on the CPU first: not every device has float64
+    values = raw / raw.abs().mean(dim=(1, 2), keepdim=True)
+    return values.masked_fill(is_degenerate(raw)[:, None, None], torch.nan)
 
 
 def colour_limit(maps: Tensor) -> float:

@@ -63,7 +63,12 @@ def preserved_random_state(seed: int | None = None) -> Iterator[None]:
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed)
-            torch.manual_seed(seed)
+            # Not `torch.manual_seed`: where CUDA is not in use yet, that would seed it for when it is.
+            torch.default_generator.manual_seed(seed)
+            if cuda_used:
+                torch.cuda.manual_seed_all(seed)
+            if mps_state is not None:
+                torch.mps.manual_seed(seed)
         yield
     finally:
         random.setstate(python_state)

@@ -144,14 +144,15 @@ class Twin:
         if isinstance(value, UninitializedParameter):
             return _uninitialised(value, requires_grad=False)
         made = nn.Parameter(value.detach(), requires_grad=False)
-        self.parameters.setdefault(address(made), []).append(made)
+        if place := address(made):  # 0 would stand for every tensor without memory of its own
+            self.parameters.setdefault(place, []).append(made)
         return made
 
     def _tensor(self, value: Tensor) -> Any:
         if isinstance(value, UninitializedBuffer):
             return _uninitialised(value)
         made = value.detach().clone()
-        self.state.add(address(made))
+        self.state |= {address(made)} - {0}
         return made
 
     def _container(self, value: Any) -> Any:
