@@ -79,6 +79,7 @@ def test_what_is_unusual_is_left_to_the_kernel() -> None:
     assert not forms(few, few, few, torch.zeros(7, 7))
     assert not forms(few, few, few, is_causal=True)
     assert not forms(few, few, few, dropout_p=0.1)
+    assert not forms(few, few, few, None, 0.1)
     assert not forms(few, heads(count=1), heads(count=1), enable_gqa=True)
     assert not forms(few[:, 0], few[:, 0], few[:, 0])
     assert not forms(few.float(), few, few)

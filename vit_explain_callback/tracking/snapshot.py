@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,9 @@ class Snapshot:
     step: int
     explanation: Explanation
     reliability: Reliability | None = None
+    _scales: dict[tuple[str, str], tuple[float, float]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def maps(self) -> dict[str, Tensor]:
@@ -106,8 +109,13 @@ class Snapshot:
         """Noise floor and unrelated level of a drift metric; None where the noise was not measured."""
         if self.reliability is None:
             return None
-        maps, measure = pooled(self.maps[method]), _measure(metric)
-        return noise_floor(maps, self.reliability.nudged[method], measure), unrelated_level(maps, measure)
+        measure = _measure(metric)
+        key = method, measure.name
+        if key not in self._scales:  # of a baseline, every later snapshot asks
+            maps = pooled(self.maps[method])
+            level = unrelated_level(maps, measure)
+            self._scales[key] = noise_floor(maps, self.reliability.nudged[method], measure), level
+        return self._scales[key]
 
     def pooled(self) -> Snapshot:
         """The snapshot with maps as they are measured; see `metrics.maps.pooled`."""

@@ -13,6 +13,7 @@ from vit_explain_callback.visualization.encode import rendered
 from vit_explain_callback.visualization.overlay import Picture
 
 _SIZE, _DPI = (7.0, 5.2), 100  # read at half that size in TensorBoard
+_AXES, _BAR = (0.115, 0.14, 0.7, 0.78), (0.85, 0.14, 0.035, 0.78)  # left, bottom, width, height
 _LARGE, _SMALL = 17, 15
 _TICKS = 5
 _UNKNOWN = "#d0d0d0"
@@ -49,8 +50,9 @@ def block_heatmap(
         raise ValueError(
             f"Expected `values` of shape ({len(blocks)}, {len(steps)}), for each block and step, but got {table.shape}."
         )
-    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=_SIZE, dpi=_DPI)
+    # Places of its own, as a layout that fits itself takes half the time of a drawing.
+    axes, beside = figure.add_axes(_AXES), figure.add_axes(_BAR)
     colours = matplotlib.colormaps["magma"].with_extremes(bad=_UNKNOWN)
     drawn = axes.imshow(table, aspect="auto", origin="lower", cmap=colours, vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=_LARGE, loc="left", parse_math=False)
@@ -61,7 +63,7 @@ def block_heatmap(
     rows = range(0, len(blocks), -(-len(blocks) // (_TICKS + 1)))
     axes.set_xticks(columns, [str(steps[column]) for column in columns], fontsize=_SMALL)
     axes.set_yticks(rows, [str(blocks[row]) for row in rows], fontsize=_SMALL)
-    bar = figure.colorbar(drawn, ax=axes, ticks=[0, 0.5, 1])
+    bar = figure.colorbar(drawn, cax=beside, ticks=[0, 0.5, 1])
     bar.ax.tick_params(labelsize=_SMALL)
     bar.set_label(scale, fontsize=_SMALL)
     return rendered(figure)

@@ -15,7 +15,16 @@ from torch import Tensor
 FORMED_ENTRIES = 2**18
 
 
-def forms(query: Any, key: Any, value: Any, attn_mask: Any = None, scale: float | None = None, **options: Any) -> bool:
+def forms(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
     """Whether attention of these is to be formed: on a CPU, with few tokens, and where nothing is unusual about it.
 
     Not where gradients are kept: A would be kept for them, and so would its gradient. Nor with a mask, with heads that
@@ -28,7 +37,7 @@ def forms(query: Any, key: Any, value: Any, attn_mask: Any = None, scale: float 
         and query.dtype == key.dtype == value.dtype
         and query.shape[:2] == key.shape[:2]
         and attn_mask is None
-        and not any(options.values())
+        and not (dropout_p or is_causal or enable_gqa)
         and not torch.is_autocast_enabled("cpu")
     )
 
