@@ -27,6 +27,14 @@ def run(found: Any, folder: Path) -> Any:
     return client.execute(env=environment)
 
 
+def shortened(found: Any) -> Any:
+    """The notebook with two fifths of its training, after which it shows the same."""
+    for cell in found.cells:
+        cell.source = cell.source.replace("100 * 32", "40 * 32")
+    assert found != notebook()
+    return found
+
+
 def outputs(found: Any) -> list[Any]:
     return [output for cell in found.cells for output in cell.get("outputs", [])]
 
@@ -42,7 +50,7 @@ def text_of(found: Any) -> str:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's client
 def test_every_cell_runs_and_shows_what_it_showed(tmp_path: Path) -> None:
-    kept, found = notebook(), run(notebook(), tmp_path)
+    kept, found = notebook(), run(shortened(notebook()), tmp_path)
     for before, after in zip(kept.cells, found.cells, strict=True):
         assert kinds(before) == kinds(after), before.source
     for each in (kept, found):
