@@ -14,7 +14,7 @@ from vit_explain_callback._files import INTEGERS
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.map_function import AnyMethod, MapFunction, of_attention
 from vit_explain_callback.vit.timm import num_classes
-from vit_explain_callback.vit.twin import has_twin
+from vit_explain_callback.vit.wrappers import has_twin
 
 
 def check_images(images: Tensor) -> None:

@@ -26,8 +26,9 @@ from vit_explain_callback._explain_batch import explain_batch, function_maps
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import AnyMethod, MapFunction, of_attention, of_functions
 from vit_explain_callback.methods.names import resolve_methods
-from vit_explain_callback.vit.adapter import Adapter, LogitsOf, Memory, PlainAdapter, Subject
+from vit_explain_callback.vit.adapter import Adapter, LogitsOf, PlainAdapter, Subject
 from vit_explain_callback.vit.in_parts import in_parts, is_out_of_memory
+from vit_explain_callback.vit.memory import Memory
 from vit_explain_callback.vit.timm import Normalisation, find_vit, normalisation, refuse_other_timm_models
 from vit_explain_callback.vit.tokens import StatedLayout
 
@@ -67,8 +68,9 @@ def explain(
 
     With `MapFunction`s alone, any model will do.
 
-    The model runs in evaluation mode and outside autocast, with its own attention kernel, and is left as it was found:
-    training flags, gradients, buffers and random streams included.
+    The model runs in evaluation mode and outside autocast, and is left as it was found: training flags, gradients,
+    buffers and random streams included. Its attention runs in its own kernel. Only with few tokens on a CPU, and if no
+    method depends on the class, is it computed in the open; logits and maps then differ in the last bits.
 
     Args:
         model: A ViT, or any module that holds exactly one and returns logits for a batch of images. For functions

@@ -22,7 +22,7 @@ from vit_explain_callback.tracking.distributed import Ranks
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.vit.adapter import Adapter, PlainAdapter
 from vit_explain_callback.vit.timm import find_vit, normalisation, refuse_other_timm_models
-from vit_explain_callback.vit.twin import is_sharded
+from vit_explain_callback.vit.wrappers import is_sharded
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -12,13 +12,11 @@ from torch import Tensor, nn
 
 from vit_explain_callback.vit.infer_tokens import observed_layout, tokens_read
 from vit_explain_callback.vit.isolation import undisturbed
+from vit_explain_callback.vit.memory import Memory
 from vit_explain_callback.vit.stack import Stack
 from vit_explain_callback.vit.timm import find_vit, timm_layout
 from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout
 from vit_explain_callback.vit.twin import Twin
-
-# What a module says of how it was built is of these types.
-_WORDS = (str, bool, int, type(None))
 
 LogitsOf: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
 
@@ -71,30 +69,6 @@ class PlainAdapter:
     def outputs(self, twin: nn.Module, images: Tensor, first: int) -> object:
         """What the twin makes of images."""
         return twin(images) if self.forward is None else self.forward(twin, images)
-
-
-@dataclass
-class Memory:
-    """What was found out about a model's tokens, as long as the model is built as it was.
-
-    Attributes:
-        built: Says how the model was built.
-        layouts: The tokens by the size of images and the number of tokens.
-        entries: Path of the module that the tokens enter, and the tokens, by the size of images.
-    """
-
-    built: object = None
-    layouts: dict[tuple[int, ...], TokenLayout] = field(default_factory=dict)
-    entries: dict[tuple[int, ...], tuple[str, TokenLayout]] = field(default_factory=dict)
-
-    def of(self, model: nn.Module) -> Memory:
-        """This memory, emptied if `model` is built otherwise than what it is of."""
-        built = _built(model)
-        if built != self.built:
-            self.built = built
-            self.layouts.clear()
-            self.entries.clear()
-        return self
 
 
 @dataclass(frozen=True)
@@ -278,18 +252,6 @@ def _outside_lists(module: nn.Module) -> Iterator[nn.Module]:
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         for child in module.children():
             yield from _outside_lists(child)
-
-
-def _built(model: nn.Module) -> object:
-    """How a model is built: kinds of modules and what they say of themselves, but not their weights."""
-    return tuple(
-        (
-            name,
-            type(module),
-            *[said for said in vars(module).items() if said[0][:1] != "_" and isinstance(said[1], _WORDS)],
-        )
-        for name, module in model.named_modules()
-    )
 
 
 def _checked(output: object, count: int, regression: bool) -> Tensor:

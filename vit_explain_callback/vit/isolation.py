@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
-from vit_explain_callback.vit.twin import Twin, is_sharded
+from vit_explain_callback.vit.twin import Twin
+from vit_explain_callback.vit.wrappers import is_sharded
 
 
 @contextmanager

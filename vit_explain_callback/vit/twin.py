@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from vit_explain_callback.vit.copy_on_write import CopyOnWrite, address
+from vit_explain_callback.vit.wrappers import unwrapped
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, types.BuiltinFunctionType}
 _NOT_YET = object()
@@ -252,39 +252,6 @@ def shallow_twin(value: Any) -> Any:
     made, twin = copy.copy(value), Twin(nn.Identity())
     made.__dict__.update({name: twin._copy(part) for name, part in vars(value).items()})
     return made
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """What `torch.compile`, `DistributedDataParallel`, `DataParallel` or Fabric was wrapped around, or the module."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return module
-    inner: Any = module.module if isinstance(module, DataParallel | DistributedDataParallel) else None
-    for name in ("_orig_mod", "_original_module"):
-        inner = module._modules.get(name, inner)
-    return module if inner is None else unwrapped(inner)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters are spread over processes, as by FSDP, DeepSpeed or tensor parallelism.
-
-    Such a module has no twin: every process must take part in its own forward pass.
-    """
-    modules = list(module.modules())
-    if any("FullyShardedDataParallel" in kind.__name__ for kind in {type(child) for child in modules}):
-        return True
-    # Read off dictionaries, as asking thousands of times for what is not there takes milliseconds.
-    if any("_fsdp_wrapped_module" in child._modules for child in modules):
-        return True
-    parameters = [part for child in modules for part in child._parameters.values() if part is not None]
-    return any(
-        "ds_id" in vars(part) or (type(part) is not nn.Parameter and hasattr(part, "device_mesh"))
-        for part in parameters
-    )
-
-
-def has_twin(module: nn.Module) -> bool:
-    """Whether a twin can be made of a module: not of one that is sharded, nor of one that is scripted as a whole."""
-    return not is_sharded(module) and not isinstance(unwrapped(module), torch.jit.ScriptModule)
 
 
 def _uninitialised(value: Any, **options: Any) -> Any:
