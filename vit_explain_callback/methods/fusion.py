@@ -6,6 +6,7 @@ Shapes: B images, h of H heads at a time, N tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,8 @@ from torch import Tensor
 HeadFusion = Literal["mean", "max", "min"]
 HEAD_FUSIONS: tuple[str, ...] = get_args(HeadFusion)
 
+_OVER_HEADS: dict[str, Callable[..., Tensor]] = {"mean": torch.sum, "max": torch.amax, "min": torch.amin}
+_OF_TWO: dict[str, Callable[..., Tensor]] = {"mean": torch.add, "max": torch.maximum, "min": torch.minimum}
 _SAMPLE = 1024  # entries that tell where a threshold lies
 
 
@@ -61,15 +64,12 @@ class HeadFuser:
     def add(self, attention: Tensor) -> None:
         """Take in some heads of the same image batch, (B, h, N, N)."""
         self._heads += attention.shape[1]
-        if self._fusion == "mean":
-            part = attention.sum(dim=1)
-            self._fused = part if self._fused is None else self._fused.add_(part)
-        elif self._fusion == "max":
-            part = attention.amax(dim=1)
-            self._fused = part if self._fused is None else torch.maximum(self._fused, part)
-        else:
-            part = attention.amin(dim=1)
-            self._fused = part if self._fused is None else torch.minimum(self._fused, part)
+        if self._fused is None:
+            self._fused = _OVER_HEADS[self._fusion](attention, dim=1)
+            return
+        # One head, as where there are many tokens, is taken in without a copy.
+        part = attention[:, 0] if attention.shape[1] == 1 else _OVER_HEADS[self._fusion](attention, dim=1)
+        _OF_TWO[self._fusion](self._fused, part, out=self._fused)
 
     def result(self) -> Tensor:
         """The fused attention of all heads added so far, (B, N, N)."""

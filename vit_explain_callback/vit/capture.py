@@ -281,7 +281,7 @@ def _fused_call(
         if mask is not None:
             part = mask[images, heads, queries]
             scores = scores.masked_fill_(~part, -math.inf) if part.dtype == torch.bool else scores.add_(part)
-        return scores.softmax(dim=-1)
+        return torch.softmax(scores, dim=-1, out=scores)  # in place: with many tokens, fresh memory takes as long
 
     return AttentionCall(module, output, value, attention, (batch, heads, queries, keys))
 
