@@ -366,3 +366,30 @@ def test_models_without_attention_are_refused() -> None:
         explain(torchvision.models.resnet18(num_classes=3), random_images(1, (64, 64)))
     with pytest.raises(ValueError, match="windowed, hierarchical and convolutional"):
         explain(torchvision.models.swin_t(num_classes=3), random_images(1, (64, 64)))
+
+
+class Around(nn.Module):
+    """A ViT of timm's and a head; asked for what it does not have, it asks the ViT, as wrappers for LoRA do."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.vit, self.head = tiny_vit(), head
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("vit"), name)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.vit(images))
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_a_part_that_is_scripted_changes_nothing() -> None:
+    head, images = nn.Sequential(nn.Linear(CLASSES, 4), nn.Tanh()), random_images(2)
+    plain, scripted = explain(Around(head), images), explain(Around(torch.jit.script(head)), images)
+    assert plain.maps.keys() == scripted.maps.keys()
+    for name, maps in plain.maps.items():
+        torch.testing.assert_close(scripted.maps[name], maps, rtol=1e-5, atol=1e-7)

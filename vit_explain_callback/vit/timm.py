@@ -55,7 +55,8 @@ def _nested(blocks: nn.Module) -> bool:
 def is_timm_vit(module: nn.Module) -> bool:
     """Blocks over one sequence of patch and prefix tokens, in the attribute names that timm gives all of its ViTs."""
     return (
-        isinstance(module._modules.get("blocks"), nn.ModuleList | nn.Sequential)
+        "blocks" in module._modules  # asked first, as few modules have one, and `getattr` takes long to say so
+        and isinstance(module.blocks, nn.ModuleList | nn.Sequential)
         and hasattr(getattr(module, "patch_embed", getattr(module, "embeds", None)), "dynamic_feat_size")
         and hasattr(module, "num_prefix_tokens")
         and hasattr(module, "global_pool")
