@@ -49,17 +49,18 @@ def test_a_pass_that_only_explains_forms_it_and_one_with_gradients_runs_the_kern
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, images = tiny_vit(), random_images(1)
-    seen: list[int] = []
+    formed: list[bool] = []
 
-    def counted(*args: Any) -> torch.Tensor:
-        seen.append(1)
-        return formed_attention(*args)
+    def noted(*args: Any, **kwargs: Any) -> bool:
+        formed.append(forms(*args, **kwargs))
+        return formed[-1]
 
-    monkeypatch.setattr(capture, "formed_attention", counted)
+    monkeypatch.setattr(capture, "forms", noted)
     explain(model, images, ["grad_rollout"])
-    assert not seen
+    assert formed == [False] * len(model.blocks)
+    formed.clear()
     explain(model, images, ["rollout"])
-    assert len(seen) == len(model.blocks)
+    assert formed == [True] * len(model.blocks)
 
 
 def test_a_recorder_forms_nothing_unless_it_is_told_to() -> None:

@@ -16,7 +16,6 @@ pass itself for less (`formed.py`), it is formed there instead, if that is allow
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import TracebackType
@@ -266,22 +265,17 @@ def _fused_call(
 ) -> AttentionCall:
     # Without a head dimension there is one head.
     query, key, value = (t.detach() if t.ndim == 4 else t.detach().unsqueeze(1) for t in (query, key, value))
-    batch, heads, queries, width = query.shape
+    batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     if enable_gqa:
         key, value = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
-    factor = 1 / math.sqrt(width) if scale is None else scale
     if is_causal:
         attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
     mask = None if attn_mask is None else attn_mask.detach().expand(batch, heads, queries, keys)
 
     def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
-        rows = _at_least_float32(query[images, heads, queries]) * factor
-        scores = rows @ _at_least_float32(key[images, heads]).mT
-        if mask is not None:
-            part = mask[images, heads, queries]
-            scores = scores.masked_fill_(~part, -math.inf) if part.dtype == torch.bool else scores.add_(part)
-        return torch.softmax(scores, dim=-1, out=scores)  # in place: with many tokens, fresh memory takes as long
+        part = None if mask is None else mask[images, heads, queries]
+        return formed_attention(query[images, heads, queries], key[images, heads], scale, part)
 
     return AttentionCall(module, output, value, attention, (batch, heads, queries, keys))
 

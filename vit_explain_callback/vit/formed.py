@@ -42,8 +42,18 @@ def forms(
     )
 
 
-def formed_attention(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
-    """A = softmax(scale · q kᵀ), (B, H, N, M), in float32, or float64 where the model is float64."""
+def formed_attention(query: Tensor, key: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """A = softmax(scale · q kᵀ + mask), (B, H, N, M), in float32, or float64 where the model is float64.
+
+    Args:
+        query: (B, H, N, d), outside the autograd graph.
+        key: (B, H, M, d), likewise.
+        scale: By default 1 / √d.
+        mask: (B, H, N, M), added to the scores, or boolean and False where a key is not to be seen.
+    """
     precision = torch.promote_types(query.dtype, torch.float32)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return ((query.to(precision) * factor) @ key.to(precision).mT).softmax(dim=-1)
+    scores = (query.to(precision) * factor) @ key.to(precision).mT
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    return torch.softmax(scores, dim=-1, out=scores)  # in place: with many tokens, fresh memory takes as long
