@@ -182,7 +182,6 @@ class Explainer:
         self._adapter = adapter
         self._stated = StatedLayout(options.get("prefix_tokens"), options.get("grid_size"))
         self._memory = Memory()
-        self._guarded = True
 
     @property
     def name(self) -> str:
@@ -328,7 +327,7 @@ class Explainer:
         """Do `work` on copies of a few images at a time, undisturbed; on fewer where memory does not suffice."""
         check_counts(batch_size=batch_size)
         size = min(batch_size or len(images), len(images))
-        with self._adapter.evaluating(self._guarded) as twin:
+        with self._adapter.evaluating() as twin:
             subject = Subject.of(self._adapter, twin, self._stated, self._memory, has_vit=bool(self._attention))
             parts = in_parts(subject, images, size, first, work)
             self._guarded = bool(twin.moved or self._functions)

@@ -89,7 +89,7 @@ class Two(nn.Module):
 
 
 def test_the_vit_is_the_one_that_the_loss_comes_from() -> None:
-    twin: Any = Twin(Two()).module
+    twin: Any = Twin().copy(Two())
     images = random_images(4)
     seen = look(twin, lambda: twin.step(images))
     assert (seen.vit, seen.feed) == ("student", "student")
@@ -100,7 +100,7 @@ def test_the_vit_is_the_one_that_the_loss_comes_from() -> None:
 
 
 def test_a_run_that_fails_tells_what_was_seen_and_why() -> None:
-    twin: Any = Twin(Two()).module
+    twin: Any = Twin().copy(Two())
 
     def run() -> None:
         twin.step(random_images(4))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.models import random_images, tiny_vit
 from vit_explain_callback.vit.isolation import undisturbed
-from vit_explain_callback.vit.twin import Twin, shallow_twin
+from vit_explain_callback.vit.twin import Twin
 
 WAYS: dict[str, Callable[[nn.Parameter, Tensor], object]] = {
     "data.copy_": lambda weight, new: weight.data.copy_(new),
@@ -27,6 +27,10 @@ WAYS: dict[str, Callable[[nn.Parameter, Tensor], object]] = {
     "out=": lambda weight, new: torch.add(new, 0, out=weight.data),
     "foreach": lambda weight, new: torch._foreach_add_([weight.data], [new]),
     "init": lambda weight, new: nn.init.constant_(weight, 7.0),
+    "numpy": lambda weight, new: weight.detach().numpy().__setitem__(slice(None), new.numpy()),
+    "numpy of a view": lambda weight, new: np.asarray(weight.data[1:]).__setitem__(slice(None), new[1:]),
+    "dlpack": lambda weight, new: torch.utils.dlpack.from_dlpack(weight.data.__dlpack__()).copy_(new),
+    "storage": lambda weight, new: weight.untyped_storage().copy_(new.untyped_storage()),
     "another tensor": lambda weight, new: setattr(weight, "data", new),
 }
 
@@ -64,12 +68,12 @@ def test_parameters_are_shared_where_nothing_writes_to_them() -> None:
     images = random_images(2)
     with undisturbed(module) as twin, torch.no_grad():
         assert twin.module(images).equal(module.eval()(images))
-        for name, parameter in module.named_parameters():
-            own = twin.module.get_parameter(name)
-            assert own.data_ptr() == parameter.data_ptr()
-            assert (own.requires_grad, parameter.requires_grad) == (False, True)
     assert not twin.moved
     assert not any(child.training for child in twin.module.modules())
+    for name, parameter in module.named_parameters():
+        own = twin.module.get_parameter(name)
+        assert own.data_ptr() == parameter.data_ptr()
+        assert (own.requires_grad, parameter.requires_grad) == (False, True)
 
 
 class Busy(nn.Module):
@@ -138,7 +142,8 @@ def test_what_has_no_memory_of_its_own_stands_for_nothing_else() -> None:
     module = nn.Module()
     module.weight, module.empty = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(0))
     module.register_buffer("nothing", torch.ones(0))
-    twin = Twin(module)
+    twin = Twin()
+    twin.copy(module)
     assert twin.parameters.keys() == {module.weight.untyped_storage().data_ptr()}
     assert twin.state == set()
 
@@ -162,24 +167,24 @@ def test_nothing_that_a_forward_does_to_itself_reaches_the_module() -> None:
 def test_what_wraps_a_module_is_taken_off() -> None:
     module = nn.Sequential(nn.Linear(2, 2))
     compiled: Any = torch.compile(module)
-    assert type(Twin(compiled).module) is nn.Sequential
-    assert type(Twin(nn.DataParallel(module)).module) is nn.Sequential
+    assert type(Twin().copy(compiled)) is nn.Sequential
+    assert type(Twin().copy(nn.DataParallel(module))) is nn.Sequential
 
 
 def test_objects_that_refer_to_each_other_do_so_in_the_twin() -> None:
     module = nn.Sequential(nn.Linear(2, 2))
     module.itself = [module]  # type: ignore[assignment]
-    twin: Any = Twin(module).module
+    twin: Any = Twin().copy(module)
     assert twin.itself[0] is twin
     shared = SimpleNamespace(one=[1], other=None)
     shared.other = shared.one
-    made = shallow_twin(shared)
+    made = Twin().copy(shared)
     assert made.one is made.other
     assert made.one is not shared.one
 
 
 def test_what_stands_in_for_an_object_is_what_the_twin_refers_to() -> None:
-    module, outside, stand_in = nn.Linear(1, 1), object(), object()
+    module, outside, stand_in = nn.Linear(1, 1), SimpleNamespace(), SimpleNamespace()
     module.refers = {"to": outside}  # type: ignore[assignment]
-    twin: Any = Twin(module, {id(outside): stand_in}).module
+    twin: Any = Twin(lambda _, value: stand_in if value is outside else None).copy(module)
     assert twin.refers["to"] is stand_in

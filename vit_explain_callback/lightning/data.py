@@ -68,7 +68,7 @@ def _made(source: Any) -> Any:
     """What a `val_dataloader` hook would give, asked of a copy, as it may count or draw."""
     owner = source.instance
     with preserved_random_state():
-        owner = Twin(owner).module if isinstance(owner, nn.Module) else copy.copy(owner)
+        owner = Twin().copy(owner) if isinstance(owner, nn.Module) else copy.copy(owner)
         return getattr(owner, source.name)()
 
 

@@ -4,59 +4,50 @@ from __future__ import annotations
 
 import inspect
 import io
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
-from vit_explain_callback.lightning.stand_in import StandIn
+from vit_explain_callback.lightning.stand_in import StandIns, unheard
 from vit_explain_callback.vit.isolation import undisturbed
-from vit_explain_callback.vit.twin import Twin, shallow_twin
+from vit_explain_callback.vit.twin import Twin
 
 StepName = Literal["validation_step", "training_step"]
+_TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 @contextmanager
-def evaluating(module: LightningModule, trainer: Trainer, guarded: bool = True) -> Iterator[Twin]:
-    """A twin of a module, in the precision that its weights need."""
-    folder = tempfile.TemporaryDirectory(prefix="vit_explain_")
-    stand_in = StandIn(trainer, folder.name)
-    replaced: dict[int, object] = {id(trainer): stand_in}
-    replaced |= {id(child._trainer): stand_in for child in module.modules() if getattr(child, "_trainer", None)}
-    if (data := getattr(trainer, "datamodule", None)) is not None:
-        replaced[id(data)] = data
-    with folder, ExitStack() as stack:
-        twin = stack.enter_context(undisturbed(module, replaced, guarded))
+def evaluating(module: LightningModule, trainer: Trainer) -> Iterator[Twin]:
+    """A twin of a module, in the precision that its weights need; of the module itself, only what is asked for."""
+    stand_ins = StandIns(trainer, module)
+    with ExitStack() as stack:
+        stack.callback(stand_ins.close)
+        twin = stack.enter_context(undisturbed(module, stand_ins))
         kinds = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
         if kinds - {torch.float32, torch.float64}:  # lower precision, all of it or in parts, needs what training has
             stack.enter_context(trainer.precision_plugin.forward_context())
         yield twin
 
 
-def transferred(twin: nn.Module, trainer: Trainer, batch: Any, device: torch.device) -> Any:
-    """A batch after the transfer hooks of the twin, or of a copy of the data module where that has its own."""
-    module: Any = twin
+def transferred(module: LightningModule, trainer: Trainer, batch: Any) -> Any:
+    """A batch on the module's device, after the transfer hooks: the user's own are run on a twin."""
     data = getattr(trainer, "datamodule", None)
-    if data is not None:
-        data = shallow_twin(data)
-        data.trainer = module.trainer
     batch = trainer.precision_plugin.convert_input(batch)
-    for name, given in (
-        ("on_before_batch_transfer", (0,)),
-        ("transfer_batch_to_device", (device, 0)),
-        ("on_after_batch_transfer", (0,)),
-    ):
-        owner = data if data is not None and is_overridden(name, data) else module
-        batch = getattr(owner, name)(batch, *given)
+    if not any(is_overridden(name, owner) for name in _TRANSFERS for owner in (module, data) if owner is not None):
+        return trainer.strategy.batch_to_device(batch, module.device, 0)
+    with evaluating(module, trainer) as twin, torch.no_grad(), unheard(), redirect_stdout(io.StringIO()):
+        for name in _TRANSFERS:
+            owner = data if data is not None and is_overridden(name, data) else module
+            given = (module.device, 0) if name == "transfer_batch_to_device" else (0,)
+            batch = getattr(twin.copy(owner), name)(batch, *given)
     return batch
 
 
-def run_step(twin: nn.Module, step: StepName, batch: Any) -> Any:
-    """Call a step with as many arguments as it takes, by their place as Lightning does; what it prints goes nowhere.
+def run_step(twin: Any, step: StepName, batch: Any) -> Any:
+    """Call a step with as many arguments as it takes, by their place as Lightning does; what it says goes nowhere.
 
     The index of the loader is given only where it is asked for by name or has no default.
     """
@@ -66,5 +57,5 @@ def run_step(twin: nn.Module, step: StepName, batch: Any) -> Any:
     index_of_batch = len(places) > 1 or places[-1].kind == kinds.VAR_POSITIONAL
     more = [one for one in places[2:] if one.kind != kinds.VAR_POSITIONAL]
     index_of_loader = bool(more) and (more[0].name == "dataloader_idx" or more[0].default is kinds.empty)
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), unheard():
         return function(batch, *[0] * (index_of_batch + index_of_loader))

@@ -58,9 +58,9 @@ class LightningAdapter:
     has_loss: bool = True
 
     @contextmanager
-    def evaluating(self, guarded: bool) -> Iterator[Twin]:
+    def evaluating(self) -> Iterator[Twin]:
         """A twin whose trainer can be asked but not used."""
-        with evaluating(self.model, self.trainer, guarded) as twin:
+        with evaluating(self.model, self.trainer) as twin:
             yield twin
 
     def outputs(self, twin: nn.Module, images: Tensor, first: int) -> object:
@@ -138,8 +138,7 @@ def watch(
     if is_ready:
         batch = apply_to_collection(batch, Tensor, lambda part: part.to(module.device))
     else:
-        with evaluating(module, trainer) as twin, torch.no_grad():
-            batch = transferred(twin.module, trainer, batch, module.device)
+        batch = transferred(module, trainer, batch)
     watched: Watcher = partial(look, vit=vit) if needs_vit else look_at_any
     looks = _looks(module, trainer, batch, watched)
     fed = [seen for seen in looks if seen[1].fed is not None]
@@ -223,7 +222,7 @@ def _seen(module: LightningModule, trainer: Trainer, batch: Any, step: StepName,
 def _check_rows(adapter: LightningAdapter, images: Tensor, outputs: Tensor) -> None:
     """Refuse a step whose outputs for an image depend on the other images of the batch."""
     alone: object = None
-    with adapter.evaluating(guarded=True) as twin, torch.no_grad(), suppress(ValueError, IndexError):
+    with adapter.evaluating() as twin, torch.no_grad(), suppress(ValueError, IndexError):
         alone = adapter.outputs(twin.module, images[:1], 0)
     row = outputs[:1]
     if (
@@ -239,7 +238,7 @@ def _check_rows(adapter: LightningAdapter, images: Tensor, outputs: Tensor) -> N
 
 def _part(adapter: LightningAdapter, images: Tensor, outputs: Tensor) -> str | None:
     """Path of a module that gives the same outputs for the images that reach the ViT, and so can be called alone."""
-    with adapter.evaluating(guarded=True) as twin, torch.no_grad():
+    with adapter.evaluating() as twin, torch.no_grad():
         for path in dict.fromkeys(["", adapter.vit or "", adapter.feed]):
             try:
                 found = twin.module.get_submodule(path)(images.clone())

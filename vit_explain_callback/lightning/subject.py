@@ -14,7 +14,7 @@ from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.lightning._compat import LightningModule, Trainer
 from vit_explain_callback.lightning.batches import Watched, images_and_labels
 from vit_explain_callback.lightning.data import class_names, probe_batch
-from vit_explain_callback.lightning.evaluation import evaluating, transferred
+from vit_explain_callback.lightning.evaluation import transferred
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.step import LightningAdapter, watch
 from vit_explain_callback.lightning.strategy import explained_module, forward_of
@@ -137,8 +137,7 @@ def _on_device(trainer: Trainer, module: LightningModule, batch: Any, is_ready: 
         return batch
     if is_sharded(module):
         return trainer.strategy.batch_to_device(batch, module.device)
-    with evaluating(module, trainer) as twin:
-        return transferred(twin.module, trainer, batch, module.device)
+    return transferred(module, trainer, batch)
 
 
 def _called(settings: Settings, trainer: Trainer, module: LightningModule) -> Adapter:

@@ -39,8 +39,8 @@ class Adapter(Protocol):
     @property
     def regression(self) -> bool: ...  # noqa: D102
 
-    def evaluating(self, guarded: bool) -> AbstractContextManager[Twin]:
-        """A twin to run; a `guarded` one may write to its parameters."""
+    def evaluating(self) -> AbstractContextManager[Twin]:
+        """A twin to run."""
 
     def outputs(self, twin: nn.Module, images: Tensor, first: int) -> object:
         """What the twin makes of images, (B, C, H, W), of which the first is image `first` of the probe."""
@@ -62,9 +62,9 @@ class PlainAdapter:
     forward: LogitsOf | None = None
     regression: bool = False
 
-    def evaluating(self, guarded: bool) -> AbstractContextManager[Twin]:
+    def evaluating(self) -> AbstractContextManager[Twin]:
         """A twin to run."""
-        return undisturbed(self.model, guarded=guarded)
+        return undisturbed(self.model)
 
     def outputs(self, twin: nn.Module, images: Tensor, first: int) -> object:
         """What the twin makes of images."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_HANDS_OUT = {"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "_typed_storage"}
 
 
 class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -26,6 +29,16 @@ class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._parameters, self._moved = parameters, moved
+        self._handing_out = _HandingOut(self._own)
+
+    def __enter__(self) -> CopyOnWrite:
+        self._handing_out.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._handing_out.__exit__(*raised)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -47,13 +60,23 @@ class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if place not in self._moved:
                 self._moved[place] = arg.untyped_storage().clone()  # type: ignore[no-untyped-call]
                 for parameter in self._parameters[place]:
-                    parameter.data = self._view(self._moved[place], parameter)
-            return self._view(self._moved[place], arg)
+                    parameter.data = owned_view(self._moved[place], parameter)
+            return owned_view(self._moved[place], arg)
 
-    @staticmethod
-    def _view(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
-        made = torch.empty(0, dtype=like.dtype, device=like.device)
-        return made.set_(storage, like.storage_offset(), like.size(), like.stride())
+
+class _HandingOut(TorchFunctionMode):
+    """Gives a parameter memory of its own before that is handed to what torch does not see, as NumPy is."""
+
+    def __init__(self, own: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._own = own
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _HANDS_OUT and args:
+            args = (self._own(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 @functools.cache
@@ -68,9 +91,16 @@ def _written(func: Any) -> frozenset[int | str]:
     )
 
 
+def owned_view(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
+    """A tensor over some memory, laid out like another one."""
+    made = torch.empty(0, dtype=like.dtype, device=like.device)
+    return made.set_(storage, like.storage_offset(), like.size(), like.stride())
+
+
 def address(tensor: Tensor) -> int:
     """Where the memory of a tensor begins, the same for all of its views; 0 where it has none of its own."""
     try:
-        return tensor.untyped_storage().data_ptr()
+        with torch._C.DisableTorchFunction():
+            return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # a subclass that wraps other tensors
         return 0

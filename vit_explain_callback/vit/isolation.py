@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
-from vit_explain_callback.vit.twin import Twin
+from vit_explain_callback.vit.twin import StandIn, Twin
 from vit_explain_callback.vit.wrappers import is_sharded
 
 
 @contextmanager
-def undisturbed(model: nn.Module, replaced: Mapping[int, object] | None = None, guarded: bool = True) -> Iterator[Twin]:
+def undisturbed(model: nn.Module, stand_in: StandIn = lambda _twin, _value: None) -> Iterator[Twin]:
     """Give a twin of `model` to evaluate, in full precision, and put everything else back, also after an error.
 
     Inside, autocast and inference mode are off, and what is compiled runs eagerly. Afterwards the autocast, inference
@@ -29,8 +29,7 @@ def undisturbed(model: nn.Module, replaced: Mapping[int, object] | None = None, 
 
     Args:
         model: Any module; stays as it is.
-        replaced: What stands in for an object that it refers to, by `id` of the object.
-        guarded: Whether a parameter that the twin writes to becomes its own; not needed where none is.
+        stand_in: Gives what stands in for an object on the twin; None for most.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_random_state())
@@ -41,11 +40,14 @@ def undisturbed(model: nn.Module, replaced: Mapping[int, object] | None = None, 
         stack.enter_context(_without_reentrant_checkpoints())
         if is_sharded(model):
             stack.enter_context(_evaluation_mode(model))
-            yield Twin.itself(model)
+            twin = Twin()
+            twin.module = model
+            yield twin
         else:
-            twin = Twin(model, replaced)
-            if guarded:
-                stack.enter_context(twin.owning_what_it_writes())
+            twin = Twin(stand_in)
+            stack.callback(twin.close)
+            twin.module = twin.copy(model)
+            stack.enter_context(twin.guarding())
             yield twin
 
 

@@ -3,279 +3,406 @@
 A twin shares the memory of the parameters and owns everything else that a forward pass may change: buffers, plain
 tensors, counters, queues, lists of outputs, metrics, random generators. No parameter of it asks for a gradient, every
 module is in evaluation mode, nothing is compiled, and it knows no trainer.
+
+The copying is pickle's: it follows every reference, and what is shared in the original is shared in the copy. What
+pickle does not know, or would ask the user's own code for, is said here: modules, tensors, functions, plain objects. An
+object of which no copy can be made is never shared: what stands in its place raises when it is used.
 """
 
 from __future__ import annotations
 
-import collections
-import copy
+import copyreg
 import functools
-import random
+import io
+import pickle
+import sys
+import threading
 import types
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from vit_explain_callback.vit.copy_on_write import CopyOnWrite, address
+from vit_explain_callback.vit.borrowed import Borrowed, Uncopied
+from vit_explain_callback.vit.copy_on_write import CopyOnWrite, address, owned_view
 from vit_explain_callback.vit.wrappers import unwrapped
 
-_ATOMS = {type(None), bool, int, float, complex, str, bytes, types.BuiltinFunctionType}
-_NOT_YET = object()
+_ATOMS = {type(None), bool, int, float, complex, str, bytes}
 # Of every module, and no other module's; most of them are empty.
-_BOOKKEEPING = {name for name, part in vars(nn.Module()).items() if isinstance(part, dict | set)}
-_CONTAINERS = (dict, list, set, collections.deque)
-_PLAIN: list[Any] = [object.__new__, types.SimpleNamespace.__new__]
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
-_PARTS = {"_parameters", "_buffers", "_modules"}  # dictionaries that no one but the module refers to
-# Hooks that run in a backward pass are for the user's own.
-_NOT_TAKEN = {"_backward_hooks", "_backward_pre_hooks"}
+_BOOKKEEPING = {name: type(part) for name, part in vars(nn.Module()).items() if isinstance(part, dict | set)}
+_BACKWARD = {"_backward_hooks", "_backward_pre_hooks"}  # for the user's own backward pass
 _NO_ONE = {"_trainer", "_fabric", "_compiled_call_impl"}
-# Objects of these libraries reach far beyond the module, or cannot be made without their constructors.
-_SHARED = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "logging", "threading", "multiprocessing"}
+_LEFT_OUT = _BACKWARD | _NO_ONE
+# Objects of these libraries reach far beyond the module, and a forward pass does not change them.
+_LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning"}
+_SLACK = 1 << 20  # bytes of memory around a tensor that are copied with it, for the sake of other views of them
+
+
+StandIn: TypeAlias = "Callable[[Twin, object], object]"
 
 
 class Twin:
-    """A twin, and what it owns.
+    """Copies objects, and knows what the copies own.
 
     Args:
-        module: Stays as it is.
-        replaced: What stands in for an object that the module refers to, by `id` of the object.
+        stand_in: Gives this twin what takes the place of an object; None for one that is to be copied.
 
     Attributes:
-        module: The twin.
-        parameters: Each parameter of the twin, by the address of its memory.
+        module: The twin of the module in question, once it was made.
         state: Addresses of the memory of the buffers and plain tensors, which are the twin's own.
         moved: Memory that parameters were given when they were written to, by the address of the module's.
     """
 
-    def __init__(self, module: nn.Module, replaced: Mapping[int, object] | None = None) -> None:
-        self.parameters: dict[int, list[nn.Parameter]] = {}
+    def __init__(self, stand_in: StandIn = lambda _twin, _value: None) -> None:
+        self.module: Any = None
         self.state: set[int] = set()
+        self.parameters: dict[int, list[nn.Parameter]] = {}
         self.moved: dict[int, torch.UntypedStorage] = {}
-        self._made: dict[int, Any] = dict(replaced or {})
-        self._makers: dict[type, Callable[[Twin, Any], Any]] = {}
-        self._pickling: dict[type, bool] = {}
-        self._kept_alive: list[object] = []  # so that no `id` is given twice
-        self.module: nn.Module = self._copy(module)
+        self.stand_in = stand_in
+        self.made: dict[int, Any] = {}  # what pickle does not make, by the `id` of the original
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.functions: dict[int, types.FunctionType] = {}
+        self.modules: list[nn.Module] = []
+        self.alive: list[object] = []  # so that no `id` is given twice, and what is referred to weakly stays
+        self._stream = io.BytesIO()
+        self._pickler, self._unpickler = _Pickler(self._stream, self), _Unpickler(self._stream, self)
 
-    @classmethod
-    def itself(cls, module: nn.Module) -> Twin:
-        """A module that must be run itself."""
-        twin = cls(nn.Identity())
-        twin.module = module
-        return twin
-
-    def owning_what_it_writes(self) -> AbstractContextManager[None]:
-        """Inside, a parameter that is written to becomes the twin's own: first-call initialisation, for instance.
-
-        It costs some microseconds for each operation.
-        """
+    def guarding(self) -> CopyOnWrite:
+        """Inside, a parameter that is written to becomes the twin's own: first-call initialisation, for instance."""
         return CopyOnWrite(self.parameters, self.moved)
 
-    def _copy(self, value: Any) -> Any:
-        kind = type(value)
-        if kind in _ATOMS:
+    def borrowed(self, value: Any) -> Any:
+        """What passes for `value` in its own methods, and copies each of its attributes when that is asked for."""
+        if id(value) not in self.made:
+            made = Borrowed(self, value)
+            self.take(value, made)
+            if "_trainer" in vars(value):
+                vars(made).update(log=_silent, log_dict=_silent)
+            if isinstance(value, nn.Module) and _sets_more_than_flags(type(value)):
+                made.train(False)
+        return self.made[id(value)]
+
+    def attribute(self, name: str, part: Any) -> Any:
+        """A copy of one attribute of an object that is borrowed."""
+        if name in _NO_ONE:
+            return self.stand_in(self, part)
+        return type(part)() if name in _BACKWARD else self.copy(part)
+
+    def copy(self, value: Any) -> Any:
+        """A copy of any object; of what was copied before, the same one.
+
+        Raises:
+            TypeError: If an object in it has a way of its own of being copied, and that fails.
+        """
+        if type(value) in _ATOMS:
             return value
-        made = self._made.get(id(value), _NOT_YET)
-        if made is not _NOT_YET:
-            return made
-        if kind not in self._makers:
-            self._makers[kind] = next((make for kinds, make in _MAKERS if isinstance(value, kinds)), Twin._any_other)
-        made = self._makers[kind](self, value)
-        if id(value) not in self._made:
-            self._remember(value, made)
-        return self._made[id(value)]
-
-    def _remember(self, value: object, made: object) -> None:
-        self._made[id(value)] = made
-        self._kept_alive.append(value)
-
-    def _any_other(self, value: Any) -> Any:
-        return self._object(value) if _is_plain(value) else value
-
-    def _module(self, value: nn.Module) -> Any:
-        if (inner := unwrapped(value)) is not value:
-            return self._copy(inner)
-        if isinstance(value, torch.jit.ScriptModule):
-            return value
-        made = type(value).__new__(type(value))
-        self._remember(value, made)
-        kind = type(value)
-        if kind not in self._pickling:
-            self._pickling[kind] = _pickles_itself(kind)
-        if self._pickling[kind] and not is_parametrized(value):
-            own: dict[str, Any] = kind.__getstate__(value)  # type: ignore[no-untyped-call]
-            kept = {name: part for name, part in vars(value).items() if name in _NO_ONE}
-            # A torchmetrics' `update` is bound to the metric again.
-            made.__setstate__(self._attributes(own | kept))  # type: ignore[no-untyped-call]
-        else:
-            made.__dict__.update(self._attributes(vars(value)))
-        if "_trainer" in made.__dict__:
-            made.__dict__ |= {"log": _silent, "log_dict": _silent}
-        made.__dict__["training"] = False
-        return made
-
-    def _attributes(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
-        """Copies of a module's; thousands in a model, most of them constants and empty containers."""
-        made: dict[str, Any] = {}
-        for name, part in attributes.items():
-            kind = type(part)
-            if kind in _ATOMS:
-                made[name] = part
-            elif name in _NOT_TAKEN or (name in _BOOKKEEPING and not part):
-                made[name] = kind()
-            elif name in _PARTS and kind is dict:
-                made[name] = {key: self._copy(value) for key, value in part.items()}
-            elif name in _NO_ONE:
-                made[name] = self._made.get(id(part))
-            else:
-                made[name] = self._copy(part)
-        return made
-
-    def _parameter(self, value: nn.Parameter) -> Any:
-        if isinstance(value, UninitializedParameter):
-            return _uninitialised(value, requires_grad=False)
-        made = nn.Parameter(value.detach(), requires_grad=False)
-        if place := address(made):  # 0 would stand for every tensor without memory of its own
-            self.parameters.setdefault(place, []).append(made)
-        return made
-
-    def _tensor(self, value: Tensor) -> Any:
-        if isinstance(value, UninitializedBuffer):
-            return _uninitialised(value)
-        made = value.detach().clone()
-        self.state |= {address(made)} - {0}
-        return made
-
-    def _container(self, value: Any) -> Any:
-        made = copy.copy(value)  # keeps a subclass, a default factory, a greatest length
-        self._remember(value, made)
-        if isinstance(made, dict):
-            for key in list(made):
-                dict.__setitem__(made, key, self._copy(made[key]))
-        elif isinstance(made, set):
-            items = [self._copy(item) for item in made]
-            made.clear()
-            made.update(items)
-        else:
-            for index, item in enumerate(list(made)):
-                made[index] = self._copy(item)
-        return made
-
-    def _tuple(self, value: Any) -> Any:
-        items = [self._copy(item) for item in value]
-        if all(one is other for one, other in zip(items, value, strict=True)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-
-    def _method(self, value: types.MethodType) -> Any:
-        return types.MethodType(value.__func__, self._copy(value.__self__))
-
-    def _partial(self, value: functools.partial[Any]) -> Any:
-        kwargs = {name: self._copy(given) for name, given in value.keywords.items()}
-        return functools.partial(self._copy(value.func), *map(self._copy, value.args), **kwargs)
-
-    def _function(self, value: types.FunctionType) -> Any:
-        """The function with copies of the variables that it closes over, or itself if there are none to copy."""
-        cells = value.__closure__ or ()
-        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, (*cells,))
-        self._remember(value, made)
-        copied = tuple(self._cell(cell) for cell in cells)
-        defaults = self._copy(value.__defaults__)
-        if all(one is other for one, other in zip(copied, cells, strict=True)) and defaults is value.__defaults__:
-            self._made[id(value)] = value
-            return value
-        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, copied)
-        made.__kwdefaults__ = self._copy(value.__kwdefaults__)
-        made.__dict__.update(value.__dict__)
-        self._made[id(value)] = made
-        return made
-
-    def _cell(self, cell: types.CellType) -> types.CellType:
+        self._stream.seek(0)
+        self._stream.truncate()
+        before = len(self.modules)
         try:
-            content = cell.cell_contents
-        except ValueError:  # an empty one
-            return cell
-        made = self._copy(content)
-        return cell if made is content else types.CellType(made)
-
-    def _handle(self, value: RemovableHandle) -> RemovableHandle:
-        made = copy.copy(value)
-        hooks = value.hooks_dict_ref()
-        if hooks is not None:
-            made.hooks_dict_ref = weakref.ref(self._copy(hooks))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of iterators, which later Pythons do not copy
+                self._pickler.dump(value)
+                self._stream.seek(0)
+                made = self._unpickler.load()
+            self._evaluate(self.modules[before:])
+        except Exception as error:
+            raise TypeError(
+                f"Expected an object that can be copied, but copying {type(value).__name__} failed: {error!r}."
+            ) from error
         return made
 
-    def _reference(self, value: weakref.ReferenceType[Any]) -> Any:
-        target = value()
-        return weakref.ref(self._copy(target)) if isinstance(target, nn.Module) else value
+    def take(self, value: object, made: object) -> tuple[Any, ...]:
+        """Let `made` be the copy of `value`."""
+        self.made[id(value)] = made
+        self.alive.append(value)
+        return _taken, (id(value),)
 
-    def _torch_generator(self, value: torch.Generator) -> torch.Generator:
-        return torch.Generator(value.device).set_state(value.get_state())
+    def close(self) -> None:
+        """Let go of all copies, so that none waits for Python's collector; no `__del__` of the user's is run."""
+        for module in self.modules:
+            if hasattr(type(module), "__del__"):
+                module.__class__ = nn.Module
+        for kept in (self.modules, self.alive, self.made, self.functions):
+            kept.clear()  # type: ignore[attr-defined]
+        del self._pickler, self._unpickler
 
-    def _object(self, value: Any) -> Any:
-        kind: Any = type(value)
-        made = kind.__new__(kind)
-        self._remember(value, made)
-        made.__dict__.update({name: self._copy(part) for name, part in vars(value).items()})
-        return made
-
-
-_MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
-    ((int, float, complex, str, bytes, type, types.ModuleType), lambda _, value: value),
-    (nn.Module, Twin._module),
-    (nn.Parameter, Twin._parameter),
-    (Tensor, Twin._tensor),
-    (_CONTAINERS, Twin._container),
-    (tuple, Twin._tuple),
-    (types.MethodType, Twin._method),
-    (functools.partial, Twin._partial),
-    (types.FunctionType, Twin._function),
-    (RemovableHandle, Twin._handle),
-    (weakref.ReferenceType, Twin._reference),
-    (torch.Generator, Twin._torch_generator),
-    (np.ndarray, lambda _, value: value.copy()),
-    (_GENERATORS, lambda _, value: copy.deepcopy(value)),
-]
+    def _evaluate(self, modules: list[nn.Module]) -> None:
+        """Put new modules into evaluation mode, outermost first: `train` may be overridden, and set more than a flag."""
+        told: set[nn.Module] = set()
+        for module in reversed(modules):
+            if _sets_more_than_flags(type(module)) and module not in told:
+                told.update(module.modules())
+                with self.guarding():
+                    module.train(False)
+        for module in modules:
+            vars(module)["training"] = False
 
 
-def shallow_twin(value: Any) -> Any:
-    """A copy of any object whose attributes are copied as a twin's are."""
-    made, twin = copy.copy(value), Twin(nn.Identity())
-    made.__dict__.update({name: twin._copy(part) for name, part in vars(value).items()})
+class _Pickler(pickle.Pickler):
+    """Says of all but the plainest objects how they are copied, in the form of `object.__reduce__`."""
+
+    def __init__(self, stream: io.BytesIO, twin: Twin) -> None:
+        super().__init__(stream, pickle.HIGHEST_PROTOCOL)
+        self._twin = twin
+        self._ways: dict[type, Callable[[Twin, Any], Any]] = {}
+
+    def reducer_override(self, value: Any) -> Any:
+        twin, kind = self._twin, type(value)
+        if kind is types.FunctionType and value in _OURS:
+            return NotImplemented  # by its name
+        if id(value) in twin.made:
+            return _taken, (id(value),)
+        if kind not in self._ways:
+            self._ways[kind] = next((way for kinds, way in _WAYS if issubclass(kind, kinds)), _object)
+        way = self._ways[kind]
+        if way in (_object, _module) and (made := twin.stand_in(twin, value)) is not None:
+            return twin.take(value, made)
+        return way(twin, value)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, twin: Twin) -> None:
+        super().__init__(stream)
+        self._twin = twin
+
+    def find_class(self, module: str, name: str) -> Any:
+        return functools.partial(globals()[name], self._twin)
+
+
+def _shared(twin: Twin, value: Any) -> Any:
+    return twin.take(value, value)
+
+
+def _refused(twin: Twin, value: Any) -> Any:
+    return twin.take(value, Uncopied(type(value).__name__))
+
+
+def _module(twin: Twin, value: nn.Module) -> Any:
+    if (inner := unwrapped(value)) is not value:
+        return _same, (inner,)
+    if isinstance(value, torch.jit.ScriptModule):
+        return twin.take(value, value.__deepcopy__({}).eval())  # type: ignore[operator]
+    own = vars(value)
+    # Empty ones are made anew, as there are thousands in a model.
+    state = {name: part for name, part in own.items() if name not in _LEFT_OUT and (name not in _BOOKKEEPING or part)}
+    state |= {name: twin.stand_in(twin, own[name]) for name in _NO_ONE if name in own}
+    return object.__new__, (type(value),), state, None, None, _fill_module
+
+
+def _fill_module(twin: Twin, made: nn.Module, state: dict[str, Any]) -> None:
+    own = vars(made)
+    own.update(state)
+    for name, kind in _BOOKKEEPING.items():
+        if name not in own:
+            own[name] = kind()
+    if "_trainer" in own:
+        own.update(log=_silent, log_dict=_silent)
+    twin.modules.append(made)
+
+
+def _tensor(twin: Twin, value: Tensor) -> Any:
+    if isinstance(value, nn.Parameter):
+        made: Any = _parameter(twin, value)
+    elif isinstance(value, UninitializedBuffer):
+        made = type(value)(device=value.device, dtype=value.dtype)
+    else:
+        made = _own_tensor(twin, value)
+    way = twin.take(value, made)
+    return (*way, dict(vars(value)), None, None, _fill) if getattr(value, "__dict__", None) else way
+
+
+def _parameter(twin: Twin, value: nn.Parameter) -> nn.Parameter:
+    if isinstance(value, UninitializedParameter):
+        return type(value)(requires_grad=False, device=value.device, dtype=value.dtype)  # type: ignore[no-untyped-call]
+    if type(value) is not nn.Parameter and issubclass(type(value), nn.Parameter):
+        with torch._C.DisableTorchFunctionSubclass():
+            made = Tensor._make_subclass(type(value), value.detach(), False)
+    else:
+        made = nn.Parameter(value.detach(), requires_grad=False)
+    if place := address(made):  # 0 would stand for every tensor without memory of its own
+        twin.parameters.setdefault(place, []).append(made)
     return made
 
 
-def _uninitialised(value: Any, **options: Any) -> Any:
-    return type(value)(device=value.device, dtype=value.dtype, **options)
+def _own_tensor(twin: Twin, value: Tensor) -> Tensor:
+    """A tensor with memory of its own, which it shares with the copies of other views of the same memory."""
+    place = address(value)
+    if place in twin.parameters:
+        return value.detach()  # its memory is guarded
+    made = value.detach()
+    if type(value) is not Tensor or not place or value.layout is not torch.strided or value.is_conj() or value.is_neg():
+        made = made.clone()
+    else:
+        span = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+        span = span if value.numel() else 0
+        memory = value.untyped_storage()
+        if memory.nbytes() > 2 * span * value.element_size() + _SLACK:
+            made = made.as_strided((span,), (1,)).clone().as_strided(value.shape, value.stride(), 0)
+        else:
+            if place not in twin.storages:
+                twin.storages[place] = memory.clone()  # type: ignore[no-untyped-call]
+            made = owned_view(twin.storages[place], value)
+    twin.state |= {address(made)} - {0}
+    return made
 
 
-def _pickles_itself(kind: Any) -> bool:
-    own = getattr(kind, "__getstate__", None)
-    return own is not None and all(own is not getattr(base, "__getstate__", None) for base in (object, nn.Module))
+def _torch_generator(twin: Twin, value: torch.Generator) -> Any:
+    return twin.take(value, torch.Generator(value.device).set_state(value.get_state()))
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether an object is no more than its attributes: copied one by one, they make another."""
+def _function(twin: Twin, value: types.FunctionType) -> Any:
+    """A function of its own where it holds anything that can change: what it closes over, defaults, attributes."""
+    defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    holds = value.__closure__ or vars(value) or any(type(default) not in _ATOMS for default in defaults)
+    if not holds or _is_global(value):
+        return twin.take(value, value)
+    twin.functions[id(value)] = value
+    state = (value.__defaults__, value.__kwdefaults__, dict(vars(value)))
+    return _function_like, (id(value), value.__closure__), state, None, None, _fill_function
+
+
+def _function_like(twin: Twin, place: int, closure: Any) -> types.FunctionType:
+    value = twin.functions[place]
+    made = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, closure)
+    made.__qualname__, made.__module__ = value.__qualname__, value.__module__
+    return made
+
+
+def _fill_function(_: Twin, made: types.FunctionType, state: tuple[Any, Any, dict[str, Any]]) -> None:
+    made.__defaults__, made.__kwdefaults__, attributes = state
+    made.__dict__.update(attributes)
+
+
+def _cell(_: Twin, value: types.CellType) -> Any:
+    try:
+        content = value.cell_contents
+    except ValueError:  # an empty one
+        return types.CellType, ()
+    return types.CellType, (), content, None, None, _fill_cell
+
+
+def _fill_cell(_: Twin, made: types.CellType, content: Any) -> None:
+    made.cell_contents = content
+
+
+def _builtin(twin: Twin, value: Any) -> Any:
+    """A method of an object is one of its copy."""
+    owner = getattr(value, "__self__", None)
+    return _shared(twin, value) if owner is None or isinstance(owner, types.ModuleType | type) else _reduced(twin, value)
+
+
+def _cached(twin: Twin, value: Any) -> Any:
+    """A function that remembers its results remembers others."""
+    if _is_global(value):
+        return _shared(twin, value)
+    return _cached_again, (value.__wrapped__, *value.cache_parameters().values())
+
+
+def _cached_again(_: Twin, function: Any, maxsize: int | None, typed: bool) -> Any:
+    return functools.lru_cache(maxsize, typed)(function)
+
+
+def _reference(twin: Twin, value: Any) -> Any:
+    target = value()
+    return _shared(twin, value) if target is None else (_refer, (target,))
+
+
+def _refer(twin: Twin, target: Any) -> Any:
+    twin.alive.append(target)
+    return weakref.ref(target)
+
+
+def _proxy(_: Twin, value: Any) -> Any:
+    return _refer_by_proxy, (value.__repr__.__self__,)
+
+
+def _refer_by_proxy(twin: Twin, target: Any) -> Any:
+    twin.alive.append(target)
+    return weakref.proxy(target)
+
+
+def _object(twin: Twin, value: Any) -> Any:
     kind: Any = type(value)
-    return (
-        hasattr(value, "__dict__")
-        and kind.__new__ in _PLAIN
-        and kind.__reduce_ex__ is object.__reduce_ex__
-        and not _pickles_itself(kind)
-        and not isinstance(value, torch.utils.data.Dataset | torch.utils.data.DataLoader)
-        and not any(base.__module__.split(".")[0] in _SHARED for base in kind.__mro__)
-        and not callable(getattr(value, "__enter__", None))
-    )
+    if kind.__module__.partition(".")[0] in _LIBRARIES and not isinstance(value, tuple | dict | RemovableHandle):
+        return _shared(twin, value)
+    if hasattr(kind, "__del__"):
+        return _refused(twin, value)  # what it does at its end, a copy would do before
+    plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
+    if not plain or kind in copyreg.dispatch_table:
+        return _reduced(twin, value)
+    try:
+        object.__new__(kind)
+    except TypeError:  # it has memory that Python does not see
+        return _reduced(twin, value)
+    state = dict(getattr(value, "__dict__", ()))
+    for name in copyreg._slotnames(kind):  # type: ignore[attr-defined]
+        if name not in state and hasattr(value, name):
+            state[name] = getattr(value, name)
+    return object.__new__, (kind,), state, None, None, _fill
+
+
+def _fill(_: Twin, made: Any, state: dict[str, Any]) -> None:
+    for name, part in state.items():
+        object.__setattr__(made, name, part)
+
+
+def _reduced(twin: Twin, value: Any) -> Any:
+    """In the object's own way, as it is pickled."""
+    try:
+        way = copyreg.dispatch_table.get(type(value))
+        reduced = value.__reduce_ex__(pickle.HIGHEST_PROTOCOL) if way is None else way(value)
+    except Exception:  # as open files, sockets and running generators
+        return _refused(twin, value)
+    return _shared(twin, value) if isinstance(reduced, str) else reduced
+
+
+def _same(_: Twin, value: Any) -> Any:
+    return value
+
+
+def _taken(twin: Twin, place: int) -> object:
+    return twin.made[place]
 
 
 def _silent(*_args: Any, **_kwargs: Any) -> None:
     """What a twin logs goes nowhere."""
+
+
+def _sets_more_than_flags(kind: type[nn.Module]) -> bool:
+    return kind.train is not nn.Module.train
+
+
+def _is_global(value: Any) -> bool:
+    found: Any = sys.modules.get(value.__module__)
+    for name in value.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is value
+
+
+# Those that make copies are told the twin, and are found by their name.
+_OURS = {
+    _cached_again, _fill, _fill_cell, _fill_function, _fill_module, _function_like, _refer, _refer_by_proxy, _same, _taken,
+}  # fmt: skip
+_LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
+_WAYS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
+    (nn.Module, _module),
+    (Tensor, _tensor),
+    ((type, types.ModuleType, types.CodeType, property, types.MethodDescriptorType), _shared),
+    (types.FunctionType, _function),
+    (types.CellType, _cell),
+    (types.MethodType, lambda _, value: (types.MethodType, (value.__func__, value.__self__))),
+    (types.BuiltinFunctionType, _builtin),
+    (type(functools.lru_cache(len)), _cached),
+    (weakref.ReferenceType, _reference),
+    ((weakref.ProxyType, weakref.CallableProxyType), _proxy),
+    (torch.Generator, _torch_generator),
+    (_LOCK, lambda twin, value: twin.take(value, threading.Lock())),
+    (_RLOCK, lambda twin, value: twin.take(value, threading.RLock())),
+    ((torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.utils.data.DataLoader), _refused),
+]
