@@ -7,7 +7,7 @@ import itertools
 import random
 import types
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,28 +24,41 @@ def cloned(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, lambda part: part.detach().clone())
 
 
-def picked(batch: Any, rows: list[int], count: int) -> Any:
+def picked(batch: Any, rows: list[int], count: int, leaves: Collection[int] | None = None) -> Any:
     """Some rows of a batch of any form, which holds `count` of them: what has as many rows is picked from.
+
+    Args:
+        batch: Any batch.
+        rows: Which rows.
+        count: Rows of the batch.
+        leaves: Places of the tensors that have a row for each image, as `trace.leaves_of` counts them; None: all that
+            have as many rows.
 
     Example:
         >>> picked({"image": torch.arange(3), "size": (4, 4), "names": ["a", "b", "c"]}, [2, 0], 3)
         {'image': tensor([2, 0]), 'size': (4, 4), 'names': ['c', 'a']}
     """
+    return _picked(batch, rows, count, leaves, itertools.count())
+
+
+def _picked(batch: Any, rows: list[int], count: int, leaves: Collection[int] | None, place: Iterator[int]) -> Any:
     if isinstance(batch, Tensor | np.ndarray):
-        if batch.ndim > 0 and len(batch) == count:
+        is_of_images = not isinstance(batch, Tensor) or next(place) in (leaves or ()) or leaves is None
+        if batch.ndim > 0 and len(batch) == count and is_of_images:
             return batch[rows]
         return batch.clone() if isinstance(batch, Tensor) else batch.copy()
+    more = (rows, count, leaves, place)
     if isinstance(batch, dict):
-        parts = {key: picked(part, rows, count) for key, part in batch.items()}
+        parts = {key: _picked(part, *more) for key, part in batch.items()}
         return type(batch)(parts) if type(batch) is dict else _like(batch, parts)
     if isinstance(batch, list | tuple):
         if len(batch) == count and not any(has_rows(part, count) for part in batch):
             items: Any = [batch[row] for row in rows]
         else:
-            items = [picked(part, rows, count) for part in batch]
+            items = [_picked(part, *more) for part in batch]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     if hasattr(batch, "__dict__") and not isinstance(batch, type | types.FunctionType | random.Random):
-        return _like(batch, {}, {name: picked(part, rows, count) for name, part in vars(batch).items()})
+        return _like(batch, {}, {name: _picked(part, *more) for name, part in vars(batch).items()})
     return batch
 
 

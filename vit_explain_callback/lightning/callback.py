@@ -11,6 +11,7 @@ from vit_explain_callback.lightning._compat import Callback, LightningModule, Tr
 from vit_explain_callback.lightning.batches import Watched, images_and_labels
 from vit_explain_callback.lightning.fit import Fit
 from vit_explain_callback.lightning.settings import Display, Schedule, Settings
+from vit_explain_callback.lightning.watch import StepWatch
 from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
@@ -18,6 +19,7 @@ from vit_explain_callback.tracking.checks import RemovalOrAuto
 from vit_explain_callback.tracking.scalars import Detail
 from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.vit.adapter import LogitsOf
+from vit_explain_callback.vit.losses import Task
 
 _METHODS = ("rollout", "grad_rollout")
 
@@ -109,7 +111,9 @@ class ViTExplainCallback(Callback):
         mean: Mean with which images were normalised, to undo it for display. Default: the timm model's own, or, where
             there is none, the range of the images is stretched.
         std: Standard deviation, likewise.
-        forward: How to get logits (B, C) from the LightningModule and images, if not by its own `forward(images)`.
+        forward: How to get logits (B, C) from the LightningModule and images, if not those that the loss of its step
+            is computed of.
+        task: What the outputs are, `"classification"`, `"multilabel"` or `"regression"`, if not what the loss says.
         prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
         grid_size: Patches as (grid_h, grid_w), likewise.
         batch_size: Images explained in one pass; None takes all at once.
@@ -146,6 +150,7 @@ class ViTExplainCallback(Callback):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         forward: LogitsOf | None = None,
+        task: Task | None = None,
         prefix_tokens: int | None = None,
         grid_size: tuple[int, int] | None = None,
         batch_size: int | None = None,
@@ -174,6 +179,7 @@ class ViTExplainCallback(Callback):
             report=report,
             detail=detail,
             on_error=on_error,
+            task=task,
         )
         names = [method.name for method in self.settings.methods]
         asked = {"methods": (names, list(_METHODS)), "target": (str(target), "label"), "vit": (vit, None)}
@@ -181,7 +187,7 @@ class ViTExplainCallback(Callback):
         self._state_key = self._generate_state_key(**other) if other else type(self).__qualname__
         self._fit: Fit | None = None
         self._state: dict[str, Any] | None = None
-        self._watched = Watched(num_images)
+        self._watched, self._step = Watched(num_images), StepWatch()
 
     @property
     def tracker(self) -> ExplanationTracker | None:
@@ -191,7 +197,8 @@ class ViTExplainCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that everything asked for can work."""
         if stage == "fit":
-            self._fit, self._state, self._watched = None, None, Watched(self.settings.num_images)
+            self._fit, self._state = None, None
+            self._watched, self._step = Watched(self.settings.num_images), StepWatch()
             if self.settings.given is None and not trainer.enable_validation:
                 raise ValueError(
                     "Expected a validation loader (and a `validation_step`) to take the probe images from, but there "
@@ -201,7 +208,7 @@ class ViTExplainCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the probe images and take the baseline, unless a checkpoint brought one."""
         place = _ours(trainer).index(self)
-        self._fit = Fit(self.settings, trainer, pl_module, self._state, self._watched, place)
+        self._fit = Fit(self.settings, trainer, pl_module, self._state, self._watched, self._step, place)
         self._fit.begin()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -218,8 +225,14 @@ class ViTExplainCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Keep images of validation data that cannot be read otherwise."""
-        if trainer.state.fn == "fit" and self.settings.given is None and (self._fit is None or self._fit.watches):
-            self._watched.take(batch)
+        if trainer.state.fn == "fit" and (self._fit is None or self._fit.watches):
+            if self.settings.given is None:
+                self._watched.take(batch)
+            self._step.begin(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Watch no step any longer."""
+        self._step.end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a snapshot with each validation of the fit, unless another schedule was asked for."""

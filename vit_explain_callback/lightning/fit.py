@@ -18,6 +18,7 @@ from vit_explain_callback.lightning.loggers import LoggerWriter, renamed
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.strategy import ranks_of
 from vit_explain_callback.lightning.subject import Subject
+from vit_explain_callback.lightning.watch import StepWatch
 from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.guard import Guard, raised_by_us
 from vit_explain_callback.tracking.probe import Probe
@@ -36,6 +37,7 @@ class Fit:
         pl_module: What it trains.
         state: Of the run that is resumed, or None.
         watched: Holds the validation images that went by before.
+        step: Holds what was seen of the first validation step.
         place: Of this callback among several in one trainer; each has tags and a folder of its own.
 
     Attributes:
@@ -49,11 +51,12 @@ class Fit:
         pl_module: LightningModule,
         state: Mapping[str, Any] | None,
         watched: Watched,
+        step: StepWatch,
         place: int = 0,
     ) -> None:
         self.tracker: ExplanationTracker | None = None
         self._settings, self._trainer, self._module, self._state = settings, trainer, pl_module, state
-        self._watched = watched
+        self._watched, self._step = watched, step
         self._guard = Guard(settings.on_error)
         self._last_step = trainer.global_step
         self._published: dict[str, Tensor] = {}
@@ -154,7 +157,8 @@ class Fit:
         """The tracker, made once there are images to explain."""
         if self.tracker is None:
             settings, ranks = self._settings, ranks_of(self._trainer)
-            subject = Subject.of(settings, self._trainer, self._module, ranks, self._watched)
+            trace = self._step.trace
+            subject = Subject.of(settings, self._trainer, self._module, ranks, self._watched, trace)
             if subject is None:
                 return None
             folder = run_folder(self._trainer, self._guard)
@@ -199,7 +203,8 @@ class Fit:
         if settings.save_maps and folder.is_made:
             where.append(f"vit-explain report {quoted(folder)}")
         seen = f"; to see them: {' or '.join(where)}" if where else ""
-        return f"ViTExplainCallback watches {subject.explainer.name}: {methods} of {images}, {settings.schedule}{seen}"
+        what = f" ({subject.words})" if subject.words else ""
+        return f"ViTExplainCallback watches {subject.explainer.name}{what}: {methods} of {images}, {settings.schedule}{seen}"
 
     def _writers(self, folder: RunFolder) -> tuple[Writer, ...]:
         """Every logger, and a folder where none of them shows pictures; nothing but on the first process."""

@@ -17,6 +17,7 @@ from vit_explain_callback.tracking.checks import RemovalOrAuto
 from vit_explain_callback.tracking.guard import OnError
 from vit_explain_callback.tracking.probe import check_regions
 from vit_explain_callback.tracking.scalars import Detail
+from vit_explain_callback.vit.losses import Task
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Settings:
     report: bool
     detail: Detail
     on_error: OnError
+    task: Task | None = None
 
     @property
     def needs_vit(self) -> bool:
@@ -129,6 +131,8 @@ class Settings:
             _check_word("target", self.target, ("label", "prediction"), " or a class index")
         else:
             object.__setattr__(self, "target", _class_index(self.target))
+        if self.task is not None:
+            _check_word("task", self.task, ("classification", "multilabel", "regression"))
         _check_word("detail", self.detail, ("brief", "full"))
         _check_word("on_error", self.on_error, ("warn", "raise"))
         _check_word("removal", self.removal, ("mean_colour", "tokens", "auto"))

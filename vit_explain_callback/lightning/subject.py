@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from vit_explain_callback._checks import check_classifier
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.lightning._compat import LightningModule, Trainer
+from vit_explain_callback.lightning.adapter import LightningAdapter
 from vit_explain_callback.lightning.batches import Watched, images_and_labels
 from vit_explain_callback.lightning.data import class_names, probe_batch
+from vit_explain_callback.lightning.discover import Discovery
 from vit_explain_callback.lightning.evaluation import transferred
 from vit_explain_callback.lightning.settings import Settings
-from vit_explain_callback.lightning.step import LightningAdapter, watch
 from vit_explain_callback.lightning.strategy import explained_module, forward_of
+from vit_explain_callback.lightning.trace import StepTrace
 from vit_explain_callback.tracking.distributed import Ranks
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.vit.adapter import Adapter, PlainAdapter
@@ -33,15 +35,23 @@ class Subject:
         explainer: Of its module.
         probe: The images.
         is_first: Whether they are the first that validation gave, as others could not be had.
+        words: What is explained.
     """
 
     explainer: Explainer
     probe: Probe
     is_first: bool = False
+    words: str = ""
 
     @classmethod
     def of(
-        cls, settings: Settings, trainer: Trainer, module: LightningModule, ranks: Ranks, watched: Watched
+        cls,
+        settings: Settings,
+        trainer: Trainer,
+        module: LightningModule,
+        ranks: Ranks,
+        watched: Watched,
+        trace: StepTrace | None,
     ) -> Subject | None:
         """Take the images that the user gives, or validation images; None where these must be watched first.
 
@@ -58,22 +68,25 @@ class Subject:
             return cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
         # The first process collects, and gives the images to all.
         work = partial(_collected, trainer, settings.num_images, watched)
-        batch, is_ready = ranks.together(lambda: work() if ranks.rank == 0 else (None, False))[0]
+        gathered = ranks.together(lambda: (*work(), trace) if ranks.rank == 0 else (None, False, None))
+        batch, is_ready, trace = gathered[0]
         if batch is None:
             return None
         if settings.model.get("forward") is not None or is_sharded(module):
             images, labels = images_and_labels(_on_device(trainer, module, batch, is_ready))
             adapter = _called(settings, trainer, module)
             return cls._made(settings, trainer, module, adapter, images, labels, is_first=is_ready)
+        discovery = Discovery(module, trainer, vit, settings.needs_vit, settings.task)
         try:
-            seen = watch(module, trainer, batch, vit, is_ready, settings.needs_vit)
+            seen = discovery.of(batch, is_ready, trace)
         except RuntimeError:  # the step may be given another form: that of several loaders at once
             if is_ready or watched.batch is None or ranks.count > 1:
                 raise
-            seen, is_ready = watch(module, trainer, watched.batch, vit, True, settings.needs_vit), True
+            seen, is_ready = discovery.of(watched.batch, True, trace), True
         if seen.notice is not None:
             rank_zero_warn(f"ViTExplainCallback: {seen.notice}")
-        return cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels, is_first=is_ready)
+        made = cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels, is_first=is_ready)
+        return replace(made, words=seen.words)
 
     @classmethod
     def _made(
@@ -142,11 +155,13 @@ def _on_device(trainer: Trainer, module: LightningModule, batch: Any, is_ready: 
 
 def _called(settings: Settings, trainer: Trainer, module: LightningModule) -> Adapter:
     """The module, run by calling it, its ViT or the user's `forward`."""
-    vit, forward = settings.model.get("vit"), settings.model.get("forward")
+    vit, forward, task = settings.model.get("vit"), settings.model.get("forward"), settings.task
     model = explained_module(module, vit, forward, settings.needs_vit)
     if is_sharded(module):
-        return PlainAdapter(model, vit if model is module else None, forward or forward_of(trainer))
+        return PlainAdapter(
+            model, vit if model is module else None, forward or forward_of(trainer), task == "regression"
+        )
     if model is not module:
         check_classifier(model)
     path = "" if model is module else next(name for name, child in module.named_modules() if child is model)
-    return LightningAdapter(module, trainer, vit, part=path, forward=forward)
+    return LightningAdapter(module, trainer, vit, task or "classification", forward, (path,))

@@ -20,7 +20,7 @@ class Borrowed:
         source: The object; nothing is written to it.
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_borrowed_from", "_borrowed_by")
+    __slots__ = ("__dict__", "__weakref__", "_borrowed_by", "_borrowed_from")
 
     def __init__(self, twin: Twin, source: Any) -> None:
         object.__setattr__(self, "_borrowed_by", twin)
@@ -118,5 +118,19 @@ def _refuse(value: Any, *_: Any, **__: Any) -> Any:
     )
 
 
-for _name in ("call", "iter", "next", "len", "bool", "getitem", "setitem", "contains", "enter", "exit", "index", "add", "iadd"):
+for _name in (
+    "call",
+    "iter",
+    "next",
+    "len",
+    "bool",
+    "getitem",
+    "setitem",
+    "contains",
+    "enter",
+    "exit",
+    "index",
+    "add",
+    "iadd",
+):
     setattr(Uncopied, f"__{_name}__", _refuse)

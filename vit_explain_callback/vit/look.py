@@ -1,4 +1,4 @@
-"""Watch a model run once: what it was fed; of a ViT, which of several the outputs come from."""
+"""Run a model once with gradients: which of its modules is the Vision Transformer behind its outputs, and what it is fed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from vit_explain_callback.vit.capture import AttentionCall, AttentionRecorder
-from vit_explain_callback.vit.losses import Loss, LossWatcher
 from vit_explain_callback.vit.timm import is_timm_vit
 
 
@@ -19,35 +18,31 @@ class Look:
     """What was seen.
 
     Attributes:
-        losses: Those with a row of outputs for each image, losses of classes first.
+        outputs: What the run gave.
         fed: The first images, (B, C, H, W), that reached the ViT, or any module; None if none did.
         feed: Path of the module that was called with them.
         vit: Path of the ViT; None where it is no model of timm's, and nothing else says which module it is.
-        called: What the model itself was called with and gave, if it was called.
-        error: What stopped the run, if anything did.
     """
 
-    losses: list[Loss]
+    outputs: Tensor
     fed: Tensor | None
     feed: str
     vit: str | None
-    called: list[tuple[tuple[Any, ...], Any]]
-    error: Exception | None
 
 
-def look(model: nn.Module, run: Callable[[], object], vit: str | None = None) -> Look:
+def look(model: nn.Module, run: Callable[[], Tensor], vit: str | None = None, needs_vit: bool = True) -> Look:
     """Watch a model while `run` runs it.
 
     Args:
         model: A twin.
-        run: Runs it.
+        run: Runs it, and gives its outputs.
         vit: Path of the ViT, where the user says it.
+        needs_vit: Whether images are those that reach a ViT; else those that reach any module first.
 
     Raises:
-        ValueError: If the outputs come from several ViTs.
+        ValueError: If the outputs come from several ViTs, or not from the one at `vit`.
     """
     images: list[tuple[str, Tensor]] = []
-    called: list[tuple[tuple[Any, ...], Any]] = []
     names = {module: name for name, module in model.named_modules()}
     lists = {name: _list_around(model, name) for name in names.values()}
 
@@ -65,57 +60,23 @@ def look(model: nn.Module, run: Callable[[], object], vit: str | None = None) ->
         return tuple(map(noted, args)), {name: noted(part) for name, part in kwargs.items()}
 
     recorder = AttentionRecorder(model, begins_graph=True)
-    with recorder:
-        losses, error = _watched(model, run, enter, called)
-    outputs = losses[0].outputs if losses else _first_tensor([output for _, output in called])
-    found = _vit(model, _read(recorder.calls, outputs), images, vit)
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in names]
+    try:
+        with torch.enable_grad(), recorder:
+            outputs = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    read = _read(recorder.calls, outputs)
+    found = _vit(model, read, images, vit) if needs_vit else None
+    if vit is not None and read and not any(_within(call.module, vit) for call in read):
+        raise ValueError(
+            f"Expected the outputs to depend on the Vision Transformer at `vit={vit!r}`, but they come from "
+            f"`{read[0].module}`. Leave `vit` out, or give the outputs that depend on it with `forward=`."
+        )
     inside = [(path, given) for path, given in images if f"{path}.".startswith(f"{found}." if found else "")]
     feed, fed = inside[0] if inside else ("", None)
-    of_images = [loss for loss in losses if fed is not None and loss.is_of(len(fed))]
-    return Look(of_images, None if fed is None else fed.detach(), feed, found, called, error)
-
-
-def look_at_any(model: nn.Module, run: Callable[[], object]) -> Look:
-    """Watch any model while `run` runs it: its images are the first floating-point (B, C, H, W) that a module is given.
-
-    Args:
-        model: A twin.
-        run: Runs it.
-    """
-    images: list[tuple[str, Tensor]] = []
-    called: list[tuple[tuple[Any, ...], Any]] = []
-    names = {module: name for name, module in model.named_modules()}
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for part in () if images else (*args, *kwargs.values()):
-            if isinstance(part, Tensor) and part.ndim == 4 and part.is_floating_point() and not images:
-                images.append((names[module], part.detach().clone()))  # a copy, as it may be normalised in place
-
-    losses, error = _watched(model, run, enter, called)
-    feed, fed = images[0] if images else ("", None)
-    of_images = [loss for loss in losses if fed is not None and loss.is_of(len(fed))]
-    return Look(of_images, fed, feed, None, called, error)
-
-
-def _watched(
-    model: nn.Module, run: Callable[[], object], enter: Callable[..., Any], called: list[tuple[tuple[Any, ...], Any]]
-) -> tuple[list[Loss], Exception | None]:
-    """Run a model with `enter` before every module, and note what the model itself was `called` with, and gave.
-
-    Returns:
-        Every loss, and what stopped the run, if anything did.
-    """
-    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
-    handles.append(model.register_forward_hook(lambda _, args, output: called.append((args, output))))
-    error: Exception | None = None
-    with torch.enable_grad(), LossWatcher() as watcher:
-        try:
-            run()
-        except Exception as raised:
-            error = raised
-    for handle in handles:
-        handle.remove()
-    return watcher.losses, error
+    return Look(outputs.detach(), fed, feed, found)
 
 
 def _read(calls: list[AttentionCall], outputs: Tensor | None) -> list[AttentionCall]:
@@ -162,8 +123,3 @@ def _list_around(model: nn.Module, path: str) -> str:
 
 def _within(path: str, outer: str) -> bool:
     return outer == "" or path.startswith(f"{outer}.")
-
-
-def _first_tensor(outputs: list[Any]) -> Tensor | None:
-    candidates = (getattr(output, "logits", output) for output in outputs)
-    return next((output for output in candidates if isinstance(output, Tensor)), None)

@@ -1,17 +1,26 @@
-"""Watch what a loss is computed of: logits and labels exactly as a model is trained with them."""
+"""See what a loss is computed of: logits and labels exactly as a model is trained with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
-_OF_CLASSES = {F.cross_entropy, F.nll_loss, F.multi_margin_loss}
+from vit_explain_callback.vit.flow import Flow
+
+Task: TypeAlias = Literal["classification", "multilabel", "regression"]
+Reading: TypeAlias = Literal["classes", "distribution", "yes_or_no", "numbers"]
+
+IMAGES, WEIGHTS, FIRST_FREE = 1, 2, 4
+"""Sources: the images, the weights of the model, and the first that has no meaning yet."""
+
+_OF_CLASSES = {F.cross_entropy, F.nll_loss, F.multi_margin_loss, F.kl_div}
 _BINARY = {
     F.binary_cross_entropy_with_logits,
     F.binary_cross_entropy,
@@ -20,7 +29,11 @@ _BINARY = {
 }
 _OF_QUANTITIES = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.gaussian_nll_loss}
 _OUT_OF_TORCH = {"numpy", "__array__", "__float__", "__int__", "__complex__"}
-_SQUASHING = {"log_softmax", "softmax", "sigmoid", "logsigmoid"}
+_SOFTMAX, _SIGMOID = {"log_softmax", "softmax", "logsumexp"}, {"sigmoid", "logsigmoid"}
+_DIFFERENCE = {"sub", "__sub__", "subtract", "rsub", "__rsub__", "__isub__", "sub_"}
+_PRODUCT = {"mul", "__mul__", "__rmul__", "multiply", "mul_", "__imul__", "where", "einsum"}
+_BY_NAME = ("input", "other", "target", "index")
+_PICKING = {"gather", "__getitem__", "take_along_dim", "masked_select"}
 
 
 @dataclass(frozen=True)
@@ -28,97 +41,221 @@ class Loss:
     """What a loss was computed of.
 
     Attributes:
-        name: Of the function.
+        name: Of the function, or of the operation in which outputs meet labels where it is written by hand.
         outputs: Logits (B, C) or (B,), or quantities, in the autograd graph if there is one.
         labels: (B,) class indices, -1 where an image has none that the outputs know; None where nothing is known.
-        regression: Whether the outputs are quantities.
+        task: What the outputs are.
+        reading: How labels are read off what the outputs were compared with.
+        target: What the outputs were compared with, (B,) or (B, C); None for other shapes.
+        counts: Whether the outputs depend on the images, and what they were compared with depends neither on these nor
+            on weights, as labels do not.
+        source: Of what is computed of this loss.
     """
 
     name: str
     outputs: Tensor
     labels: Tensor | None
-    regression: bool = False
+    task: Task = "classification"
+    reading: Reading = "classes"
+    target: Tensor | None = None
+    counts: bool = True
+    source: int = 0
+
+    @property
+    def regression(self) -> bool:
+        """Whether the outputs are quantities."""
+        return self.task == "regression"
 
     def is_of(self, images: int) -> bool:
         """Whether it has one row of outputs for each image."""
         return self.outputs.ndim in (1, 2) and len(self.outputs) == images
 
 
-class LossWatcher(TorchFunctionMode):
-    """Context manager that notes every loss function of `torch.nn.functional` that is called inside it.
+class LossRecorder(TorchFunctionMode):
+    """Context manager that notes every loss computed inside it, of `torch.nn.functional` or written by hand.
 
-    Log-probabilities and probabilities are traced back to the logits that they were made of.
+    Log-probabilities and probabilities are traced back to the logits that they were made of. Outputs that are compared
+    with something which itself depends on the images or on weights have no labels: they are embeddings, or a teacher's.
+
+    Args:
+        flow: What tensors are computed of; the images must be marked in it.
 
     Attributes:
-        losses: In the order of the calls; those of classes before those of quantities, and last the logits that went
-            into a softmax without a loss.
+        losses: In the order of the calls.
+        returned: Sources of what was differentiated, or is returned by the step.
+        failure: What kept something from being noted, if anything did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, flow: Flow | None = None) -> None:
         super().__init__()
-        self._losses: list[Loss] = []
-        self._squashed: dict[int, tuple[Tensor, Tensor]] = {}  # the result is kept, so that no `id` is given twice
-
-    @property
-    def losses(self) -> list[Loss]:
-        """In the order of the calls, losses of classes first."""
-        used = {id(loss.outputs) for loss in self._losses}
-        bare = [Loss("softmax", logits, None) for _, logits in self._squashed.values() if id(logits) not in used]
-        return sorted(self._losses, key=lambda loss: loss.regression) + bare
+        self.flow = flow or Flow()
+        self.losses: list[Loss] = []
+        self.returned = 0
+        self.failure: Exception | None = None
+        self._next_source = FIRST_FREE
+        self._logits: Any = WeakIdKeyDictionary()  # by what was computed of them, element by element
+        self._binary: Any = WeakIdKeyDictionary()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _OUT_OF_TORCH:  # allowed in a validation step, which has no gradients
+        name = getattr(func, "__name__", "")
+        if name in _OUT_OF_TORCH and torch.is_grad_enabled():  # allowed in a validation step, which has no gradients
             args = (args[0].detach(), *args[1:])
+        if name == "backward":
+            self.returned |= self.flow.of(args)
         result = func(*args, **kwargs)
-        given = [*args, *(kwargs[name] for name in ("input", "target", "index") if name in kwargs)]
-        if len(given) >= 1 and isinstance(given[0], Tensor) and isinstance(result, Tensor):
-            self._note(func, result, given)
+        given = [*args[name == "einsum" :], *(kwargs[key] for key in _BY_NAME if key in kwargs)]
+
+        def note() -> None:
+            if given and isinstance(result, Tensor):
+                self._note(func, name, given, result)
+            self.flow.computed(func, args, kwargs, result)
+
+        self.attempt(note)
         return result
 
-    def _note(self, func: Callable[..., Any], result: Tensor, given: list[Any]) -> None:
-        name = getattr(func, "__name__", "")
-        if name in _SQUASHING and given[0].ndim in (1, 2):
-            self._squashed[id(result)] = (result, given[0])
-        elif name == "gather" and id(given[0]) in self._squashed:  # a cross-entropy written by hand
-            index = next((part for part in given[1:] if isinstance(part, Tensor)), None)
-            logits = self._squashed[id(given[0])][1]
-            if index is not None and index.shape == (len(logits), 1):
-                self._losses.append(Loss("gather", logits, _classes(index[:, 0], logits)))
-        elif len(given) >= 2 and isinstance(given[1], Tensor):
-            self._note_loss(func, name, given[0], given[1])
+    def attempt(self, note: Callable[[], None]) -> None:
+        """Note something; the step that is watched must not fail where that does."""
+        if self.failure is None:
+            try:
+                note()
+            except Exception as error:
+                self.failure = error
 
-    def _note_loss(self, func: Callable[..., Any], name: str, outputs: Tensor, target: Tensor) -> None:
-        _, logits = self._squashed.get(id(outputs), (None, outputs))
-        if func in _OF_CLASSES:
-            self._losses.append(Loss(name, logits, _classes(target, logits)))
-        elif func in _BINARY:
+    def best(self, images: int) -> tuple[list[Loss], Loss | None]:
+        """The losses that the step returns and that have labels, those of classes first, and the one that counts.
+
+        None counts where the first is not one of outputs with a row for each image.
+        """
+        returned = [loss for loss in self.losses if loss.source & self.returned] or self.losses
+        ranked = sorted(
+            (loss for loss in returned if loss.counts),
+            key=lambda loss: ("classification", "multilabel", "regression").index(loss.task),
+        )
+        usable = [loss for loss in ranked if loss.is_of(images)]
+        dense = any(not loss.regression for loss in ranked if not loss.is_of(images))
+        return ranked, None if not usable or (usable[0].regression and dense) else usable[0]
+
+    def _note(self, func: Callable[..., Any], name: str, given: list[Any], result: Tensor) -> None:
+        first = given[0]
+        if func in _OF_CLASSES | _BINARY | _OF_QUANTITIES:
+            if len(given) > 1 and isinstance(first, Tensor) and isinstance(given[1], Tensor):
+                self._note_loss(func, name, first, given[1], result)
+        elif name in _SOFTMAX | _SIGMOID and isinstance(first, Tensor) and first.ndim in (1, 2):
+            logits = self._logits.get(first, first)
+            for tensor in (result, first) if name == "logsumexp" else (result,):
+                self._logits[tensor] = logits
+                self._binary[tensor] = name in _SIGMOID
+        else:
+            self._note_by_hand(name, given, result)
+
+    def _note_loss(self, func: Callable[..., Any], name: str, outputs: Tensor, target: Tensor, result: Tensor) -> None:
+        logits = self._logits.get(outputs, outputs)
+        if func in _OF_QUANTITIES and logits is outputs:
+            self._add(name, outputs, "numbers", target, result)
+        elif func in _OF_CLASSES:
+            self._add(name, logits, "classes", target, result)
+        else:
             if func is F.binary_cross_entropy and logits is outputs:
                 logits = torch.logit(outputs)
-            self._losses.append(Loss(name, logits, _positives(target)))
-        elif func in _OF_QUANTITIES:
-            self._losses.append(Loss(name, outputs, None, regression=True))
+                self.flow.mark(logits, self.flow.of(outputs))
+            self._add(name, logits, "yes_or_no", target, result)
+
+    def _note_by_hand(self, name: str, given: list[Any], result: Tensor) -> None:
+        """Where outputs meet labels in a loss that is written by hand."""
+        logits = next((self._logits[part] for part in given if isinstance(part, Tensor) and part in self._logits), None)
+        others = [part for part in _flat(given) if isinstance(part, Tensor) and part not in self._logits]
+        if logits is None:
+            outputs = [part for part in others if self.flow.of(part) & IMAGES]
+            targets = [part for part in others if not self.flow.of(part) & (IMAGES | WEIGHTS)]
+            if (
+                name in _DIFFERENCE
+                and len(outputs) == len(targets) == 1
+                and outputs[0].shape == targets[0].shape
+                and outputs[0].is_floating_point()
+                and 0 < outputs[0].ndim <= 2
+            ):
+                self._add(name, outputs[0], "numbers", targets[0], result)
+            return
+        binary = self._binary.get(next(part for part in given if isinstance(part, Tensor) and part in self._logits))
+        met = others[-1] if others else None
+        picks_rows = name == "__getitem__" and not (isinstance(given[1], tuple) and len(given[1]) == 2)
+        if name in _PICKING and met is not None and not (picks_rows and met.dtype != torch.bool):
+            self._note_picked(name, logits, met, result)
+        elif name in _PRODUCT | _DIFFERENCE and met is not None and met.shape == logits.shape and met.numel() > 1:
+            self._add(name, logits, "yes_or_no" if binary else "distribution", met, result)
+        if result.shape == logits.shape:  # element by element
+            self._logits[result], self._binary[result] = logits, binary
+
+    def _note_picked(self, name: str, logits: Tensor, index: Tensor, result: Tensor) -> None:
+        if index.dtype == torch.bool and index.shape == logits.shape:
+            self._add(name, logits, "distribution", index, result)
+        elif (
+            not index.is_floating_point()
+            and index.dtype != torch.bool
+            and index.shape in ((len(logits),), (len(logits), 1))
+        ):
+            self._add(name, logits, "classes", index, result)
+
+    def _add(self, name: str, outputs: Tensor, reading: Reading, target: Tensor, result: Tensor) -> None:
+        labels, task = read_labels(reading, target, outputs.shape[1] if outputs.ndim > 1 else 1)
+        source = self._next_source
+        self._next_source <<= 1
+        self.flow.mark(result, source)
+        of_labels = not self.flow.of(target) & (IMAGES | WEIGHTS)
+        counts = of_labels and bool(self.flow.of(outputs) & IMAGES)
+        if outputs.ndim > 2:  # nothing is kept of pictures
+            outputs = outputs.new_empty((0, *outputs.shape[1:]))
+        target_or_none = target if target.ndim <= 2 else None
+        self.losses.append(Loss(name, outputs, labels, task, reading, target_or_none, counts, source))
 
 
-def _classes(target: Tensor, logits: Tensor) -> Tensor | None:
-    """Labels of a loss over classes, which takes indices or a distribution."""
-    if target.is_floating_point():
-        return target.detach().argmax(dim=1) if target.ndim == 2 and target.shape == logits.shape else None
-    if target.ndim != 1 or logits.ndim != 2:
-        return None
-    target = target.detach().long()
-    return torch.where((target >= 0) & (target < logits.shape[1]), target, -1)
+def _flat(values: list[Any]) -> list[Any]:
+    return [part for value in values for part in (value if isinstance(value, list | tuple) else (value,))]
 
 
-def _positives(target: Tensor) -> Tensor | None:
-    """Labels of a loss that says yes or no: 0 or 1, or of several classes the one that is positive."""
+def read_labels(reading: Reading, target: Tensor, columns: int) -> tuple[Tensor | None, Task]:
+    """The class of each image, (B,), -1 where it has none that the outputs know, and what the outputs are.
+
+    Args:
+        reading: How the target is to be read.
+        target: What outputs were compared with.
+        columns: C, the number of outputs of an image.
+
+    Returns:
+        Labels, None where there are no classes or none is known, and the task.
+    """
     target = target.detach()
+    if reading == "numbers":
+        return None, "regression"
+    if reading == "yes_or_no":
+        return _yes_or_no(target)
+    if target.ndim == 2 and target.shape[1] == columns > 1:
+        return _of_distribution(target), "classification"
+    if target.is_floating_point() or target.numel() != len(target):
+        return None, "classification"
+    classes = target.reshape(-1).long()
+    return torch.where((classes >= 0) & (classes < max(columns, 2)), classes, -1), "classification"
+
+
+def _of_distribution(target: Tensor) -> Tensor | None:
+    """The likeliest class of each row, if rows are distributions over classes."""
+    rows = target.double()
+    is_one = bool(((rows.sum(dim=1) - 1).abs() < 1e-3).all() and (rows >= 0).all())
+    return rows.argmax(dim=1) if is_one else None
+
+
+def _yes_or_no(target: Tensor) -> tuple[Tensor | None, Task]:
+    """0 or 1; of several questions, the one yes of each image.
+
+    Where an image has several, or none, the questions are asked one by one, and no class is the label.
+    """
     if target.ndim == 1 or (target.ndim == 2 and target.shape[1] == 1):
         flat = target.reshape(-1).float()
-        return torch.where((flat >= 0) & (flat <= 1), (flat > 0.5).long(), -1)
-    if target.ndim != 2:
-        return None
+        return torch.where((flat >= 0) & (flat <= 1), (flat > 0.5).long(), -1), "classification"
     positive = target > 0.5
-    return torch.where(positive.sum(dim=1) == 1, positive.long().argmax(dim=1), -1)
+    if target.ndim == 2 and len(target) > 1 and (positive.sum(dim=1) == 1).all():
+        return positive.long().argmax(dim=1), "classification"
+    return None, "multilabel"

@@ -294,7 +294,9 @@ def _fill_cell(_: Twin, made: types.CellType, content: Any) -> None:
 def _builtin(twin: Twin, value: Any) -> Any:
     """A method of an object is one of its copy."""
     owner = getattr(value, "__self__", None)
-    return _shared(twin, value) if owner is None or isinstance(owner, types.ModuleType | type) else _reduced(twin, value)
+    return (
+        _shared(twin, value) if owner is None or isinstance(owner, types.ModuleType | type) else _reduced(twin, value)
+    )
 
 
 def _cached(twin: Twin, value: Any) -> Any:

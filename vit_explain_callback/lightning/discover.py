@@ -1,0 +1,310 @@
+"""Find out how a LightningModule turns probe images into the outputs that its loss is computed of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
+from vit_explain_callback.lightning.adapter import LightningAdapter
+from vit_explain_callback.lightning.batches import cloned, images_and_labels
+from vit_explain_callback.lightning.evaluation import StepName, evaluating, run_step, transferred
+from vit_explain_callback.lightning.trace import StepRecorder, StepTrace, leaves_of
+from vit_explain_callback.vit.isolation import preserved_random_state
+from vit_explain_callback.vit.look import Look, look
+from vit_explain_callback.vit.losses import Task, read_labels
+
+CURE = (
+    "Say how: `ViTExplainCallback(forward=lambda module, images: …)` gives logits (B, C) of images, `task=` says what "
+    "they are, `images=` gives the images themselves, and `vit=` the path of the ViT."
+)
+_WORDS = {"cross_entropy": "cross-entropy", "nll_loss": "negative log-likelihood", "mse_loss": "squared error"}
+_WORDS |= {"binary_cross_entropy_with_logits": "binary cross-entropy", "binary_cross_entropy": "binary cross-entropy"}
+_WORDS |= {"l1_loss": "absolute error", "multi_margin_loss": "margin loss", "kl_div": "Kullback-Leibler divergence"}
+
+
+@dataclass(frozen=True)
+class Discovered:
+    """How a module is to be run on a batch of probe images.
+
+    Attributes:
+        adapter: Runs it.
+        images: As they reach the ViT, (B, C, H, W), on the CPU.
+        labels: (B,), -1 where an image has none; None where none has.
+        words: What is explained.
+        notice: What the user should know of it, or None.
+    """
+
+    adapter: LightningAdapter
+    images: Tensor
+    labels: Tensor | None
+    words: str
+    notice: str | None = None
+
+
+class Discovery:
+    """Finds out how a module is run, from a step of the user's that was watched, or else from one run on a twin.
+
+    Args:
+        module: The LightningModule.
+        trainer: Its trainer.
+        vit: Path of the ViT, if the user says it.
+        needs_vit: Whether images are those that reach a ViT; else those that reach any module first.
+        task: What the outputs are, if the user says it.
+    """
+
+    def __init__(
+        self, module: LightningModule, trainer: Trainer, vit: str | None, needs_vit: bool, task: Task | None
+    ) -> None:
+        self._module, self._trainer = module, trainer
+        self._vit, self._needs_vit, self._task = vit, needs_vit, task
+
+    def of(self, batch: Any, is_ready: bool, watched: StepTrace | None) -> Discovered:
+        """How the module is run on a batch.
+
+        Args:
+            batch: Probe images in the user's own form.
+            is_ready: Whether it has been through the transfer hooks.
+            watched: What went by in the first validation step, if it was watched.
+
+        Raises:
+            ValueError: If no loss says what the outputs are, or they depend on more than an image each.
+            RuntimeError: If a step fails with the batch.
+        """
+        if is_ready:
+            batch = apply_to_collection(batch, Tensor, lambda part: part.to(self._module.device))
+        else:
+            batch = transferred(self._module, self._trainer, batch)
+        step: StepName = "validation_step"
+        if watched is not None and watched.loss is not None:
+            mapped = self._mapped(watched, batch)
+            trace = watched if mapped is not None else self._run(batch, step)
+            if trace.loss is None and trace.error is not None:
+                raise self._failed(trace.error)
+            inputs, labels = mapped if mapped is not None else (trace.inputs, trace.labels)
+        else:
+            step, trace, shown = self._first_with_loss(batch)
+            inputs, labels = trace.inputs, trace.labels
+            if shown is not None and inputs is not None and shown.shape == inputs.shape and not shown.equal(inputs):
+                inputs, labels = shown, self._sure_labels(batch, step, trace)
+        if trace.loss is None or inputs is None:
+            raise self._unconfirmed(step, trace)
+        if labels is None and trace.task == "classification":
+            labels = self._labels(batch, trace)
+        return self._discovered(batch, step, trace, inputs, labels, trace is not watched)
+
+    def _mapped(self, trace: StepTrace, batch: Any) -> tuple[Tensor, Tensor | None] | None:
+        """Inputs and labels read off a batch as the step that was watched takes them; None where it computes them."""
+        leaves = leaves_of(batch)
+        if trace.image_leaf is None or len(leaves) != trace.leaves:
+            return None
+        inputs = leaves[trace.image_leaf]
+        if trace.reading == "numbers":
+            return inputs.detach().cpu(), None
+        if trace.label_leaf is None or trace.outputs is None:
+            return None
+        columns = trace.outputs.shape[1] if trace.outputs.ndim > 1 else 1
+        labels, task = read_labels(trace.reading, leaves[trace.label_leaf], columns)
+        return (inputs.detach().cpu(), None if labels is None else labels.cpu()) if task == trace.task else None
+
+    def _first_with_loss(self, batch: Any) -> tuple[StepName, StepTrace, Tensor | None]:
+        """The first step that shows a loss, validation first, and the images of the validation."""
+        found: tuple[StepName, StepTrace] | None = None
+        shown: Tensor | None = None
+        failure: Exception | None = None
+        names: tuple[StepName, ...] = ("validation_step", "training_step")
+        for name in names:
+            if not is_overridden(name, self._module):
+                continue
+            trace = self._run(batch, name)
+            if name == "training_step" and trace.error is not None and trace.loss is None:
+                trace = self._run(batch, name, training=True)
+            failure = failure or trace.error
+            shown = trace.inputs if shown is None else shown
+            found = (name, trace) if found is None or trace.loss is not None else found
+            if trace.loss is not None:
+                break
+        if found is None or (found[1].loss is None and failure is not None):
+            raise self._failed(failure)
+        return (*found, shown)
+
+    def _run(self, batch: Any, step: StepName, seed: int | None = None, training: bool = False) -> StepTrace:
+        with evaluating(self._module, self._trainer) as twin, preserved_random_state(seed), torch.no_grad():
+            if training:
+                twin.module.train()
+            own = cloned(batch)
+            recorder = StepRecorder(twin.module, own, rows=None)
+            returned: object = None
+            error: Exception | None = None
+            with recorder.watching():
+                try:
+                    returned = run_step(twin.module, step, own)
+                except Exception as raised:
+                    error = raised
+            return replace(recorder.trace(returned, error), is_exact=not training)
+
+    def _sure_labels(self, batch: Any, step: StepName, trace: StepTrace) -> Tensor | None:
+        """Labels of a step that changes the images, if it does not change these: as where images are mixed."""
+        again = self._run(batch, step, seed=1).labels
+        is_sure = again is not None and trace.labels is not None and again.equal(trace.labels)
+        return trace.labels if is_sure else None
+
+    def _labels(self, batch: Any, trace: StepTrace) -> Tensor | None:
+        """Classes under a usual name, where the loss takes soft ones."""
+        if trace.outputs is None or trace.outputs.ndim < 2:
+            return None
+        with suppress(TypeError, ValueError):  # of another form: there are none that one can be sure of
+            _, labels = images_and_labels(batch)
+            if labels is not None and len(labels) == trace.count and (labels < trace.outputs.shape[1]).all():
+                return labels
+        return None
+
+    def _discovered(
+        self, batch: Any, step: StepName, trace: StepTrace, inputs: Tensor, labels: Tensor | None, is_probe: bool
+    ) -> Discovered:
+        task = self._task or trace.task
+        count = len(inputs)
+        base = LightningAdapter(self._module, self._trainer, self._vit, task, step=step, batch=batch, count=count)
+        outputs = trace.outputs
+        assert outputs is not None
+        known = trace.inputs if trace.inputs is not None else inputs
+        adapter = next(
+            (one for one in self._candidates(base, trace) if self._gives(one, known, outputs, trace)),
+            None,
+        )
+        if adapter is None:
+            if not is_probe:  # the step that was watched had other images
+                trace = self._run(batch, step)
+                if trace.loss is None or trace.outputs is None or trace.inputs is None:
+                    raise self._failed(trace.error) if trace.error is not None else self._unconfirmed(step, trace)
+                outputs, inputs = trace.outputs, trace.inputs
+            adapter = self._by_step(base, outputs)
+        found = self._look(adapter, inputs)
+        if found.fed is None:
+            what = "a Vision Transformer" if self._needs_vit else "a module of its own"
+            raise ValueError(f"Expected `{step}` of {type(self._module).__name__} to give images to {what}. {CURE}")
+        images = _plain(found.fed)
+        if not adapter.parts or images.shape != inputs.shape or not images.equal(inputs.to(images.dtype)):
+            adapter = replace(adapter, feed=found.feed, inputs=inputs if adapter.parts else None)
+        adapter = replace(adapter, vit=found.vit, batch=None if adapter.parts else batch)
+        labels = None if labels is None else labels[: len(images)]
+        words = in_words(adapter, trace.loss, outputs.shape[1] if outputs.ndim > 1 else 1)
+        return Discovered(adapter, images, labels, words, self._notice(adapter, trace))
+
+    def _candidates(self, base: LightningAdapter, trace: StepTrace) -> Iterator[LightningAdapter]:
+        if trace.parts:
+            yield replace(base, parts=trace.parts)
+        if trace.parts != ("",) and is_overridden("forward", self._module):
+            yield base
+
+    def _gives(self, adapter: LightningAdapter, inputs: Tensor, outputs: Tensor, trace: StepTrace) -> bool:
+        """Whether copies of the parts give the outputs that went by, and of an image alone what they give of it."""
+        low = str(self._trainer.precision) not in ("32-true", "64-true")
+        same = partial(torch.allclose, rtol=5e-2, atol=5e-2) if low else partial(torch.allclose, rtol=1e-3, atol=1e-4)
+        for rows in (slice(None), slice(0, 1)):
+            with adapter.evaluating() as twin, torch.no_grad():
+                own = inputs[rows].to(self._module.device, copy=True)
+                try:
+                    found = adapter.of_parts(twin.module, own)
+                except Exception:  # it takes something else than images
+                    return False
+            if not isinstance(found, Tensor) or found.numel() != outputs[rows].numel():
+                return False
+            if trace.is_exact and not same(found.flatten().float().cpu(), outputs[rows].flatten().float()):
+                return False
+        return True
+
+    def _by_step(self, base: LightningAdapter, outputs: Tensor) -> LightningAdapter:
+        """The step itself, unless the outputs of an image depend on the others."""
+        images = {place for place, leaf in enumerate(leaves_of(base.batch)) if leaf.ndim == 4}
+        for rows in (None, frozenset(images)):
+            adapter = replace(base, parts=(), rows=rows)
+            alone: object = None
+            with adapter.evaluating() as twin, torch.no_grad(), suppress(ValueError, IndexError, RuntimeError):
+                alone = adapter.of_step(twin.module, [0])
+            if isinstance(alone, Tensor) and alone.numel() == outputs[:1].numel():
+                alone = alone.reshape(outputs[:1].shape).float().cpu()
+                if torch.allclose(alone, outputs[:1].float(), rtol=1e-2, atol=1e-3):
+                    return adapter
+        raise ValueError(
+            f"Expected the outputs of `{base.step}` of {type(self._module).__name__} for an image to depend on it "
+            f"alone, but they depend on the rest of the batch, as those of a contrastive loss do. {CURE}"
+        )
+
+    def _look(self, adapter: LightningAdapter, inputs: Tensor) -> Look:
+        """The ViT behind the outputs, and what reaches it, seen on a twin with gradients."""
+        with adapter.evaluating() as twin:
+            first = adapter.parts[0] if adapter.parts else ""
+            model: nn.Module = twin.module.get_submodule(first)
+            vit = self._within(first)
+            own = inputs.to(self._module.device, copy=True)
+
+            def run() -> Any:
+                if adapter.parts:
+                    return adapter.of_parts(twin.module, own)
+                return adapter.of_step(twin.module, list(range(adapter.count)))
+
+            found = look(model, run, vit, self._needs_vit)
+        feed, path = (".".join(filter(None, (first, part))) for part in (found.feed, found.vit))
+        return replace(found, feed=feed, vit=path if found.vit is not None else (first or None))
+
+    def _within(self, first: str) -> str | None:
+        """Path of the user's `vit` inside the first part."""
+        vit = self._vit
+        if vit is None or not first:
+            return vit
+        if f"{first}.".startswith(f"{vit}." if vit else ""):
+            return None if vit != first else ""
+        if not vit.startswith(f"{first}."):
+            raise ValueError(
+                f"Expected `vit` to name the ViT that the loss depends on, inside `{first}`, but got {vit!r}. {CURE}"
+            )
+        return vit.removeprefix(f"{first}.")
+
+    def _notice(self, adapter: LightningAdapter, trace: StepTrace) -> str | None:
+        if trace.others:
+            return (
+                f"`{adapter.step}` computes {1 + len(trace.others)} losses of different outputs; the outputs of the "
+                f"first, `{trace.loss}`, are explained. `forward=` chooses others."
+            )
+        if adapter.parts != ("",) and not trace.called and is_overridden("forward", self._module):
+            return (
+                f"`forward` gives other outputs than the loss of `{adapter.step}` is computed of; the loss's are "
+                "explained. `forward=lambda module, images: module(images)` explains the others."
+            )
+        return None
+
+    def _failed(self, error: Exception | None) -> Exception:
+        name = type(self._module).__name__
+        if error is None:
+            return ValueError(f"Expected {name} to have a step, but it has none. {CURE}")
+        failure = RuntimeError(f"A step of {name} failed with probe images: {error!r}. {CURE}")
+        failure.__cause__ = error
+        return failure
+
+    def _unconfirmed(self, step: StepName, trace: StepTrace) -> ValueError:
+        seen = f"only {', '.join(trace.seen)} of other things" if trace.seen else "no such loss"
+        return ValueError(
+            f"Expected `{step}` of {type(self._module).__name__} to compare outputs, a row for each image, with labels "
+            f"in a loss, but saw {seen}: an embedding is not the logits of classes. {CURE}"
+        )
+
+
+def in_words(adapter: LightningAdapter, loss: str | None, columns: int) -> str:
+    """What is explained, for the first line that is printed."""
+    of = {"classification": "class", "multilabel": "label", "regression": "number"}[adapter.task]
+    many = f"{max(columns, 2) if adapter.task == 'classification' else columns} {of}"
+    plural = ("es" if of == "class" else "s") if not many.startswith("1 ") else ""
+    what = f"logits of {many}{plural}" if adapter.task != "regression" else f"{many}{plural}"
+    return what if loss is None else f"{what}, from the {_WORDS.get(loss, f'`{loss}`')} of `{adapter.step}`"
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().as_subclass(Tensor)

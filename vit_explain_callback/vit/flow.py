@@ -1,0 +1,76 @@
+"""Follow what tensors are computed of, in a pass with or without gradients."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+# They give the values they are given, in another form.
+_SAME_VALUES = {
+    *("to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "clone", "detach", "cpu", "cuda"),
+    *("squeeze", "unsqueeze", "view", "view_as", "reshape", "flatten", "unflatten", "as_subclass"),
+}
+
+
+class Flow:
+    """Knows of tensors which sources they were computed of; keeps none of them alive.
+
+    A source is a bit of an integer, so that the sources of a tensor are a number.
+    """
+
+    def __init__(self) -> None:
+        self._sources: Any = WeakIdKeyDictionary()
+        self._names: Any = WeakIdKeyDictionary()
+        self._numbers = itertools.count(1)
+
+    def mark(self, value: object, sources: int) -> None:
+        """Add sources to every tensor in a value of any form."""
+        if sources:
+            for tensor in tensors_in(value):
+                self._sources[tensor] = self._sources.get(tensor, 0) | sources
+
+    def of(self, *values: object) -> int:
+        """The sources of all tensors in some values."""
+        found = 0
+        for tensor in tensors_in(values):
+            found |= self._sources.get(tensor, 0)
+        return found
+
+    def name(self, tensor: Tensor) -> int:
+        """A number that stands for the values of a tensor, also in another shape or precision."""
+        if tensor not in self._names:
+            self._names[tensor] = next(self._numbers)
+        return int(self._names[tensor])
+
+    def computed(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
+        """Note that a function of torch gave a result."""
+        sources = self.of(args, kwargs)
+        self.mark(result, sources)
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if first is None:
+            return
+        if result is None or result is first:  # written in place
+            self.mark(first, sources)
+            self._names.pop(first, None)
+        elif (
+            getattr(function, "__name__", "") in _SAME_VALUES
+            and isinstance(result, Tensor)
+            and result.numel() == first.numel()
+        ):
+            self._names[result] = self.name(first)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors in a value: itself, or those in tuples, lists, mappings and what holds attributes of the kind."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
