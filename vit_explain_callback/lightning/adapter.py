@@ -102,7 +102,8 @@ class LightningAdapter:
                 f"each of {len(rows)} images, but it did not. Give the outputs yourself: `forward=lambda module, "
                 "images: …`."
             )
-        return loss.outputs
+        outputs: Tensor = loss.outputs
+        return outputs
 
     @contextmanager
     def _feeding(self, twin: nn.Module, images: Tensor) -> Iterator[None]:

@@ -204,7 +204,8 @@ class Fit:
             where.append(f"vit-explain report {quoted(folder)}")
         seen = f"; to see them: {' or '.join(where)}" if where else ""
         what = f" ({subject.words})" if subject.words else ""
-        return f"ViTExplainCallback watches {subject.explainer.name}{what}: {methods} of {images}, {settings.schedule}{seen}"
+        watched = f"ViTExplainCallback watches {subject.explainer.name}{what}"
+        return f"{watched}: {methods} of {images}, {settings.schedule}{seen}"
 
     def _writers(self, folder: RunFolder) -> tuple[Writer, ...]:
         """Every logger, and a folder where none of them shows pictures; nothing but on the first process."""

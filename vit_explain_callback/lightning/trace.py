@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode
+from torch.overrides import _get_current_function_mode as current_mode
 
 from vit_explain_callback.vit.flow import tensors_in
 from vit_explain_callback.vit.losses import IMAGES, WEIGHTS, LossRecorder, Reading, Task
@@ -135,14 +135,15 @@ class StepRecorder:
                 self._calls.append(call)
 
         self._recorder.attempt(note_entry)
-        is_opaque = isinstance(module, _OPAQUE) and _get_current_function_mode() is self._recorder
+        mode: Any = self._recorder
+        is_opaque = isinstance(module, _OPAQUE) and current_mode() is mode  # type: ignore[no-untyped-call]
         if is_opaque:
-            self._recorder.__exit__(None, None, None)
+            mode.__exit__(None, None, None)
         try:
             output = ordinary(module, *args, **kwargs)
         finally:
             if is_opaque:
-                self._recorder.__enter__()
+                mode.__enter__()
         self._recorder.attempt(note_exit)
         return output
 

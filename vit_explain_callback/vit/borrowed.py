@@ -28,7 +28,7 @@ class Borrowed:
         if isinstance(source, nn.Module):
             vars(self)["training"] = False
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return type(self._borrowed_from)
 
@@ -113,9 +113,8 @@ def _in_class(kind: type, name: str) -> Any:
 
 
 def _refuse(value: Any, *_: Any, **__: Any) -> Any:
-    raise TypeError(
-        f"{object.__getattribute__(value, '__dict__')['_kind']} cannot be copied, so it cannot be used while the model is explained"
-    )
+    kind = object.__getattribute__(value, "__dict__")["_kind"]
+    raise TypeError(f"{kind} cannot be copied, so it cannot be used while the model is explained")
 
 
 for _name in (
@@ -132,5 +131,7 @@ for _name in (
     "index",
     "add",
     "iadd",
+    "setattr",
+    "delattr",
 ):
     setattr(Uncopied, f"__{_name}__", _refuse)

@@ -32,13 +32,13 @@ class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._handing_out = _HandingOut(self._own)
 
     def __enter__(self) -> CopyOnWrite:
-        self._handing_out.__enter__()
-        super().__enter__()
+        self._handing_out.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        self._handing_out.__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        self._handing_out.__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -61,7 +61,8 @@ class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._moved[place] = arg.untyped_storage().clone()  # type: ignore[no-untyped-call]
                 for parameter in self._parameters[place]:
                     parameter.data = owned_view(self._moved[place], parameter)
-            return owned_view(self._moved[place], arg)
+            arg.data = owned_view(self._moved[place], arg)  # the tensor itself, which an operator may give back
+            return arg
 
 
 class _HandingOut(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Run a model once with gradients: which of its modules is the Vision Transformer behind its outputs, and what it is fed."""
+"""Run a model once with gradients: which of its modules is the ViT behind its outputs, and what that is fed."""
 
 from __future__ import annotations
 

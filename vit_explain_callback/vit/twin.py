@@ -15,6 +15,7 @@ import copyreg
 import functools
 import io
 import pickle
+import struct
 import sys
 import threading
 import types
@@ -40,6 +41,7 @@ _NO_ONE = {"_trainer", "_fabric", "_compiled_call_impl"}
 _LEFT_OUT = _BACKWARD | _NO_ONE
 # Objects of these libraries reach far beyond the module, and a forward pass does not change them.
 _LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning"}
+_POINTER, _MANAGED_WEAKREF, _MANAGED_DICT = struct.calcsize("P"), 1 << 3, 1 << 4
 _SLACK = 1 << 20  # bytes of memory around a tensor that are copied with it, for the sake of other views of them
 
 
@@ -129,11 +131,11 @@ class Twin:
             if hasattr(type(module), "__del__"):
                 module.__class__ = nn.Module
         for kept in (self.modules, self.alive, self.made, self.functions):
-            kept.clear()  # type: ignore[attr-defined]
+            kept.clear()
         del self._pickler, self._unpickler
 
     def _evaluate(self, modules: list[nn.Module]) -> None:
-        """Put new modules into evaluation mode, outermost first: `train` may be overridden, and set more than a flag."""
+        """Put new modules into evaluation mode, outermost first: an overridden `train` may set more than a flag."""
         told: set[nn.Module] = set()
         for module in reversed(modules):
             if _sets_more_than_flags(type(module)) and module not in told:
@@ -187,7 +189,7 @@ def _module(twin: Twin, value: nn.Module) -> Any:
     if (inner := unwrapped(value)) is not value:
         return _same, (inner,)
     if isinstance(value, torch.jit.ScriptModule):
-        return twin.take(value, value.__deepcopy__({}).eval())  # type: ignore[operator]
+        return twin.take(value, value.__deepcopy__({}).eval())
     own = vars(value)
     # Empty ones are made anew, as there are thousands in a model.
     state = {name: part for name, part in own.items() if name not in _LEFT_OUT and (name not in _BOOKKEEPING or part)}
@@ -210,7 +212,7 @@ def _tensor(twin: Twin, value: Tensor) -> Any:
     if isinstance(value, nn.Parameter):
         made: Any = _parameter(twin, value)
     elif isinstance(value, UninitializedBuffer):
-        made = type(value)(device=value.device, dtype=value.dtype)
+        made = _uninitialised(value)
     else:
         made = _own_tensor(twin, value)
     way = twin.take(value, made)
@@ -219,7 +221,8 @@ def _tensor(twin: Twin, value: Tensor) -> Any:
 
 def _parameter(twin: Twin, value: nn.Parameter) -> nn.Parameter:
     if isinstance(value, UninitializedParameter):
-        return type(value)(requires_grad=False, device=value.device, dtype=value.dtype)  # type: ignore[no-untyped-call]
+        made: nn.Parameter = _uninitialised(value, requires_grad=False)
+        return made
     if type(value) is not nn.Parameter and issubclass(type(value), nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             made = Tensor._make_subclass(type(value), value.detach(), False)
@@ -228,6 +231,10 @@ def _parameter(twin: Twin, value: nn.Parameter) -> nn.Parameter:
     if place := address(made):  # 0 would stand for every tensor without memory of its own
         twin.parameters.setdefault(place, []).append(made)
     return made
+
+
+def _uninitialised(value: Any, **options: Any) -> Any:
+    return type(value)(device=value.device, dtype=value.dtype, **options)
 
 
 def _own_tensor(twin: Twin, value: Tensor) -> Tensor:
@@ -333,20 +340,25 @@ def _object(twin: Twin, value: Any) -> Any:
     kind: Any = type(value)
     if kind.__module__.partition(".")[0] in _LIBRARIES and not isinstance(value, tuple | dict | RemovableHandle):
         return _shared(twin, value)
-    if hasattr(kind, "__del__"):
+    if isinstance(getattr(kind, "__del__", None), types.FunctionType):
         return _refused(twin, value)  # what it does at its end, a copy would do before
-    plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
-    if not plain or kind in copyreg.dispatch_table:
-        return _reduced(twin, value)
-    try:
-        object.__new__(kind)
-    except TypeError:  # it has memory that Python does not see
+    if not _is_plain(kind):
         return _reduced(twin, value)
     state = dict(getattr(value, "__dict__", ()))
     for name in copyreg._slotnames(kind):  # type: ignore[attr-defined]
         if name not in state and hasattr(value, name):
             state[name] = getattr(value, name)
     return object.__new__, (kind,), state, None, None, _fill
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether an object is no more than its attributes and slots, as pickle tells it, and has no way of its own."""
+    if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
+        return False
+    size: int = object.__basicsize__ + _POINTER * len(copyreg._slotnames(kind))  # type: ignore[attr-defined]
+    size += _POINTER * (kind.__dictoffset__ != 0 and not kind.__flags__ & _MANAGED_DICT)
+    size += _POINTER * (kind.__weakrefoffset__ != 0 and not kind.__flags__ & _MANAGED_WEAKREF)
+    return kind not in copyreg.dispatch_table and kind.__basicsize__ <= size and kind.__itemsize__ == 0
 
 
 def _fill(_: Twin, made: Any, state: dict[str, Any]) -> None:
@@ -381,16 +393,15 @@ def _sets_more_than_flags(kind: type[nn.Module]) -> bool:
 
 
 def _is_global(value: Any) -> bool:
-    found: Any = sys.modules.get(value.__module__)
-    for name in value.__qualname__.split("."):
+    found: Any = sys.modules.get(getattr(value, "__module__", ""))
+    for name in getattr(value, "__qualname__", "").split("."):
         found = getattr(found, name, None)
     return found is value
 
 
 # Those that make copies are told the twin, and are found by their name.
-_OURS = {
-    _cached_again, _fill, _fill_cell, _fill_function, _fill_module, _function_like, _refer, _refer_by_proxy, _same, _taken,
-}  # fmt: skip
+_OURS = {_cached_again, _fill, _fill_cell, _fill_function, _fill_module, _function_like, _same, _taken}
+_OURS |= {_refer, _refer_by_proxy}
 _LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
 _WAYS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
     (nn.Module, _module),
