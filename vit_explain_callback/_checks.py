@@ -182,7 +182,9 @@ def check_target(target: Tensor, classes: int) -> None:
     """
     if ((target < 0) | (target >= classes)).any():
         raise ValueError(
-            f"Expected `target` classes in 0 … {classes - 1} (the model's logits), but got {target.tolist()}."
+            f"Expected `target` classes in 0 … {classes - 1} (the model's logits), but got {target.tolist()}. In the "
+            "callback, `target=` names one class or `'prediction'`, and `task=` says what the outputs are if they are "
+            "not the logits of classes."
         )
 
 

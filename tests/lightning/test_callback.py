@@ -376,7 +376,7 @@ def test_probe_images_are_there_before_the_first_epoch_that_is_validated(tmp_pat
 
 
 def test_fewer_images_than_asked_for_are_used_and_said(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="`num_images=64`, but the validation set gave 16"):
+    with pytest.warns(UserWarning, match="`num_images=64`, but only 16 validation images can be explained"):
         trainer = fit(ViTExplainCallback(["rollout"], num_images=64), tmp_path)
     assert len(saved(trainer)[0].logits) == 16
 

@@ -70,7 +70,7 @@ class LightningAdapter:
         rows = [(first + place) % max(self.count, 1) for place in range(len(images))]
         with self._feeding(twin, images):
             if not self.parts:
-                return self.of_step(twin, rows)
+                return self.of_step(twin, rows, images)
             return self.of_parts(twin, images if self.inputs is None else self.inputs[rows].to(images.device))
 
     def of_parts(self, twin: nn.Module, inputs: Tensor) -> Any:
@@ -80,15 +80,15 @@ class LightningAdapter:
             found = twin.get_submodule(path)(found)
         return getattr(found, "logits", found)
 
-    def of_step(self, twin: nn.Module, rows: list[int]) -> Tensor:
-        """The outputs that the step computes its loss of, with some rows of the batch.
+    def of_step(self, twin: nn.Module, rows: list[int], images: Tensor | None = None) -> Tensor:
+        """The outputs that the step computes its loss of, with some rows of the batch, or with other images.
 
         Raises:
             ValueError: If it computes no loss of outputs with a row for each image.
         """
         batch = picked(self.batch, rows, self.count, self.rows)
         flow = Flow()
-        flow.mark([leaf for leaf in leaves_of(batch) if leaf.ndim > 2], IMAGES)
+        flow.mark([images, *(leaf for leaf in leaves_of(batch) if leaf.ndim > 2)], IMAGES)
         with LossRecorder(flow) as recorder:
             try:
                 recorder.returned |= flow.of(run_step(twin, self.step, batch))

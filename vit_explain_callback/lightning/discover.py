@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
 from vit_explain_callback.lightning.adapter import LightningAdapter
-from vit_explain_callback.lightning.batches import cloned, images_and_labels
+from vit_explain_callback.lightning.batches import cloned, images_and_labels, images_in, picked
 from vit_explain_callback.lightning.evaluation import StepName, evaluating, run_step, transferred
 from vit_explain_callback.lightning.trace import StepRecorder, StepTrace, leaves_of
 from vit_explain_callback.vit.isolation import preserved_random_state
@@ -85,12 +85,12 @@ class Discovery:
         step: StepName = "validation_step"
         if watched is not None and watched.loss is not None:
             mapped = self._mapped(watched, batch)
-            trace = watched if mapped is not None else self._run(batch, step)
+            batch, trace = (batch, watched) if mapped is not None else self._run_on_labelled(batch, step)
             if trace.loss is None and trace.error is not None:
                 raise self._failed(trace.error)
             inputs, labels = mapped if mapped is not None else (trace.inputs, trace.labels)
         else:
-            step, trace, shown = self._first_with_loss(batch)
+            batch, step, trace, shown = self._first_with_loss(batch)
             inputs, labels = trace.inputs, trace.labels
             if shown is not None and inputs is not None and shown.shape == inputs.shape and not shown.equal(inputs):
                 inputs, labels = shown, self._sure_labels(batch, step, trace)
@@ -114,8 +114,8 @@ class Discovery:
         labels, task = read_labels(trace.reading, leaves[trace.label_leaf], columns)
         return (inputs.detach().cpu(), None if labels is None else labels.cpu()) if task == trace.task else None
 
-    def _first_with_loss(self, batch: Any) -> tuple[StepName, StepTrace, Tensor | None]:
-        """The first step that shows a loss, validation first, and the images of the validation."""
+    def _first_with_loss(self, batch: Any) -> tuple[Any, StepName, StepTrace, Tensor | None]:
+        """The first step that shows a loss, validation first, its batch, and the images of the validation."""
         found: tuple[StepName, StepTrace] | None = None
         shown: Tensor | None = None
         failure: Exception | None = None
@@ -123,7 +123,7 @@ class Discovery:
         for name in names:
             if not is_overridden(name, self._module):
                 continue
-            trace = self._run(batch, name)
+            batch, trace = self._run_on_labelled(batch, name)
             if name == "training_step" and trace.error is not None and trace.loss is None:
                 trace = self._run(batch, name, training=True)
             failure = failure or trace.error
@@ -133,7 +133,24 @@ class Discovery:
                 break
         if found is None or (found[1].loss is None and failure is not None):
             raise self._failed(failure)
-        return (*found, shown)
+        return batch, *found, shown
+
+    def _run_on_labelled(self, batch: Any, step: StepName) -> tuple[Any, StepTrace]:
+        """Run a step; where it fails, on the images alone that have a label."""
+        trace = self._run(batch, step)
+        count = images_in(batch)
+        labels = [leaf for leaf in leaves_of(batch) if leaf.shape == (count,) and not leaf.is_floating_point()]
+        for absent in ((-1, -100), (-1, -100, 255)):
+            unlabelled = [torch.isin(each.cpu(), torch.tensor(absent)) for each in labels if each.dtype != torch.bool]
+            if trace.error is None or not unlabelled:
+                break
+            rows = (~torch.stack(unlabelled).any(dim=0)).nonzero().flatten().tolist()
+            if 0 < len(rows) < count:
+                fewer = picked(batch, rows, count)
+                again = self._run(fewer, step)
+                if again.error is None:
+                    return fewer, again
+        return batch, trace
 
     def _run(self, batch: Any, step: StepName, seed: int | None = None, training: bool = False) -> StepTrace:
         with evaluating(self._module, self._trainer) as twin, preserved_random_state(seed), torch.no_grad():

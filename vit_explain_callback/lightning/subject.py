@@ -104,8 +104,8 @@ class Subject:
             images, labels = images[:wanted], None if labels is None else labels[:wanted]
             if len(images) < wanted:
                 rank_zero_warn(
-                    f"ViTExplainCallback: give `images=` to explain more: `num_images={wanted}`, but the validation "
-                    f"set gave {len(images)}. These are used."
+                    f"ViTExplainCallback: `num_images={wanted}`, but only {len(images)} validation images can be "
+                    "explained; these are. Give others with `images=`."
                 )
         vit = find_vit(adapter.model, adapter.vit) if settings.needs_vit else adapter.model
         probe = Probe.of(

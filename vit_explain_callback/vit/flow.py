@@ -11,9 +11,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 # They give the values they are given, in another form.
 _SAME_VALUES = {
-    *("to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "clone", "detach", "cpu", "cuda"),
+    *("to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "clone", "detach", "cpu", "cuda", "long"),
     *("squeeze", "unsqueeze", "view", "view_as", "reshape", "flatten", "unflatten", "as_subclass"),
 }
+_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 
 
 class Flow:
@@ -51,16 +52,13 @@ class Flow:
         sources = self.of(args, kwargs)
         self.mark(result, sources)
         first = args[0] if args and isinstance(args[0], Tensor) else None
+        name = getattr(function, "__name__", "")
         if first is None:
             return
-        if result is None or result is first:  # written in place
+        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
             self.mark(first, sources)
             self._names.pop(first, None)
-        elif (
-            getattr(function, "__name__", "") in _SAME_VALUES
-            and isinstance(result, Tensor)
-            and result.numel() == first.numel()
-        ):
+        elif name in _SAME_VALUES and isinstance(result, Tensor) and result.numel() == first.numel():
             self._names[result] = self.name(first)
 
 

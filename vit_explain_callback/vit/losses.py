@@ -29,7 +29,7 @@ _BINARY = {
 }
 _OF_QUANTITIES = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.gaussian_nll_loss}
 _OUT_OF_TORCH = {"numpy", "__array__", "__float__", "__int__", "__complex__"}
-_SOFTMAX, _SIGMOID = {"log_softmax", "softmax", "logsumexp"}, {"sigmoid", "logsigmoid"}
+_SOFTMAX, _SIGMOID = {"log_softmax", "softmax", "logsumexp"}, {"sigmoid", "logsigmoid", "log_sigmoid"}
 _DIFFERENCE = {"sub", "__sub__", "subtract", "rsub", "__rsub__", "__isub__", "sub_"}
 _PRODUCT = {"mul", "__mul__", "__rmul__", "multiply", "mul_", "__imul__", "where", "einsum"}
 _BY_NAME = ("input", "other", "target", "index")
@@ -243,6 +243,7 @@ def read_labels(reading: Reading, target: Tensor, columns: int) -> tuple[Tensor 
 def _of_distribution(target: Tensor) -> Tensor | None:
     """The likeliest class of each row, if rows are distributions over classes."""
     rows = target.double()
+    rows = -rows if (rows <= 0).all() else rows  # as `-(target * log_probabilities)` has them
     is_one = bool(((rows.sum(dim=1) - 1).abs() < 1e-3).all() and (rows >= 0).all())
     return rows.argmax(dim=1) if is_one else None
 
