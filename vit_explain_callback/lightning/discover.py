@@ -202,7 +202,7 @@ class Discovery:
                 if trace.loss is None or trace.outputs is None or trace.inputs is None:
                     raise self._failed(trace.error) if trace.error is not None else self._unconfirmed(step, trace)
                 outputs, inputs = trace.outputs, trace.inputs
-            adapter = self._by_step(base, outputs)
+            adapter = self._by_step(base, outputs, trace.label_leaf)
         found = self._look(adapter, inputs)
         if found.fed is None:
             what = "a Vision Transformer" if self._needs_vit else "a module of its own"
@@ -238,10 +238,14 @@ class Discovery:
                 return False
         return True
 
-    def _by_step(self, base: LightningAdapter, outputs: Tensor) -> LightningAdapter:
+    def _by_step(self, base: LightningAdapter, outputs: Tensor, label_leaf: int | None) -> LightningAdapter:
         """The step itself, unless the outputs of an image depend on the others."""
-        images = {place for place, leaf in enumerate(leaves_of(base.batch)) if leaf.ndim == 4}
-        for rows in (None, frozenset(images)):
+        # What has as many rows as images need not belong to them.
+        leaves = dict(enumerate(leaves_of(base.batch)))
+        images = {place for place, leaf in leaves.items() if leaf.ndim == 4}
+        flat = {place for place, leaf in leaves.items() if leaf.ndim == 1}
+        labelled = flat if label_leaf is None else {label_leaf}
+        for rows in (None, frozenset(images | labelled)):
             adapter = replace(base, parts=(), rows=rows)
             alone: object = None
             with adapter.evaluating() as twin, torch.no_grad(), suppress(ValueError, IndexError, RuntimeError):
