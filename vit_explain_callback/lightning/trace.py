@@ -210,13 +210,18 @@ class StepRecorder:
         )
 
     def _parts(self, outputs: Tensor) -> list[_Call]:
-        """The outermost modules that, one after another, turn images into some outputs."""
+        """The outermost modules that, one after another, turn images into some outputs.
+
+        The module itself is the last that is thought of: what it does and holds beside its parts need not be run.
+        """
+        inside = [call for call in self._calls if call.path]
+        return self._chain(inside, outputs) or self._chain(self._calls, outputs)
+
+    def _chain(self, calls: list[_Call], outputs: Tensor) -> list[_Call]:
         found: list[_Call] = []
         name = self._flow.name(outputs)
         for _ in range(8):
-            # The module itself last: what it holds beside these parts need not be copied.
-            makers = [call for call in reversed(self._calls) if name in call.gave]
-            makers = sorted(makers, key=lambda call: call.path == "")
+            makers = [call for call in reversed(calls) if name in call.gave]
             maker = next((call for call in makers if call.images is not None), makers[0] if makers else None)
             if maker is None:
                 break
