@@ -26,7 +26,8 @@ from torch.utils.data import (
 )
 
 from vit_explain_callback.lightning.batches import Watched, images_and_labels, picked
-from vit_explain_callback.lightning.data import labels_of, probe_batch, spread
+from vit_explain_callback.lightning.data import probe_batch
+from vit_explain_callback.lightning.items import labels_of, spread
 
 IMAGES = torch.arange(40.0).reshape(10, 1, 2, 2)
 LABELS = torch.arange(10)
