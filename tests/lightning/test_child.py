@@ -188,7 +188,7 @@ def test_a_lock_that_a_killed_process_holds_is_free(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(child, "PATIENCE", 0.3)
     lock = multiprocessing.Lock()
     with pytest.raises(Lost, match=r"nothing was read in 0\.3 s"):
-        asked(lambda: (lock.acquire(), time.sleep(60)))
+        asked(lambda: lock.acquire() and threading.Event().wait())
     assert lock.acquire(timeout=1)
     lock.release()
 
@@ -315,11 +315,11 @@ def running(number: str) -> bool:
 
 
 def test_a_process_that_is_slow_but_alive_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "PATIENCE", 0.5)
+    monkeypatch.setattr(child, "PATIENCE", 2.0)
 
     def work(beat: Callable[[], None]) -> str:
         for _ in range(5):
-            time.sleep(0.2)
+            time.sleep(0.7)
             beat()
         return "done"
 
@@ -335,7 +335,7 @@ def test_an_error_is_told() -> None:
     assert repr(caught.value) == "OSError('the share is gone')"
 
 
-@pytest.mark.parametrize("result", [lambda: lambda: None, lambda: threading.Lock(), lambda: (i for i in ())])
+@pytest.mark.parametrize("result", [lambda: lambda: None, lambda: threading.Lock(), lambda: Deleting.__del__.__code__])
 def test_a_result_that_cannot_be_sent(result: Any) -> None:
     with pytest.raises(Lost, match="cannot be sent to the training process"):
         asked(result)
@@ -382,6 +382,23 @@ def test_among_threads_that_never_rest() -> None:
         rest.set()
         for thread in threads:
             thread.join()
+
+
+def test_from_a_thread_that_is_not_the_first() -> None:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(asked(lambda: 3)))
+    thread.start()
+    thread.join()
+    assert found == [3]
+
+
+def test_ctrl_c_while_it_is_waited_for() -> None:
+    """For the parent alone, which leaves no process behind."""
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        asked(threading.Event().wait)
+    timer.join()
 
 
 def test_a_handler_that_reaps_every_child() -> None:

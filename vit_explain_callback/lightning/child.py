@@ -63,19 +63,25 @@ def in_fork(work: Callable[[Beat], Any]) -> Any:
         OSError: If there can be no further process.
     """
     receiving, sending = Pipe(duplex=False)
-    with receiving:
-        with sending:
-            state = random.getstate()
+    state = random.getstate()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # until the child has its own handlers
+    process = -1
+    with receiving, sending:
+        try:
             process = _forked()
             if process == 0:
                 try:
-                    random.setstate(state)  # a fork begins its stream anew
-                    cut_off(sending.fileno())
-                    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+                    _become_child(sending.fileno(), state)
                     _serve(sending, work)
                 finally:
                     os._exit(1)
-        return _result(receiving, lambda: _reaped(process))
+            sending.close()
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            message = _heard(receiving)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            ending = _reaped(process) if process > 0 else ""
+    return _result(message, ending)
 
 
 def in_spawn(work: Callable[[Beat], Any]) -> Any:
@@ -85,36 +91,33 @@ def in_spawn(work: Callable[[Beat], Any]) -> Any:
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    with receiving:
-        with sending:
-            process = context.Process(target=_serve, args=(sending, work))
-            process.start()
-
-        def reaped() -> str:
+    process = context.Process(target=_serve, args=(sending, work))
+    with receiving, sending:
+        process.start()
+        try:
+            sending.close()
+            message = _heard(receiving)
+        finally:
             process.kill()
             process.join(_REAPING)
-            code = process.exitcode
-            with contextlib.suppress(ValueError):
-                process.close()
-            return _ending(code)
-
-        return _result(receiving, reaped)
+            ending = _ending(process.exitcode)
+    with contextlib.suppress(ValueError):  # it still runs
+        process.close()
+    return _result(message, ending)
 
 
 def _forked() -> int:
-    """`os.fork`, without its warning about threads; signals are blocked, in the child until it has its own handlers."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    process = -1
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an error here would lose the child
-            process = os.fork()
-    finally:
-        if process != 0:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    if process == 0:
-        os.setsid()  # what it starts is killed with it, and Ctrl-C is for the parent
-    return process
+    """`os.fork` without its warning about threads: where warnings are errors, the child would be lost."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return os.fork()
+
+
+def _become_child(kept: int, state: Any) -> None:
+    os.setsid()  # what it starts is killed with it, and Ctrl-C is for the parent
+    cut_off(kept)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    random.setstate(state)  # which a fork seeds anew
 
 
 def _serve(connection: Connection, work: Callable[[Beat], Any]) -> NoReturn:
@@ -136,12 +139,7 @@ def _serve(connection: Connection, work: Callable[[Beat], Any]) -> NoReturn:
     os._exit(0)
 
 
-def _result(connection: Connection, reaped: Callable[[], str]) -> Any:
-    message, ending = b"", "was still running"
-    try:
-        message = _heard(connection)
-    finally:
-        ending = reaped()
+def _result(message: bytes, ending: str) -> Any:
     if not message:
         raise Lost(f"that process ended without a result ({ending})")
     try:
