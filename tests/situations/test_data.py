@@ -89,7 +89,8 @@ class BoundToItsProcess(Samples):
         self.process = os.getpid()
 
     def __getitem__(self, index: int) -> Any:
-        assert self.process == os.getpid()
+        if self.process != os.getpid():
+            raise RuntimeError("the connection is another process's")
         return super().__getitem__(index)
 
 
