@@ -403,7 +403,9 @@ def test_an_error_in_that_process_is_said_and_the_images_that_go_by_are_explaine
     sanity_steps: int, tmp_path: Path
 ) -> None:
     case = Case(NO_THREAD, RIGHT, Recording, lambda: (training(), DataLoader(Elsewhere(fail), 5)))
-    case = replace(case, trainer={"num_sanity_val_steps": sanity_steps}, warned=(0 if sanity_steps else 1,), snapshots=2)
+    case = replace(
+        case, trainer={"num_sanity_val_steps": sanity_steps}, warned=(0 if sanity_steps else 1,), snapshots=2
+    )
     check(case, tmp_path)
     said = leave(case, tmp_path / "again", [ViTExplainCallback()]).said
     told = [text for text in said if "Cannot re-initialize CUDA" in text]
