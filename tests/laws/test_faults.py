@@ -187,17 +187,16 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 class Dying(Pictures):
-    """Cannot be read the first times, whoever reads, from a copy or not."""
+    """Cannot be read the first times, whoever reads, in whatever process."""
 
-    deaths = 0
-
-    def __init__(self, deaths: int) -> None:
+    def __init__(self, deaths: int, folder: Path) -> None:
         super().__init__()
-        Dying.deaths = deaths
+        self.left = folder / "deaths"
+        self.left.write_text(str(deaths))
 
     def __getitem__(self, index: int) -> Any:
-        if Dying.deaths > 0:
-            Dying.deaths -= 1
+        if (deaths := int(self.left.read_text())) > 0:
+            self.left.write_text(str(deaths - 1))
             raise OSError("the share is gone")
         return super().__getitem__(index)
 
@@ -209,19 +208,19 @@ def test_a_validation_loader_that_dies(tmp_path: Path) -> None:
         ViTExplainCallback(["rollout"], every_n_epochs=1),
         tmp_path,
         Classifier(),
-        validation=loader(Dying(1)),
+        validation=loader(Dying(1, tmp_path)),
         **options,
     )
     assert_trained_alike(weights, plain)
     assert len(said) == 1, said
     only = said[0]
     assert "the snapshot at step 0 failed" in only
-    assert "Reading the probe images from a copy of the validation data failed: OSError('the share is gone')" in only
+    assert "Reading the probe images failed: OSError('the share is gone')" in only
     assert [snapshot.step for snapshot in saved(trainer)] == [4, 8]
     drift = events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")
     assert drift[0].value == pytest.approx(1)  # step 4 is the baseline
     trainer, weights, said = ending(
-        ViTExplainCallback(["rollout"]), tmp_path, Classifier(), validation=loader(Dying(99)), **options
+        ViTExplainCallback(["rollout"]), tmp_path, Classifier(), validation=loader(Dying(99, tmp_path)), **options
     )
     assert_trained_alike(weights, plain)
     assert len(said) == 1  # the same is not said again

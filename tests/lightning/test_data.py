@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +24,14 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     TensorDataset,
+    get_worker_info,
     random_split,
 )
 
 from vit_explain_callback.lightning.batches import Watched, images_and_labels, picked
-from vit_explain_callback.lightning.data import labels_of, probe_batch, spread
+from vit_explain_callback.lightning.child import can_fork
+from vit_explain_callback.lightning.data import probe_batch
+from vit_explain_callback.lightning.items import labels_of, spread
 
 IMAGES = torch.arange(40.0).reshape(10, 1, 2, 2)
 LABELS = torch.arange(10)
@@ -48,13 +53,97 @@ class Stream(IterableDataset[Tensor]):
         return iter(IMAGES)
 
 
+WAYS = [pytest.param(True, id="fork", marks=pytest.mark.skipif(not can_fork(), reason="no fork")), False]
+
+
+@pytest.fixture
+def forks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the probe is read in a forked process."""
+    monkeypatch.setattr("vit_explain_callback.lightning.data.can_fork", lambda: request.param)
+    return bool(request.param)
+
+
 def taken(loader: Any, count: int) -> Any:
     trainer: Any = SimpleNamespace(val_dataloaders=loader, enable_validation=True)
     return probe_batch(trainer, count)
 
 
+class Telling(Dataset[int]):
+    """Tells the process that reads it, and which worker it is."""
+
+    def __init__(self) -> None:
+        self.maker = os.getpid()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        worker = get_worker_info()
+        return os.getpid() != self.maker, -1 if worker is None else worker.id
+
+
+class Finalised(Telling):
+    def __del__(self) -> None: ...
+
+
+class Locked(Telling):
+    """Cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def listed(items: Any) -> Any:
+    return [list(item) for item in items]
+
+
+@pytest.mark.parametrize("forks", WAYS, indirect=True)
+@pytest.mark.parametrize("made", [Telling, Finalised, Locked])
+@pytest.mark.parametrize("context", [None, "spawn"])
+def test_which_process_reads(made: Any, context: str | None, forks: bool) -> None:
+    """Where there is no fork, only the scripts of users whose loaders have workers can be imported by a new process."""
+    loader = DataLoader(made(), 2, num_workers=1 if context else 0, multiprocessing_context=context, collate_fn=listed)
+    found = taken(loader, 2)
+    if forks or (context and made is not Locked):
+        assert found == [[True, 0 if context else -1]] * 2
+    elif made is Telling:
+        assert found == [[False, -1]] * 2
+    else:
+        assert found is None, "no copy is made of what has a finaliser or a lock"
+
+
+@pytest.mark.parametrize("forks", [True], indirect=True)
+def test_where_there_can_be_no_further_process_a_copy_is_read(forks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> int:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", full, raising=False)
+    assert taken(DataLoader(Telling(), 2, collate_fn=listed), 2) == [[False, -1]] * 2
+
+
+@pytest.mark.parametrize("forks", WAYS, indirect=True)
+def test_an_error_is_told_whoever_reads(forks: bool) -> None:
+    class Broken(Telling):
+        def __getitem__(self, index: int) -> Any:
+            raise OSError("the share is gone")
+
+    with pytest.raises(RuntimeError, match=r"failed: OSError\('the share is gone'\).*images=\(") as caught:
+        taken(DataLoader(Broken(), 2), 2)
+    assert repr(caught.value.__cause__) == "OSError('the share is gone')"
+
+
+@pytest.mark.parametrize("forks", WAYS, indirect=True)
+def test_items_that_are_batches_are_converted_as_the_loader_does(forks: bool) -> None:
+    batches: Any = [(IMAGES[:3].numpy(), LABELS[:3].numpy()), (IMAGES[3:6].numpy(), LABELS[3:6].numpy())]
+    images, labels = taken(DataLoader(batches, batch_size=None), 6)
+    assert images.equal(IMAGES[:6])
+    assert labels.tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("forks", WAYS, indirect=True)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_spread_images_whatever_the_loader_shuffles_and_draws(workers: int) -> None:
+def test_spread_images_whatever_the_loader_shuffles_and_draws(workers: int, forks: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     loader = DataLoader(Augmented(), batch_size=3, shuffle=True, num_workers=workers, generator=generator)
     before = (random.getstate(), str(np.random.get_state()), torch.get_rng_state(), generator.get_state())
@@ -69,7 +158,8 @@ def test_spread_images_whatever_the_loader_shuffles_and_draws(workers: int) -> N
     assert loader._iterator is None
 
 
-def test_loaders_of_every_kind() -> None:
+@pytest.mark.parametrize("forks", WAYS, indirect=True)
+def test_loaders_of_every_kind(forks: bool) -> None:
     dataset = TensorDataset(IMAGES, LABELS)
     sampler = BatchSampler(SequentialSampler(dataset), 2, drop_last=False)
     assert taken(DataLoader(dataset, batch_sampler=sampler), 10)[1].tolist() == LABELS.tolist()
@@ -81,14 +171,16 @@ def test_loaders_of_every_kind() -> None:
     assert taken(doubled, 10).equal(2 * IMAGES)
 
 
-def test_a_sampler_that_divides_the_data_among_processes_gives_all_of_them() -> None:
+@pytest.mark.parametrize("forks", WAYS, indirect=True)
+def test_a_sampler_that_divides_the_data_among_processes_gives_all_of_them(forks: bool) -> None:
     dataset = TensorDataset(IMAGES, LABELS)
     sampler: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=4, rank=0, shuffle=False)
     assert taken(DataLoader(dataset, 2, sampler=sampler), 10)[1].tolist() == LABELS.tolist()
     assert sampler.rank == 0
 
 
-def test_what_streams_or_is_no_loader_of_torchs_is_watched() -> None:
+@pytest.mark.parametrize("forks", WAYS, indirect=True)
+def test_what_streams_or_is_no_loader_of_torchs_is_watched(forks: bool) -> None:
     assert taken(DataLoader(Stream(), batch_size=2), 3) is None
     assert taken([(IMAGES, LABELS)], 3) is None
     watched = Watched(3)
@@ -114,7 +206,8 @@ def test_classes_take_turns_where_labels_are_known_without_reading() -> None:
         assert len(set(spread(range(10), None, count))) == min(count, 10)
 
 
-def test_images_of_the_commonest_size_are_taken() -> None:
+@pytest.mark.parametrize("forks", WAYS, indirect=True)
+def test_images_of_the_commonest_size_are_taken(forks: bool) -> None:
     odd: Any = [(torch.full((1, 2 + index % 3 // 2, 2), float(index)), index) for index in range(12)]
     images, labels = taken(DataLoader(odd, batch_size=1), 6)
     assert images.shape == (6, 1, 2, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -78,6 +79,19 @@ class OpenedByWorker(Dataset[Any]):
         if self.file is None:
             raise RuntimeError("the file is not open")
         return self.file[index], LABELS[index]
+
+
+class BoundToItsProcess(Samples):
+    """Cannot be read in another process, as a connection to a database cannot."""
+
+    def __init__(self) -> None:
+        super().__init__(pictures(), LABELS)
+        self.process = os.getpid()
+
+    def __getitem__(self, index: int) -> Any:
+        if self.process != os.getpid():
+            raise RuntimeError("the connection is another process's")
+        return super().__getitem__(index)
 
 
 class LosesItsFile(OpenedByWorker):
@@ -164,13 +178,20 @@ SITUATIONS = {
     "a stream without a sanity check": replace(
         STREAM, first_step=2, says="first validation|step 2", trainer={"num_sanity_val_steps": 0, "max_epochs": 2}
     ),
-    "a copy of the data that cannot be read": Situation(
+    "data that are read in one process only": Situation(
         source=NO_THREAD,
-        before="every snapshot failed",
+        before="right",
+        module=Project,
+        validation=lambda: DataLoader(BoundToItsProcess(), 8),
+        train=training,
+        says="others than the first validation images",
+    ),
+    "data whose copy cannot be read": Situation(
+        source=NO_THREAD,
+        before="every snapshot failed; then, the first images were explained",
         module=Project,
         validation=lambda: DataLoader(LosesItsFile(), 8),
         train=training,
-        says="others than the first validation images",
     ),
     "worker_init_fn opens the data": Situation(
         source="pytorch#14612",

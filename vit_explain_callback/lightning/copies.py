@@ -21,7 +21,8 @@ def copied(value: Any) -> Any:
     """A copy of any object, which shares tensors, arrays, functions and classes with it.
 
     Raises:
-        Exception: If it cannot be copied: open files, running iterators, locks and sockets cannot.
+        Exception: If it cannot be copied: open files, running iterators, locks and sockets cannot, nor what has a
+            finaliser, which may delete or close what the original still uses.
     """
     file = io.BytesIO()
     try:
@@ -37,6 +38,8 @@ class _Pickler(pickle.Pickler):
         """Called for all but the plainest objects, which is what makes it fast."""
         if part is _taken:
             return NotImplemented
+        if hasattr(type(part), "__del__"):
+            raise TypeError(f"{type(part).__name__} has a finaliser.")
         if isinstance(part, torch.Generator):
             part = torch.Generator(part.device).set_state(part.get_state())
         elif not isinstance(part, _BY_REFERENCE) and not (isinstance(part, np.ndarray) and not part.dtype.hasobject):

@@ -1,80 +1,150 @@
-"""Take probe images from a trainer's validation data, without iterating what training iterates."""
+"""Take probe images and class names from a trainer's validation data, without reaching what training uses."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import itertools
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import multiprocessing
+import pickle
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
+from torch import nn
+from torch.utils.data import DataLoader
 
 from vit_explain_callback.lightning._compat import Trainer
-from vit_explain_callback.lightning.batches import joined
+from vit_explain_callback.lightning.child import Beat, Lost, can_fork, in_fork, in_spawn
 from vit_explain_callback.lightning.copies import copied
+from vit_explain_callback.lightning.items import Source
+from vit_explain_callback.tracking.warning import warn
 from vit_explain_callback.vit.isolation import preserved_random_state
 from vit_explain_callback.vit.twin import Twin
 
-_MOST_INDICES = 1_000_000
+_given_up: weakref.WeakSet[Trainer] = weakref.WeakSet()  # so that a data set that hangs is waited for once
+_made: list[Any] = []  # by a forked process, which ends without finalising it
 
 
 def probe_batch(trainer: Trainer, num_images: int) -> Any:
     """A batch of validation items, spread over the data and over its classes, as the loader would collate it.
 
-    They are read from a copy of the data set, at indices that a copy of the loader's sampler gives, through a loader
-    that is set up like the user's own.
+    They are read in a forked process, which is the user's own project as it stands and cannot reach this one. Where
+    there is no fork, in a new process if the loader has such workers itself, or else here, from a copy of the data.
 
     Returns:
-        The batch, before any transfer hook; None for data that cannot be copied, streams and loaders of another kind:
-        these must be watched as they go by.
+        The batch, before any transfer hook. None for streams and loaders of another kind, for data that can neither be
+        sent to another process nor copied, and, with a warning, where reading hangs or dies: these must be watched as
+        they go by.
 
     Raises:
-        RuntimeError: If reading the copy fails.
+        RuntimeError: If reading fails.
     """
-    loader = validation_loader(trainer)
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    if trainer in _given_up:
         return None
+    try:
+        return _read(trainer, num_images)
+    except Lost as error:
+        _given_up.add(trainer)
+        warn(
+            "give `images=(images, labels)` to explain others than the first validation images, as reading them in a "
+            f"process of its own was given up: {error}."
+        )
+        return None
+    except Exception as error:
+        raise RuntimeError(
+            f"Reading the probe images failed: {error!r}. Give images yourself: "
+            "`ViTExplainCallback(images=(images, labels))`."
+        ) from error
+
+
+def class_names(trainer: Trainer) -> Sequence[str] | None:
+    """Names of the classes, if the validation data say them, also through subsets and concatenations."""
+    if trainer in _given_up or (trainer.val_dataloaders is None and not trainer.enable_validation):
+        return None
+    try:
+        if can_fork():
+            with contextlib.suppress(OSError):  # there can be no further process
+                names: list[str] | None = in_fork(lambda _: _all_names(_loader(trainer, _asked)))
+                return names
+        with preserved_random_state():
+            return _all_names(_loader(trainer, _asked_of_copy))
+    except Exception as error:
+        warn(f"give `class_names=` to name the classes, as the validation data fail to say them: {error!r}.")
+        return None
+
+
+def _read(trainer: Trainer, num_images: int) -> Any:
+    if can_fork():
+        with contextlib.suppress(OSError):
+            return in_fork(lambda beat: _read_own(Source.of(_loader(trainer, _asked)), num_images, beat))
+    loader = _loader(trainer, _asked_of_copy)
+    source = Source.of(loader)
+    if source is None:
+        return None
+    if _spawns_workers(loader):
+        with contextlib.suppress(OSError, TypeError, AttributeError, pickle.PicklingError):
+            return in_spawn(partial(_read_sent, pickle.dumps(source), num_images))
     with preserved_random_state(seed=0):
         try:
-            data, sampler, collate = copied((loader.dataset, loader.batch_sampler or loader.sampler, loader.collate_fn))
+            source = copied(source)
         except Exception:  # whatever it holds that has no copy: it is watched instead
             return None
-        try:
-            return _read(loader, data, sampler, collate, num_images)
-        except Exception as error:
-            raise RuntimeError(
-                f"Reading the probe images from a copy of the validation data failed: {error!r}. Give images yourself: "
-                "`ViTExplainCallback(images=(images, labels))`."
-            ) from error
+        return source.read(num_images)
 
 
-def validation_loader(trainer: Trainer) -> Any:
-    """The validation loader, the first if there are several; None if there is none, or none yet."""
+def _read_own(source: Source | None, num_images: int, beat: Beat) -> Any:
+    """What a process of our own reads of what is its own."""
+    _made.append(source)
+    if source is None:
+        return None
+    with preserved_random_state(seed=0):
+        source.become_worker()
+        return source.read(num_images, beat)
+
+
+def _read_sent(sent: bytes, num_images: int, beat: Beat) -> Any:
+    return _read_own(pickle.loads(sent), num_images, beat)
+
+
+def _spawns_workers(loader: DataLoader[Any]) -> bool:
+    """Whether the user's own script bears that a new process imports it."""
+    context: Any = loader.multiprocessing_context or multiprocessing
+    return loader.num_workers > 0 and context.get_start_method(allow_none=True) != "fork"
+
+
+def _loader(trainer: Trainer, ask: Callable[[Any], Any]) -> Any:
+    """The validation loader, the first if there are several; None if there is none.
+
+    Args:
+        trainer: Lightning makes its loaders in the first epoch that is validated.
+        ask: Calls the hook `val_dataloader` if there are none yet.
+    """
     loaders = trainer.val_dataloaders
-    if loaders is None and trainer.enable_validation:  # Lightning makes them in the first epoch that is validated
+    if loaders is None and trainer.enable_validation:
         source = trainer.fit_loop.epoch_loop.val_loop._data_source
-        loaders = _made(source) if source.is_module() else source.instance
+        loaders = ask(source) if source.is_module() else source.instance
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     return loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
 
 
-def _made(source: Any) -> Any:
-    """What a `val_dataloader` hook would give, asked of a copy, as it may count or draw."""
+def _asked(source: Any) -> Any:
+    loaders = getattr(source.instance, source.name)()
+    _made.append(loaders)
+    return loaders
+
+
+def _asked_of_copy(source: Any) -> Any:
+    """What the hook would give, asked of a copy, as it may count or draw."""
     owner = source.instance
     with preserved_random_state():
         owner = Twin().copy(owner) if isinstance(owner, nn.Module) else copy.copy(owner)
         return getattr(owner, source.name)()
 
 
-def class_names(trainer: Trainer) -> Sequence[str] | None:
-    """Names of the classes, if the validation data say them, also through subsets and concatenations."""
-    data = getattr(validation_loader(trainer), "dataset", None)
+def _all_names(loader: Any) -> list[str] | None:
+    data = getattr(loader, "dataset", None)
     while data is not None:
         if (names := _names(data)) is not None:
             return names
@@ -94,121 +164,3 @@ def _names(data: Any) -> list[str] | None:
         if isinstance(names, Mapping) and all(index in names.values() for index in range(len(names))):
             return [str(name) for name in sorted(names, key=names.__getitem__)]
     return None
-
-
-def spread(indices: Sequence[int], labels: Sequence[int] | None, count: int) -> list[int]:
-    """Choose `count` of some indices: class by class in turn where labels are known, evenly spaced among their like.
-
-    Example:
-        >>> spread(range(9), None, 3)
-        [1, 4, 7]
-        >>> spread(range(6), [0, 0, 0, 0, 1, 1], 4)
-        [1, 4, 3, 5]
-    """
-    groups: dict[int, list[int]] = {}
-    for place, index in enumerate(indices):
-        groups.setdefault(0 if labels is None else labels[place], []).append(index)
-    names = sorted(groups)
-    if len(names) > count:
-        names = [names[place] for place in _even(len(names), count)]
-    shares = Counter(itertools.islice(itertools.cycle(names), max(count, 0)))
-    chosen = {name: [groups[name][at] for at in _even(len(groups[name]), shares[name])] for name in names}
-    rounds = itertools.zip_longest(*(chosen[name] for name in names))
-    found = [index for turn in rounds for index in turn if index is not None]
-    rest = [index for index in indices if index not in set(found)]
-    return found + [rest[at] for at in _even(len(rest), count - len(found))]
-
-
-def _even(length: int, count: int) -> list[int]:
-    """At most `count` of the places 0 … length − 1, evenly spaced."""
-    count = min(length, max(count, 0))
-    return [(2 * place + 1) * length // (2 * count) for place in range(count)]
-
-
-def labels_of(data: Any) -> Sequence[int] | None:
-    """The label of each item, where a data set says them without reading its items."""
-    if isinstance(data, Subset):
-        inner = labels_of(data.dataset)
-        return None if inner is None else [inner[index] for index in data.indices]
-    if isinstance(data, ConcatDataset):
-        parts = [labels_of(part) for part in data.datasets]
-        return None if None in parts else [label for part in parts for label in part or ()]
-    if isinstance(data, TensorDataset) and len(data.tensors) > 1:
-        return _as_labels(data.tensors[1], len(data))
-    for name in ("targets", "labels", "_labels", "y"):
-        if (labels := _as_labels(getattr(data, name, None), len(data))) is not None:
-            return labels
-    samples = getattr(data, "samples", getattr(data, "imgs", None))
-    if isinstance(samples, list) and samples and isinstance(samples[0], tuple):
-        return _as_labels([sample[-1] for sample in samples], len(data))
-    return None
-
-
-def _as_labels(values: Any, count: int) -> Sequence[int] | None:
-    if not isinstance(values, list | tuple | Tensor | np.ndarray) or len(values) != count:
-        return None
-    array = np.asarray(values)
-    return array.tolist() if array.ndim == 1 and array.dtype.kind in "iub" else None
-
-
-def _read(loader: DataLoader[Any], data: Any, sampler: Any, collate: Any, num_images: int) -> Any:
-    drawn = itertools.islice(_of_all_processes(sampler), _MOST_INDICES)
-    batched = loader.batch_sampler is not None
-    flat = itertools.chain.from_iterable(drawn) if batched else drawn
-    indices = sorted(set(itertools.islice(flat, _MOST_INDICES)))
-    labels = labels_of(data)
-    known = None if labels is None or len(labels) != len(data) else [labels[index] for index in indices]
-    chosen = spread(indices, known, num_images)
-    if not batched:  # each item is a batch
-        return joined(list(_items(loader, data, chosen)), num_images)
-    items = list(_items(loader, data, chosen))
-    if len(_alike(items)) < len(items):
-        more = [index for index in spread(indices, None, 3 * num_images) if index not in set(chosen)]
-        items = _alike([*items, *_items(loader, data, more)])[:num_images]
-    return collate(items) if items else None
-
-
-def _of_all_processes(sampler: Any) -> Iterator[Any]:
-    """What a sampler gives, on all processes together where each has a share."""
-    inner = getattr(sampler, "sampler", sampler)
-    for rank in range(inner.num_replicas if isinstance(inner, DistributedSampler) else 1):
-        if isinstance(inner, DistributedSampler):
-            inner.rank = rank
-        yield from sampler
-
-
-def _items(loader: DataLoader[Any], data: Any, indices: list[int]) -> Any:
-    """Items of the copied data, read by a worker of the user's own kind if there are any."""
-    workers = min(1, loader.num_workers)
-    options: dict[str, Any] = {}
-    if workers:
-        options = {"multiprocessing_context": loader.multiprocessing_context, "timeout": loader.timeout}
-    return DataLoader(
-        data,
-        batch_size=None,
-        sampler=indices,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        worker_init_fn=loader.worker_init_fn,
-        generator=torch.Generator(),
-        **options,
-    )
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _alike(items: list[Any]) -> list[Any]:
-    """The items whose images have the commonest size."""
-    sizes = [_sizes(item) for item in items]
-    commonest = Counter(sizes).most_common(1)[0][0] if sizes else ()
-    return [item for item, size in zip(items, sizes, strict=True) if size == commonest]
-
-
-def _sizes(item: Any) -> tuple[Any, ...]:
-    found: list[tuple[int, ...]] = []
-    apply_to_collection(
-        item, (Tensor, np.ndarray), lambda part: found.append(tuple(part.shape)) if part.ndim > 1 else 0
-    )
-    return tuple(found)

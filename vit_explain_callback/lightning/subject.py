@@ -139,7 +139,7 @@ def _collected(trainer: Trainer, num_images: int, watched: Watched) -> tuple[Any
             raise
         rank_zero_warn(
             "ViTExplainCallback: give `images=(images, labels)` to explain others than the first validation images, as "
-            f"a copy of the validation data cannot be read: {error.__cause__!r}."
+            f"others cannot be read in a process of its own: {error.__cause__!r}."
         )
         batch = None
     return (watched.batch, True) if batch is None else (batch, False)

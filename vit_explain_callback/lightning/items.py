@@ -1,0 +1,172 @@
+"""Choose items of a data set, spread over it and its classes, and read them as its loader would."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
+from torch.utils.data._utils import worker
+
+from vit_explain_callback.lightning.batches import joined
+
+_MOST_INDICES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a loader reads from, without the loader.
+
+    Attributes:
+        data: A data set that is read by index.
+        sampler: Gives the indices, or lists of them.
+        collate: Makes a batch of items, or of one where the loader makes no batches.
+        is_batched: Whether the loader makes batches.
+        in_worker: Sets up the loader's workers, if it has any.
+        has_workers: Whether it has.
+    """
+
+    data: Any
+    sampler: Any
+    collate: Callable[[Any], Any]
+    is_batched: bool
+    in_worker: Callable[[int], object] | None
+    has_workers: bool
+
+    @classmethod
+    def of(cls, loader: Any) -> Source | None:
+        """What a loader reads from; None for streams and loaders of another kind, which must be watched."""
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return None
+        return cls(
+            loader.dataset,
+            loader.batch_sampler or loader.sampler,
+            loader.collate_fn,
+            loader.batch_sampler is not None,
+            loader.worker_init_fn,
+            loader.num_workers > 0,
+        )
+
+    def become_worker(self) -> None:
+        """Make this process what a worker of the loader is, if it has any."""
+        if self.has_workers:
+            info: Any = worker.WorkerInfo
+            worker._worker_info = info(id=0, num_workers=1, seed=torch.initial_seed(), dataset=self.data)
+            if self.in_worker is not None:
+                self.in_worker(0)
+
+    def read(self, num_images: int, beat: Callable[[], object] = lambda: None) -> Any:
+        """A batch of items; None if there are none.
+
+        Args:
+            num_images: Items to read, or images where each item is a batch.
+            beat: Called after each item.
+        """
+
+        def items(places: list[int]) -> Iterator[Any]:
+            for place in places:
+                yield self.data[place]
+                beat()
+
+        indices = self._indices()
+        labels = labels_of(self.data)
+        known = None if labels is None or len(labels) != len(self.data) else [labels[index] for index in indices]
+        chosen = spread(indices, known, num_images)
+        if not self.is_batched:  # each item is a batch
+            return joined([self.collate(item) for item in items(chosen)], num_images)
+        found = list(items(chosen))
+        if len(_alike(found)) < len(found):
+            more = [index for index in spread(indices, None, 3 * num_images) if index not in set(chosen)]
+            found = _alike([*found, *items(more)])[:num_images]
+        return self.collate(found) if found else None
+
+    def _indices(self) -> list[int]:
+        drawn = itertools.islice(_of_all_processes(self.sampler), _MOST_INDICES)
+        flat = itertools.chain.from_iterable(drawn) if self.is_batched else drawn
+        return sorted(set(itertools.islice(flat, _MOST_INDICES)))
+
+
+def spread(indices: Sequence[int], labels: Sequence[int] | None, count: int) -> list[int]:
+    """Choose `count` of some indices: class by class in turn where labels are known, evenly spaced among their like.
+
+    Example:
+        >>> spread(range(9), None, 3)
+        [1, 4, 7]
+        >>> spread(range(6), [0, 0, 0, 0, 1, 1], 4)
+        [1, 4, 3, 5]
+    """
+    groups: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        groups.setdefault(0 if labels is None else labels[place], []).append(index)
+    names = sorted(groups)
+    if len(names) > count:
+        names = [names[place] for place in _even(len(names), count)]
+    shares = Counter(itertools.islice(itertools.cycle(names), max(count, 0)))
+    chosen = {name: [groups[name][at] for at in _even(len(groups[name]), shares[name])] for name in names}
+    rounds = itertools.zip_longest(*(chosen[name] for name in names))
+    found = [index for turn in rounds for index in turn if index is not None]
+    rest = [index for index in indices if index not in set(found)]
+    return found + [rest[at] for at in _even(len(rest), count - len(found))]
+
+
+def _even(length: int, count: int) -> list[int]:
+    """At most `count` of the places 0 … length − 1, evenly spaced."""
+    count = min(length, max(count, 0))
+    return [(2 * place + 1) * length // (2 * count) for place in range(count)]
+
+
+def labels_of(data: Any) -> Sequence[int] | None:
+    """The label of each item, where a data set says them without reading its items."""
+    if isinstance(data, Subset):
+        inner = labels_of(data.dataset)
+        return None if inner is None else [inner[index] for index in data.indices]
+    if isinstance(data, ConcatDataset):
+        parts = [labels_of(part) for part in data.datasets]
+        return None if None in parts else [label for part in parts for label in part or ()]
+    if isinstance(data, TensorDataset) and len(data.tensors) > 1:
+        return _as_labels(data.tensors[1], len(data))
+    for name in ("targets", "labels", "_labels", "y"):
+        if (labels := _as_labels(getattr(data, name, None), len(data))) is not None:
+            return labels
+    samples = getattr(data, "samples", getattr(data, "imgs", None))
+    if isinstance(samples, list) and samples and isinstance(samples[0], tuple):
+        return _as_labels([sample[-1] for sample in samples], len(data))
+    return None
+
+
+def _as_labels(values: Any, count: int) -> Sequence[int] | None:
+    if not isinstance(values, list | tuple | Tensor | np.ndarray) or len(values) != count:
+        return None
+    array = np.asarray(values)
+    return array.tolist() if array.ndim == 1 and array.dtype.kind in "iub" else None
+
+
+def _of_all_processes(sampler: Any) -> Iterator[Any]:
+    """What a sampler gives, on all processes together where each has a share."""
+    inner = getattr(sampler, "sampler", sampler)
+    for rank in range(inner.num_replicas if isinstance(inner, DistributedSampler) else 1):
+        if isinstance(inner, DistributedSampler):
+            inner.rank = rank
+        yield from sampler
+
+
+def _alike(items: list[Any]) -> list[Any]:
+    """The items whose images have the commonest size."""
+    sizes = [_sizes(item) for item in items]
+    commonest = Counter(sizes).most_common(1)[0][0] if sizes else ()
+    return [item for item, size in zip(items, sizes, strict=True) if size == commonest]
+
+
+def _sizes(item: Any) -> tuple[Any, ...]:
+    found: list[tuple[int, ...]] = []
+    apply_to_collection(
+        item, (Tensor, np.ndarray), lambda part: found.append(tuple(part.shape)) if part.ndim > 1 else 0
+    )
+    return tuple(found)
