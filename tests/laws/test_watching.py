@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import pytorch_lightning as pl
@@ -23,7 +23,7 @@ from tests.situations.project import Project, loader, pictures
 from vit_explain_callback import ViTExplainCallback
 
 CALLS: Counter[str] = Counter()
-FIT = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 2, "num_sanity_val_steps": 2}
+FIT: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 2, "num_sanity_val_steps": 2}
 
 
 def trained(callback: Any, folder: Path, module: Any, **options: Any) -> pl.Trainer:
@@ -109,7 +109,7 @@ class Watched(Project):
         self.vit = FastPath()
         self.kept: list[Any] = []
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
         self.kept = [copy.deepcopy(self.vit)]
         loss = self.step(batch)
         self.log("val_loss", loss, batch_size=1)
@@ -193,7 +193,7 @@ class Record:
 class Holding(Project):
     """Holds what no copy can be made of, and much that none should be made of."""
 
-    registry: list[type] = []
+    registry: ClassVar[list[type]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -1,4 +1,4 @@
-"""What is explained is what a loss is computed of: an embedding, a box, a gate or a teacher is not taken for classes."""
+"""What is explained is what a loss is computed of: no embedding, box, gate or teacher is taken for classes."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def test_labels_beyond_the_classes_name_the_cures(tmp_path: Path) -> None:
     callback = ViTExplainCallback(
         num_images=5, forward=lambda module, images: FORWARD["forward"](module, images)[:, :2], vit="vit"
     )
-    with pytest.raises(ValueError, match="`target=` names one class or .*`task=` says what the outputs are"):
+    with pytest.raises(ValueError, match=r"`target=` names one class or .*`task=` says what the outputs are"):
         trained(callback, tmp_path, Triplet())
 
 

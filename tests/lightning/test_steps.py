@@ -56,7 +56,7 @@ class Prompted(Project):
         super().__init__(num_classes=0)
         self.text = nn.Embedding(40, 48)
 
-    def forward(self, images: Tensor, prompts: Tensor) -> Any:
+    def forward(self, images: Tensor, prompts: Tensor) -> Any:  # type: ignore[override]
         return 5 * F.normalize(self.vit(images), dim=1) @ F.normalize(self.text(prompts).mean(1), dim=1).T
 
     def step(self, batch: Any) -> Tensor:
@@ -88,7 +88,7 @@ class Gathering(Project):
 
     def step(self, batch: Any) -> Tensor:
         images, labels = batch
-        logits = self.all_gather(self.vit(images) * 2)
+        logits: Any = self.all_gather(self.vit(images) * 2)
         logits = logits.flatten(0, 1) if logits.ndim == 3 else logits
         return F.cross_entropy(logits, labels)
 
@@ -151,17 +151,18 @@ class Telling(Project):
     def step(self, batch: Any) -> Tensor:
         import wandb
 
+        tracker: Any = wandb
+        trainer: Any = self.trainer
         images, labels = batch
         loss = F.cross_entropy(self.head(self.vit(images)[:, :48] * 1.0), labels)
         self.seen.append(len(labels))
         wandb.log({"loss": loss.item()})
-        wandb.run.log({"loss": loss.item()})
+        tracker.run.log({"loss": loss.item()})
         logging.getLogger("theirs").warning("a step")
         print("a step")
-        data: Any = self.trainer.datamodule
-        assert data is None
-        self.trainer.logger.experiment.add_scalar("x", 1.0, 0)
-        assert len(self.trainer.val_dataloaders.dataset) == 20
+        assert trainer.datamodule is None
+        trainer.logger.experiment.add_scalar("x", 1.0, 0)
+        assert len(trainer.val_dataloaders.dataset) == 20
         return loss
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm.loss
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from timm.loss.binary_cross_entropy import BinaryCrossEntropy
+from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from tests.models import random_images, tiny_vit
@@ -42,9 +43,9 @@ CLASSES: dict[str, Callable[[Tensor], object]] = {
     "focal": lambda z: (1 - z.softmax(1).gather(1, LABELS[:, None])).pow(2).mean(),
     "Brier": lambda z: ((z.softmax(dim=1) - ONE_HOT) ** 2).sum(dim=1).mean(),
     "Brier by mse_loss": lambda z: F.mse_loss(z.softmax(dim=1), ONE_HOT),
-    "timm's soft targets": lambda z: timm.loss.SoftTargetCrossEntropy()(z, ONE_HOT * 0.9 + 0.02),
-    "timm's smoothing": lambda z: timm.loss.LabelSmoothingCrossEntropy(0.1)(z, LABELS),
-    "timm's binary": lambda z: timm.loss.BinaryCrossEntropy()(z, LABELS),
+    "timm's soft targets": lambda z: SoftTargetCrossEntropy()(z, ONE_HOT * 0.9 + 0.02),
+    "timm's smoothing": lambda z: LabelSmoothingCrossEntropy(0.1)(z, LABELS),
+    "timm's binary": lambda z: BinaryCrossEntropy()(z, LABELS),
     "Kullback-Leibler": lambda z: F.kl_div(F.log_softmax(z, dim=1), ONE_HOT * 0.9 + 0.02, reduction="batchmean"),
 }
 
@@ -100,7 +101,7 @@ def recorded(run: Callable[..., object], *images: Tensor) -> tuple[list[Loss], L
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_logits_and_labels_are_those_of_the_loss(name: str) -> None:
-    ranked, found, returned = recorded(CLASSES[name], LOGITS)
+    _, found, returned = recorded(CLASSES[name], LOGITS)
     assert found is not None
     assert found.outputs is LOGITS
     assert found.labels is not None
@@ -236,7 +237,7 @@ def test_outputs_of_several_vits_are_refused() -> None:
     twin: Any = Twin().copy(Two())
     twin.frozen = False
     with pytest.raises(
-        ValueError, match="come from 2: teacher, student. Name the one to explain, as in `vit='teacher'`"
+        ValueError, match=r"come from 2: teacher, student\. Name the one to explain, as in `vit='teacher'`"
     ):
         look(twin, lambda: twin(random_images(4)))
     assert look(twin, lambda: twin(random_images(4)), vit="student").vit == "student"
@@ -244,7 +245,7 @@ def test_outputs_of_several_vits_are_refused() -> None:
 
 def test_a_vit_that_the_outputs_do_not_depend_on_is_refused() -> None:
     twin: Any = Twin().copy(Two())
-    with pytest.raises(ValueError, match="but they come from `student.blocks.0.attn`"):
+    with pytest.raises(ValueError, match=r"but they come from `student\.blocks\.0\.attn`"):
         look(twin, lambda: twin(random_images(4)), vit="teacher")
 
 

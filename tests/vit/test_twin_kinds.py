@@ -137,6 +137,11 @@ def lasting(function: Any) -> Any:
     return function
 
 
+def increased(held: Any, name: str) -> Any:
+    setattr(held, name, getattr(held, name) + 1)
+    return getattr(held, name)
+
+
 RIGHT: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[Any], object]]] = {
     "slots": (Slots, lambda held: held.step(), lambda held: (held.count, held.names)),
     "its own __new__": (lambda: OwnNew(4), lambda held: held.step(), lambda held: (held.count, held.names)),
@@ -147,9 +152,9 @@ RIGHT: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[Any
     "BytesIO": (lambda: io.BytesIO(b"abc"), lambda held: len(held.read(1)) + held.tell(), lambda held: held.tell()),
     "StringIO": (lambda: io.StringIO("abc"), lambda held: held.write("x") + held.tell(), lambda held: held.tell()),
     "an iterator over a list": (lambda: iter([1, 2, 3]), next, lambda held: held.__length_hint__()),
-    "ctypes": (lambda: ctypes.c_int(3), lambda held: setattr(held, "value", held.value + 1) or held.value, lambda h: h.value),
+    "ctypes": (lambda: ctypes.c_int(3), lambda held: increased(held, "value"), lambda held: held.value),
     "a closure with nonlocal": (closing, lambda held: held(), lambda held: held.__closure__[0].cell_contents),
-    "a recursive closure": (recursive, lambda held: held(2), lambda held: str([c.cell_contents for c in held.__closure__][0])),
+    "a recursive closure": (recursive, lambda held: held(2), lambda held: str(held.__closure__[0].cell_contents)),
     "keyword-only defaults": (keyword_only, lambda held: held(), lambda held: held.__kwdefaults__),
     "lru_cache round a method": (Cached, lambda held: held.get(len(str(held.calls))), lambda held: held.calls),
     "lru_cache of a closure": (
@@ -162,7 +167,11 @@ RIGHT: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[Any
         lambda held: held(),
         lambda held: held.args,
     ),
-    "a method of a builtin": (lambda: [].append, lambda held: held(1) or len(held.__self__), lambda held: held.__self__),
+    "a method of a builtin": (
+        lambda: [].append,
+        lambda held: held(1) or len(held.__self__),
+        lambda held: held.__self__,
+    ),
     "Counter": (lambda: collections.Counter("aab"), lambda held: held.update("a") or held["a"], dict),
     "OrderedDict": (
         lambda: collections.OrderedDict(a=[1]),
@@ -175,7 +184,11 @@ RIGHT: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[Any
         lambda held: dict(held),
     ),
     "an array of numpy": (lambda: np.zeros(2), lambda held: held.__iadd__(1).sum(), lambda held: held.tolist()),
-    "numpy's generator": (lambda: np.random.default_rng(0), lambda held: held.random(), lambda held: str(held.bit_generator.state)),
+    "numpy's generator": (
+        lambda: np.random.default_rng(0),
+        lambda held: held.random(),
+        lambda held: str(held.bit_generator.state),
+    ),
     "torch's generator": (
         lambda: torch.Generator().manual_seed(3),
         lambda held: torch.rand(1, generator=held),
@@ -185,7 +198,7 @@ RIGHT: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[Any
     "an event": (threading.Event, lambda held: held.set() or held.is_set(), lambda held: held.is_set()),
     "nested": (
         lambda: SimpleNamespace(a={"b": [SimpleNamespace(c=0)]}),
-        lambda held: setattr(held.a["b"][0], "c", held.a["b"][0].c + 1) or held.a["b"][0].c,
+        lambda held: increased(held.a["b"][0], "c"),
         lambda held: held.a["b"][0].c,
     ),
 }  # fmt: skip
@@ -222,13 +235,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "a generator": (counting, next),
     "a connection": (lambda: sqlite3.connect(":memory:"), lambda held: held.execute("create table a (b)") and 1),
     "a socket": (socket.socket, lambda held: held.fileno()),
-    "a shared number": (lambda: multiprocessing.Value("i", 3), lambda held: setattr(held, "value", 4) or held.value),
+    "a shared number": (lambda: multiprocessing.Value("i", 3), lambda held: increased(held, "value")),
     "a pipe": (lambda: multiprocessing.Pipe()[1], lambda held: held.send(1) or 1),
-    "what belongs to a thread": (threading.local, lambda held: setattr(held, "a", 1) or 1),
+    "what belongs to a thread": (threading.local, lambda held: increased(held, "a")),
     "an optimizer": (lambda: torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), lambda held: held.step() or 1),
     "an object with a __del__": (
         type("Deleting", (), {"__del__": lambda self: None, "count": 0}),
-        lambda held: setattr(held, "count", 1) or 1,
+        lambda held: increased(held, "count"),
     ),
 }
 
@@ -289,7 +302,8 @@ def test_keys_that_are_modules_or_parameters_are_those_of_the_twin() -> None:
         found = [twin.module(inputs) for _ in range(2)]
     assert list(module.of_module.values()) == [[1.0]]
     assert module.weak[module.linear] == [5.0]
-    assert module.linear.weight.scale == [2.0]
+    weight: Any = module.linear.weight
+    assert weight.scale == [2.0]
     with torch.no_grad():
         assert all(one.equal(module(inputs)) for one in found)
 
@@ -356,7 +370,7 @@ class Trained(nn.Module):
 
 
 def test_an_overridden_train_is_called_on_the_twin_alone() -> None:
-    module = nn.Sequential(Trained()).train()
+    module: Any = nn.Sequential(Trained()).train()
     with undisturbed(module) as twin, torch.no_grad():
         assert twin.module(torch.zeros(2)).tolist() == [2.0, 2.0]
     assert module[0].weight.tolist() == [1.0, 1.0]
@@ -370,8 +384,9 @@ class Marked(nn.Parameter):
 class Quantised(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weight = Marked(torch.ones(2, dtype=torch.int8), requires_grad=False)
-        self.weight.scale = torch.full((2,), 0.5)  # type: ignore[attr-defined]
+        weight: Any = Marked(torch.ones(2, dtype=torch.int8), requires_grad=False)
+        weight.scale = torch.full((2,), 0.5)
+        self.weight = weight
 
     def forward(self, inputs: Tensor) -> Tensor:
         weight: Any = self.weight

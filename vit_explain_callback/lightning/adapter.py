@@ -18,6 +18,10 @@ from vit_explain_callback.vit.flow import Flow
 from vit_explain_callback.vit.losses import IMAGES, LossRecorder, Task
 from vit_explain_callback.vit.twin import Twin
 
+_WORDS = {"cross_entropy": "cross-entropy", "nll_loss": "negative log-likelihood", "mse_loss": "squared error"}
+_WORDS |= {"binary_cross_entropy_with_logits": "binary cross-entropy", "binary_cross_entropy": "binary cross-entropy"}
+_WORDS |= {"l1_loss": "absolute error", "multi_margin_loss": "margin loss", "kl_div": "Kullback-Leibler divergence"}
+
 
 @dataclass
 class LightningAdapter:
@@ -56,6 +60,24 @@ class LightningAdapter:
     def regression(self) -> bool:
         """Whether its outputs are quantities."""
         return self.task == "regression"
+
+    def in_words(self, loss: str | None, columns: int) -> str:
+        """What is explained, for the first line that is printed.
+
+        Args:
+            loss: Name of the loss that is computed of it.
+            columns: Outputs of an image.
+        """
+        count = max(columns, 2) if self.task == "classification" else columns
+        one, many = {
+            "classification": ("class", "classes"),
+            "multilabel": ("label", "labels"),
+            "regression": ("number", "numbers"),
+        }[self.task]
+        what = f"{count} {one if count == 1 else many}"
+        what = what if self.task == "regression" else f"logits of {what}"
+        where = "" if self.parts else ", which is run on a copy"
+        return what if loss is None else f"{what}, from the {_WORDS.get(loss, f'`{loss}`')} of `{self.step}`{where}"
 
     @contextmanager
     def evaluating(self) -> Iterator[Twin]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import multiprocessing
 import pickle
 import weakref
@@ -11,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
 from torch.utils.data import DataLoader
 
 from vit_explain_callback.lightning._compat import Trainer
@@ -137,10 +135,9 @@ def _asked(source: Any) -> Any:
 
 def _asked_of_copy(source: Any) -> Any:
     """What the hook would give, asked of a copy, as it may count or draw."""
-    owner = source.instance
+    twin = Twin(lambda twin, value: twin.borrowed(value) if value is source.instance else None)
     with preserved_random_state():
-        owner = Twin().copy(owner) if isinstance(owner, nn.Module) else copy.copy(owner)
-        return getattr(owner, source.name)()
+        return getattr(twin.copy(source.instance), source.name)()
 
 
 def _all_names(loader: Any) -> list[str] | None:

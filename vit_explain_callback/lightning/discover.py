@@ -25,9 +25,6 @@ CURE = (
     "Say how: `ViTExplainCallback(forward=lambda module, images: …)` gives logits (B, C) of images, `task=` says what "
     "they are, `images=` gives the images themselves, and `vit=` the path of the ViT."
 )
-_WORDS = {"cross_entropy": "cross-entropy", "nll_loss": "negative log-likelihood", "mse_loss": "squared error"}
-_WORDS |= {"binary_cross_entropy_with_logits": "binary cross-entropy", "binary_cross_entropy": "binary cross-entropy"}
-_WORDS |= {"l1_loss": "absolute error", "multi_margin_loss": "margin loss", "kl_div": "Kullback-Leibler divergence"}
 
 
 @dataclass(frozen=True)
@@ -212,7 +209,7 @@ class Discovery:
             adapter = replace(adapter, feed=found.feed, inputs=inputs if adapter.parts else None)
         adapter = replace(adapter, vit=found.vit, batch=None if adapter.parts else batch)
         labels = None if labels is None else labels[: len(images)]
-        words = in_words(adapter, trace.loss, outputs.shape[1] if outputs.ndim > 1 else 1)
+        words = adapter.in_words(trace.loss, outputs.shape[1] if outputs.ndim > 1 else 1)
         return Discovered(adapter, images, labels, words, self._notice(adapter, trace))
 
     def _candidates(self, base: LightningAdapter, trace: StepTrace) -> Iterator[LightningAdapter]:
@@ -316,15 +313,6 @@ class Discovery:
             f"Expected `{step}` of {type(self._module).__name__} to compare outputs, a row for each image, with labels "
             f"in a loss, but saw {seen}: an embedding is not the logits of classes. {CURE}"
         )
-
-
-def in_words(adapter: LightningAdapter, loss: str | None, columns: int) -> str:
-    """What is explained, for the first line that is printed."""
-    of = {"classification": "class", "multilabel": "label", "regression": "number"}[adapter.task]
-    many = f"{max(columns, 2) if adapter.task == 'classification' else columns} {of}"
-    plural = ("es" if of == "class" else "s") if not many.startswith("1 ") else ""
-    what = f"logits of {many}{plural}" if adapter.task != "regression" else f"{many}{plural}"
-    return what if loss is None else f"{what}, from the {_WORDS.get(loss, f'`{loss}`')} of `{adapter.step}`"
 
 
 def _plain(tensor: Tensor) -> Tensor:

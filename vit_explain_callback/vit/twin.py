@@ -5,45 +5,27 @@ tensors, counters, queues, lists of outputs, metrics, random generators. No para
 module is in evaluation mode, nothing is compiled, and it knows no trainer.
 
 The copying is pickle's: it follows every reference, and what is shared in the original is shared in the copy. What
-pickle does not know, or would ask the user's own code for, is said here: modules, tensors, functions, plain objects. An
-object of which no copy can be made is never shared: what stands in its place raises when it is used.
+pickle does not know, or would ask the user's own code for, `copying` says: modules, tensors, functions, plain objects.
+An object of which no copy can be made is never shared: what stands in its place raises when it is used.
 """
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import io
 import pickle
-import struct
-import sys
-import threading
 import types
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from vit_explain_callback.vit.borrowed import Borrowed, Uncopied
-from vit_explain_callback.vit.copy_on_write import CopyOnWrite, address, owned_view
-from vit_explain_callback.vit.wrappers import unwrapped
-
-_ATOMS = {type(None), bool, int, float, complex, str, bytes}
-# Of every module, and no other module's; most of them are empty.
-_BOOKKEEPING = {name: type(part) for name, part in vars(nn.Module()).items() if isinstance(part, dict | set)}
-_BACKWARD = {"_backward_hooks", "_backward_pre_hooks"}  # for the user's own backward pass
-_NO_ONE = {"_trainer", "_fabric", "_compiled_call_impl"}
-_LEFT_OUT = _BACKWARD | _NO_ONE
-# Objects of these libraries reach far beyond the module, and a forward pass does not change them.
-_LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning"}
-_POINTER, _MANAGED_WEAKREF, _MANAGED_DICT = struct.calcsize("P"), 1 << 3, 1 << 4
-_SLACK = 1 << 20  # bytes of memory around a tensor that are copied with it, for the sake of other views of them
-
+from vit_explain_callback.vit import copying
+from vit_explain_callback.vit.borrowed import Borrowed
+from vit_explain_callback.vit.copy_on_write import CopyOnWrite
+from vit_explain_callback.vit.copying import ATOMS, BACKWARD, NO_ONE, OURS, WAYS, module_way, object_way, silent, taken
 
 StandIn: TypeAlias = "Callable[[Twin, object], object]"
 
@@ -84,16 +66,16 @@ class Twin:
             made = Borrowed(self, value)
             self.take(value, made)
             if "_trainer" in vars(value):
-                vars(made).update(log=_silent, log_dict=_silent)
+                vars(made).update(log=silent, log_dict=silent)
             if isinstance(value, nn.Module) and _sets_more_than_flags(type(value)):
                 made.train(False)
         return self.made[id(value)]
 
     def attribute(self, name: str, part: Any) -> Any:
         """A copy of one attribute of an object that is borrowed."""
-        if name in _NO_ONE:
+        if name in NO_ONE:
             return self.stand_in(self, part)
-        return type(part)() if name in _BACKWARD else self.copy(part)
+        return type(part)() if name in BACKWARD else self.copy(part)
 
     def copy(self, value: Any) -> Any:
         """A copy of any object; of what was copied before, the same one.
@@ -101,7 +83,7 @@ class Twin:
         Raises:
             TypeError: If an object in it has a way of its own of being copied, and that fails.
         """
-        if type(value) in _ATOMS:
+        if type(value) in ATOMS:
             return value
         self._stream.seek(0)
         self._stream.truncate()
@@ -123,7 +105,7 @@ class Twin:
         """Let `made` be the copy of `value`."""
         self.made[id(value)] = made
         self.alive.append(value)
-        return _taken, (id(value),)
+        return taken, (id(value),)
 
     def close(self) -> None:
         """Let go of all copies, so that none waits for Python's collector; no `__del__` of the user's is run."""
@@ -156,14 +138,14 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         twin, kind = self._twin, type(value)
-        if kind is types.FunctionType and value in _OURS:
+        if kind is types.FunctionType and value in OURS:
             return NotImplemented  # by its name
         if id(value) in twin.made:
-            return _taken, (id(value),)
+            return taken, (id(value),)
         if kind not in self._ways:
-            self._ways[kind] = next((way for kinds, way in _WAYS if issubclass(kind, kinds)), _object)
+            self._ways[kind] = next((way for kinds, way in WAYS if issubclass(kind, kinds)), object_way)
         way = self._ways[kind]
-        if way in (_object, _module) and (made := twin.stand_in(twin, value)) is not None:
+        if way in (object_way, module_way) and (made := twin.stand_in(twin, value)) is not None:
             return twin.take(value, made)
         return way(twin, value)
 
@@ -174,248 +156,8 @@ class _Unpickler(pickle.Unpickler):
         self._twin = twin
 
     def find_class(self, module: str, name: str) -> Any:
-        return functools.partial(globals()[name], self._twin)
-
-
-def _shared(twin: Twin, value: Any) -> Any:
-    return twin.take(value, value)
-
-
-def _refused(twin: Twin, value: Any) -> Any:
-    return twin.take(value, Uncopied(type(value).__name__))
-
-
-def _module(twin: Twin, value: nn.Module) -> Any:
-    if (inner := unwrapped(value)) is not value:
-        return _same, (inner,)
-    if isinstance(value, torch.jit.ScriptModule):
-        return twin.take(value, value.__deepcopy__({}).eval())
-    own = vars(value)
-    # Empty ones are made anew, as there are thousands in a model.
-    state = {name: part for name, part in own.items() if name not in _LEFT_OUT and (name not in _BOOKKEEPING or part)}
-    state |= {name: twin.stand_in(twin, own[name]) for name in _NO_ONE if name in own}
-    return object.__new__, (type(value),), state, None, None, _fill_module
-
-
-def _fill_module(twin: Twin, made: nn.Module, state: dict[str, Any]) -> None:
-    own = vars(made)
-    own.update(state)
-    for name, kind in _BOOKKEEPING.items():
-        if name not in own:
-            own[name] = kind()
-    if "_trainer" in own:
-        own.update(log=_silent, log_dict=_silent)
-    twin.modules.append(made)
-
-
-def _tensor(twin: Twin, value: Tensor) -> Any:
-    if isinstance(value, nn.Parameter):
-        made: Any = _parameter(twin, value)
-    elif isinstance(value, UninitializedBuffer):
-        made = _uninitialised(value)
-    else:
-        made = _own_tensor(twin, value)
-    way = twin.take(value, made)
-    return (*way, dict(vars(value)), None, None, _fill) if getattr(value, "__dict__", None) else way
-
-
-def _parameter(twin: Twin, value: nn.Parameter) -> nn.Parameter:
-    if isinstance(value, UninitializedParameter):
-        made: nn.Parameter = _uninitialised(value, requires_grad=False)
-        return made
-    if type(value) is not nn.Parameter and issubclass(type(value), nn.Parameter):
-        with torch._C.DisableTorchFunctionSubclass():
-            made = Tensor._make_subclass(type(value), value.detach(), False)
-    else:
-        made = nn.Parameter(value.detach(), requires_grad=False)
-    if place := address(made):  # 0 would stand for every tensor without memory of its own
-        twin.parameters.setdefault(place, []).append(made)
-    return made
-
-
-def _uninitialised(value: Any, **options: Any) -> Any:
-    return type(value)(device=value.device, dtype=value.dtype, **options)
-
-
-def _own_tensor(twin: Twin, value: Tensor) -> Tensor:
-    """A tensor with memory of its own, which it shares with the copies of other views of the same memory."""
-    place = address(value)
-    if place in twin.parameters:
-        return value.detach()  # its memory is guarded
-    made = value.detach()
-    if type(value) is not Tensor or not place or value.layout is not torch.strided or value.is_conj() or value.is_neg():
-        made = made.clone()
-    else:
-        span = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
-        span = span if value.numel() else 0
-        memory = value.untyped_storage()
-        if memory.nbytes() > 2 * span * value.element_size() + _SLACK:
-            made = made.as_strided((span,), (1,)).clone().as_strided(value.shape, value.stride(), 0)
-        else:
-            if place not in twin.storages:
-                twin.storages[place] = memory.clone()  # type: ignore[no-untyped-call]
-            made = owned_view(twin.storages[place], value)
-    twin.state |= {address(made)} - {0}
-    return made
-
-
-def _torch_generator(twin: Twin, value: torch.Generator) -> Any:
-    return twin.take(value, torch.Generator(value.device).set_state(value.get_state()))
-
-
-def _function(twin: Twin, value: types.FunctionType) -> Any:
-    """A function of its own where it holds anything that can change: what it closes over, defaults, attributes."""
-    defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-    holds = value.__closure__ or vars(value) or any(type(default) not in _ATOMS for default in defaults)
-    if not holds or _is_global(value):
-        return twin.take(value, value)
-    twin.functions[id(value)] = value
-    state = (value.__defaults__, value.__kwdefaults__, dict(vars(value)))
-    return _function_like, (id(value), value.__closure__), state, None, None, _fill_function
-
-
-def _function_like(twin: Twin, place: int, closure: Any) -> types.FunctionType:
-    value = twin.functions[place]
-    made = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, closure)
-    made.__qualname__, made.__module__ = value.__qualname__, value.__module__
-    return made
-
-
-def _fill_function(_: Twin, made: types.FunctionType, state: tuple[Any, Any, dict[str, Any]]) -> None:
-    made.__defaults__, made.__kwdefaults__, attributes = state
-    made.__dict__.update(attributes)
-
-
-def _cell(_: Twin, value: types.CellType) -> Any:
-    try:
-        content = value.cell_contents
-    except ValueError:  # an empty one
-        return types.CellType, ()
-    return types.CellType, (), content, None, None, _fill_cell
-
-
-def _fill_cell(_: Twin, made: types.CellType, content: Any) -> None:
-    made.cell_contents = content
-
-
-def _builtin(twin: Twin, value: Any) -> Any:
-    """A method of an object is one of its copy."""
-    owner = getattr(value, "__self__", None)
-    return (
-        _shared(twin, value) if owner is None or isinstance(owner, types.ModuleType | type) else _reduced(twin, value)
-    )
-
-
-def _cached(twin: Twin, value: Any) -> Any:
-    """A function that remembers its results remembers others."""
-    if _is_global(value):
-        return _shared(twin, value)
-    return _cached_again, (value.__wrapped__, *value.cache_parameters().values())
-
-
-def _cached_again(_: Twin, function: Any, maxsize: int | None, typed: bool) -> Any:
-    return functools.lru_cache(maxsize, typed)(function)
-
-
-def _reference(twin: Twin, value: Any) -> Any:
-    target = value()
-    return _shared(twin, value) if target is None else (_refer, (target,))
-
-
-def _refer(twin: Twin, target: Any) -> Any:
-    twin.alive.append(target)
-    return weakref.ref(target)
-
-
-def _proxy(_: Twin, value: Any) -> Any:
-    return _refer_by_proxy, (value.__repr__.__self__,)
-
-
-def _refer_by_proxy(twin: Twin, target: Any) -> Any:
-    twin.alive.append(target)
-    return weakref.proxy(target)
-
-
-def _object(twin: Twin, value: Any) -> Any:
-    kind: Any = type(value)
-    if kind.__module__.partition(".")[0] in _LIBRARIES and not isinstance(value, tuple | dict | RemovableHandle):
-        return _shared(twin, value)
-    if isinstance(getattr(kind, "__del__", None), types.FunctionType):
-        return _refused(twin, value)  # what it does at its end, a copy would do before
-    if not _is_plain(kind):
-        return _reduced(twin, value)
-    state = dict(getattr(value, "__dict__", ()))
-    for name in copyreg._slotnames(kind):  # type: ignore[attr-defined]
-        if name not in state and hasattr(value, name):
-            state[name] = getattr(value, name)
-    return object.__new__, (kind,), state, None, None, _fill
-
-
-def _is_plain(kind: Any) -> bool:
-    """Whether an object is no more than its attributes and slots, as pickle tells it, and has no way of its own."""
-    if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
-        return False
-    size: int = object.__basicsize__ + _POINTER * len(copyreg._slotnames(kind))  # type: ignore[attr-defined]
-    size += _POINTER * (kind.__dictoffset__ != 0 and not kind.__flags__ & _MANAGED_DICT)
-    size += _POINTER * (kind.__weakrefoffset__ != 0 and not kind.__flags__ & _MANAGED_WEAKREF)
-    return kind not in copyreg.dispatch_table and kind.__basicsize__ <= size and kind.__itemsize__ == 0
-
-
-def _fill(_: Twin, made: Any, state: dict[str, Any]) -> None:
-    for name, part in state.items():
-        object.__setattr__(made, name, part)
-
-
-def _reduced(twin: Twin, value: Any) -> Any:
-    """In the object's own way, as it is pickled."""
-    try:
-        way = copyreg.dispatch_table.get(type(value))
-        reduced = value.__reduce_ex__(pickle.HIGHEST_PROTOCOL) if way is None else way(value)
-    except Exception:  # as open files, sockets and running generators
-        return _refused(twin, value)
-    return _shared(twin, value) if isinstance(reduced, str) else reduced
-
-
-def _same(_: Twin, value: Any) -> Any:
-    return value
-
-
-def _taken(twin: Twin, place: int) -> object:
-    return twin.made[place]
-
-
-def _silent(*_args: Any, **_kwargs: Any) -> None:
-    """What a twin logs goes nowhere."""
+        return functools.partial(getattr(copying, name), self._twin)
 
 
 def _sets_more_than_flags(kind: type[nn.Module]) -> bool:
     return kind.train is not nn.Module.train
-
-
-def _is_global(value: Any) -> bool:
-    found: Any = sys.modules.get(getattr(value, "__module__", ""))
-    for name in getattr(value, "__qualname__", "").split("."):
-        found = getattr(found, name, None)
-    return found is value
-
-
-# Those that make copies are told the twin, and are found by their name.
-_OURS = {_cached_again, _fill, _fill_cell, _fill_function, _fill_module, _function_like, _same, _taken}
-_OURS |= {_refer, _refer_by_proxy}
-_LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
-_WAYS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
-    (nn.Module, _module),
-    (Tensor, _tensor),
-    ((type, types.ModuleType, types.CodeType, property, types.MethodDescriptorType), _shared),
-    (types.FunctionType, _function),
-    (types.CellType, _cell),
-    (types.MethodType, lambda _, value: (types.MethodType, (value.__func__, value.__self__))),
-    (types.BuiltinFunctionType, _builtin),
-    (type(functools.lru_cache(len)), _cached),
-    (weakref.ReferenceType, _reference),
-    ((weakref.ProxyType, weakref.CallableProxyType), _proxy),
-    (torch.Generator, _torch_generator),
-    (_LOCK, lambda twin, value: twin.take(value, threading.Lock())),
-    (_RLOCK, lambda twin, value: twin.take(value, threading.RLock())),
-    ((torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.utils.data.DataLoader), _refused),
-]
