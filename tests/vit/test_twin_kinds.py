@@ -391,7 +391,8 @@ class Quantised(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         weight: Any = self.weight
         assert type(weight) is Marked
-        return inputs + weight.data.float() * weight.scale
+        scale: Tensor = vars(weight)["scale"]
+        return inputs + weight.data.float() * scale
 
 
 def test_parameters_of_other_classes_keep_what_they_hold() -> None:
