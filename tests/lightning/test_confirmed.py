@@ -328,3 +328,62 @@ def test_images_without_a_label_are_left_out_where_the_step_fails_on_them(
     assert known is not None
     assert len(known) >= 5
     assert (known < CLASSES).all()
+
+
+class Featured(Project):
+    """`forward` gives features; the step knows their classes, or their ages."""
+
+    def __init__(self, regression: bool = False) -> None:
+        super().__init__(num_classes=0)
+        self.head, self.regression = nn.Linear(48, 1 if regression else CLASSES), regression
+
+    def step(self, batch: Any) -> Tensor:
+        images, labels = batch
+        outputs = self.head(self(images))
+        if self.regression:
+            return (outputs[:, 0] - labels).square().mean()
+        return F.cross_entropy(outputs, labels)
+
+
+@pytest.mark.filterwarnings("ignore:ViTExplainCallback. `forward` gives other outputs")
+@pytest.mark.parametrize("regression", [False, True])
+def test_images_of_the_users_own_are_explained_as_the_loss_has_them(regression: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, images = Featured(regression), pictures(seed=8, count=5)
+    callback = ViTExplainCallback(images=images)
+    trained(callback, tmp_path, module, num_sanity_val_steps=1)
+    assert callback.tracker is not None
+    assert callback.tracker.probe.images is not None
+    assert callback.tracker.probe.images.equal(images)
+    assert callback.tracker.probe.regression == regression
+    with torch.no_grad():
+        expected = module.eval().head(module.vit(images))
+    torch.testing.assert_close(callback.tracker.history.now.logits, expected)
+
+
+def test_images_of_the_users_own_do_not_make_an_embedding_classes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    callback = ViTExplainCallback(images=pictures(seed=8, count=5))
+    with pytest.raises(ValueError, match="an embedding is not the logits of classes"):
+        trained(callback, tmp_path, NTXent(), num_sanity_val_steps=1)
+
+
+class Twice(Project):
+    """The step calls the parts of `forward` one by one."""
+
+    def __init__(self) -> None:
+        super().__init__(num_classes=0)
+        self.head = nn.Linear(48, CLASSES)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.head(self.vit(images))
+
+    def step(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.head(self.vit(batch[0])), batch[1])
+
+
+def test_nothing_is_said_of_a_forward_that_gives_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    callback = ViTExplainCallback(num_images=5)
+    trained(callback, tmp_path, Twice(), num_sanity_val_steps=1)  # warnings are errors
+    assert callback.tracker is not None

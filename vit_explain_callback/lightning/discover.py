@@ -14,17 +14,12 @@ from torch import Tensor, nn
 
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
 from vit_explain_callback.lightning.adapter import LightningAdapter
-from vit_explain_callback.lightning.batches import cloned, images_and_labels, images_in, picked
-from vit_explain_callback.lightning.evaluation import StepName, evaluating, run_step, transferred
-from vit_explain_callback.lightning.trace import StepRecorder, StepTrace, leaves_of
-from vit_explain_callback.vit.isolation import preserved_random_state
+from vit_explain_callback.lightning.batches import images_and_labels
+from vit_explain_callback.lightning.evaluation import StepName, transferred
+from vit_explain_callback.lightning.steps import CURE, Steps
+from vit_explain_callback.lightning.trace import StepTrace, leaves_of
 from vit_explain_callback.vit.look import Look, look
 from vit_explain_callback.vit.losses import Task, read_labels
-
-CURE = (
-    "Say how: `ViTExplainCallback(forward=lambda module, images: …)` gives logits (B, C) of images, `task=` says what "
-    "they are, `images=` gives the images themselves, and `vit=` the path of the ViT."
-)
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class Discovery:
     def __init__(
         self, module: LightningModule, trainer: Trainer, vit: str | None, needs_vit: bool, task: Task | None
     ) -> None:
-        self._module, self._trainer = module, trainer
+        self._module, self._trainer, self._steps = module, trainer, Steps(module, trainer)
         self._vit, self._needs_vit, self._task = vit, needs_vit, task
 
     def of(self, batch: Any, is_ready: bool, watched: StepTrace | None) -> Discovered:
@@ -82,15 +77,15 @@ class Discovery:
         step: StepName = "validation_step"
         if watched is not None and watched.loss is not None:
             mapped = self._mapped(watched, batch)
-            batch, trace = (batch, watched) if mapped is not None else self._run_on_labelled(batch, step)
+            batch, trace = (batch, watched) if mapped is not None else self._steps.run_on_labelled(batch, step)
             if trace.loss is None and trace.error is not None:
-                raise self._failed(trace.error)
+                raise self._steps.failed(trace.error)
             inputs, labels = mapped if mapped is not None else (trace.inputs, trace.labels)
         else:
-            batch, step, trace, shown = self._first_with_loss(batch)
+            batch, step, trace, shown = self._steps.first_with_loss(batch)
             inputs, labels = trace.inputs, trace.labels
             if shown is not None and inputs is not None and shown.shape == inputs.shape and not shown.equal(inputs):
-                inputs, labels = shown, self._sure_labels(batch, step, trace)
+                inputs, labels = shown, self._steps.sure_labels(batch, step, trace)
         if trace.loss is None or inputs is None:
             raise self._unconfirmed(step, trace)
         if labels is None and trace.task == "classification":
@@ -111,65 +106,6 @@ class Discovery:
         labels, task = read_labels(trace.reading, leaves[trace.label_leaf], columns)
         return (inputs.detach().cpu(), None if labels is None else labels.cpu()) if task == trace.task else None
 
-    def _first_with_loss(self, batch: Any) -> tuple[Any, StepName, StepTrace, Tensor | None]:
-        """The first step that shows a loss, validation first, its batch, and the images of the validation."""
-        found: tuple[StepName, StepTrace] | None = None
-        shown: Tensor | None = None
-        failure: Exception | None = None
-        names: tuple[StepName, ...] = ("validation_step", "training_step")
-        for name in names:
-            if not is_overridden(name, self._module):
-                continue
-            batch, trace = self._run_on_labelled(batch, name)
-            if name == "training_step" and trace.error is not None and trace.loss is None:
-                trace = self._run(batch, name, training=True)
-            failure = failure or trace.error
-            shown = trace.inputs if shown is None else shown
-            found = (name, trace) if found is None or trace.loss is not None else found
-            if trace.loss is not None:
-                break
-        if found is None or (found[1].loss is None and failure is not None):
-            raise self._failed(failure)
-        return batch, *found, shown
-
-    def _run_on_labelled(self, batch: Any, step: StepName) -> tuple[Any, StepTrace]:
-        """Run a step; where it fails, on the images alone that have a label."""
-        trace = self._run(batch, step)
-        count = images_in(batch)
-        labels = [leaf for leaf in leaves_of(batch) if leaf.shape == (count,) and not leaf.is_floating_point()]
-        for absent in ((-1, -100), (-1, -100, 255)):
-            unlabelled = [torch.isin(each.cpu(), torch.tensor(absent)) for each in labels if each.dtype != torch.bool]
-            if trace.error is None or not unlabelled:
-                break
-            rows = (~torch.stack(unlabelled).any(dim=0)).nonzero().flatten().tolist()
-            if 0 < len(rows) < count:
-                fewer = picked(batch, rows, count)
-                again = self._run(fewer, step)
-                if again.error is None:
-                    return fewer, again
-        return batch, trace
-
-    def _run(self, batch: Any, step: StepName, seed: int | None = None, training: bool = False) -> StepTrace:
-        with evaluating(self._module, self._trainer) as twin, preserved_random_state(seed), torch.no_grad():
-            if training:
-                twin.module.train()
-            own = cloned(batch)
-            recorder = StepRecorder(twin.module, own, rows=None)
-            returned: object = None
-            error: Exception | None = None
-            with recorder.watching():
-                try:
-                    returned = run_step(twin.module, step, own)
-                except Exception as raised:
-                    error = raised
-            return replace(recorder.trace(returned, error), is_exact=not training)
-
-    def _sure_labels(self, batch: Any, step: StepName, trace: StepTrace) -> Tensor | None:
-        """Labels of a step that changes the images, if it does not change these: as where images are mixed."""
-        again = self._run(batch, step, seed=1).labels
-        is_sure = again is not None and trace.labels is not None and again.equal(trace.labels)
-        return trace.labels if is_sure else None
-
     def _labels(self, batch: Any, trace: StepTrace) -> Tensor | None:
         """Classes under a usual name, where the loss takes soft ones."""
         if trace.outputs is None or trace.outputs.ndim < 2:
@@ -186,31 +122,50 @@ class Discovery:
         task = self._task or trace.task
         count = len(inputs)
         base = LightningAdapter(self._module, self._trainer, self._vit, task, step=step, batch=batch, count=count)
-        outputs = trace.outputs
-        assert outputs is not None
-        known = trace.inputs if trace.inputs is not None else inputs
-        adapter = next(
-            (one for one in self._candidates(base, trace) if self._gives(one, known, outputs, trace)),
-            None,
-        )
+        adapter = self._confirmed(base, trace)
         if adapter is None:
             if not is_probe:  # the step that was watched had other images
-                trace = self._run(batch, step)
+                trace = self._steps.run(batch, step)
                 if trace.loss is None or trace.outputs is None or trace.inputs is None:
-                    raise self._failed(trace.error) if trace.error is not None else self._unconfirmed(step, trace)
-                outputs, inputs = trace.outputs, trace.inputs
-            adapter = self._by_step(base, outputs, trace.label_leaf)
+                    raise self._steps.failed(trace.error) if trace.error is not None else self._unconfirmed(step, trace)
+                inputs = trace.inputs
+            adapter = self._by_step(base, _known(trace)[1], trace.label_leaf)
+        return self._finished(adapter, trace, inputs, labels)
+
+    def of_images(self, images: Tensor, labels: Tensor | None, trace: StepTrace) -> Discovered:
+        """How the module is run on images of the user's own, if what he gives is what the watched step's parts take.
+
+        Raises:
+            ValueError: If the loss of the step is of something else than what the module's parts give of images.
+        """
+        base = LightningAdapter(self._module, self._trainer, self._vit, self._task or trace.task, count=len(images))
+        adapter: LightningAdapter | None = None
+        if trace.loss is not None and trace.inputs is not None and trace.outputs is not None:
+            adapter = self._confirmed(base, trace)
+        if adapter is None:
+            raise self._unconfirmed("validation_step", trace)
+        return self._finished(adapter, trace, images, labels)
+
+    def _finished(
+        self, adapter: LightningAdapter, trace: StepTrace, inputs: Tensor, labels: Tensor | None
+    ) -> Discovered:
         found = self._look(adapter, inputs)
         if found.fed is None:
             what = "a Vision Transformer" if self._needs_vit else "a module of its own"
-            raise ValueError(f"Expected `{step}` of {type(self._module).__name__} to give images to {what}. {CURE}")
+            step = f"`{adapter.step}` of {type(self._module).__name__}"
+            raise ValueError(f"Expected {step} to give images to {what}. {CURE}")
         images = _plain(found.fed)
         if not adapter.parts or images.shape != inputs.shape or not images.equal(inputs.to(images.dtype)):
             adapter = replace(adapter, feed=found.feed, inputs=inputs if adapter.parts else None)
-        adapter = replace(adapter, vit=found.vit, batch=None if adapter.parts else batch)
+        adapter = replace(adapter, vit=found.vit, batch=None if adapter.parts else adapter.batch)
         labels = None if labels is None else labels[: len(images)]
-        words = adapter.in_words(trace.loss, outputs.shape[1] if outputs.ndim > 1 else 1)
+        words = adapter.in_words(trace.loss, found.outputs.shape[1] if found.outputs.ndim > 1 else 1)
         return Discovered(adapter, images, labels, words, self._notice(adapter, trace))
+
+    def _confirmed(self, base: LightningAdapter, trace: StepTrace) -> LightningAdapter | None:
+        """The parts whose copies give what went by; None where only the step does."""
+        candidates = self._candidates(base, trace)
+        return next((one for one in candidates if self._gives(one, *_known(trace), trace)), None)
 
     def _candidates(self, base: LightningAdapter, trace: StepTrace) -> Iterator[LightningAdapter]:
         if trace.parts:
@@ -292,20 +247,14 @@ class Discovery:
                 f"`{adapter.step}` computes {1 + len(trace.others)} losses of different outputs; the outputs of the "
                 f"first, `{trace.loss}`, are explained. `forward=` chooses others."
             )
-        if adapter.parts != ("",) and not trace.called and is_overridden("forward", self._module):
+        itself = replace(adapter, parts=("",), feed=None, inputs=None)
+        is_other = adapter.parts != ("",) and not trace.called and is_overridden("forward", self._module)
+        if is_other and not self._gives(itself, *_known(trace), trace):
             return (
                 f"`forward` gives other outputs than the loss of `{adapter.step}` is computed of; the loss's are "
                 "explained. `forward=lambda module, images: module(images)` explains the others."
             )
         return None
-
-    def _failed(self, error: Exception | None) -> Exception:
-        name = type(self._module).__name__
-        if error is None:
-            return ValueError(f"Expected {name} to have a step, but it has none. {CURE}")
-        failure = RuntimeError(f"A step of {name} failed with probe images: {error!r}. {CURE}")
-        failure.__cause__ = error
-        return failure
 
     def _unconfirmed(self, step: StepName, trace: StepTrace) -> ValueError:
         seen = f"only {', '.join(trace.seen)} of other things" if trace.seen else "no such loss"
@@ -313,6 +262,13 @@ class Discovery:
             f"Expected `{step}` of {type(self._module).__name__} to compare outputs, a row for each image, with labels "
             f"in a loss, but saw {seen}: an embedding is not the logits of classes. {CURE}"
         )
+
+
+def _known(trace: StepTrace) -> tuple[Tensor, Tensor]:
+    """Inputs and outputs that went by."""
+    assert trace.inputs is not None
+    assert trace.outputs is not None
+    return trace.inputs, trace.outputs
 
 
 def _plain(tensor: Tensor) -> Tensor:

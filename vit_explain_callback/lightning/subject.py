@@ -63,8 +63,15 @@ class Subject:
         vit = settings.model.get("vit")
         if settings.needs_vit:
             refuse_other_timm_models(module if vit is None else find_vit(module, vit))
+        discovery = Discovery(module, trainer, vit, settings.needs_vit, settings.task)
         if settings.given is not None:
             images, labels = settings.given
+            trace = ranks.together(lambda: trace)[0]
+            if trace is not None and trace.seen and not settings.model.get("forward") and not is_sharded(module):
+                seen = discovery.of_images(images, labels, trace)
+                return replace(
+                    cls._made(settings, trainer, module, seen.adapter, seen.images, labels), words=seen.words
+                )
             return cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
         # The first process collects, and gives the images to all.
         work = partial(_collected, trainer, settings.num_images, watched)
@@ -76,7 +83,6 @@ class Subject:
             images, labels = images_and_labels(_on_device(trainer, module, batch, is_ready))
             adapter = _called(settings, trainer, module)
             return cls._made(settings, trainer, module, adapter, images, labels, is_first=is_ready)
-        discovery = Discovery(module, trainer, vit, settings.needs_vit, settings.task)
         try:
             seen = discovery.of(batch, is_ready, trace)
         except RuntimeError:  # the step may be given another form: that of several loaders at once
