@@ -58,8 +58,16 @@ class Flow:
         if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
             self.mark(first, sources)
             self._names.pop(first, None)
-        elif name in _SAME_VALUES and isinstance(result, Tensor) and result.numel() == first.numel():
+        elif isinstance(result, Tensor) and result.numel() == first.numel() and _keeps_values(name, args):
             self._names[result] = self.name(first)
+
+
+def _keeps_values(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a function gives the values that it is given, in their order."""
+    if name != "__getitem__":
+        return name in _SAME_VALUES
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return all(part is None or part is ... or isinstance(part, int | slice) for part in index)
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
