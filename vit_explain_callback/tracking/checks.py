@@ -206,12 +206,11 @@ class Checks:
             return logits
 
         def measure_share() -> dict[str, Tensor]:
-            own = {name: order[share] for name, order in orders.items()}
-            if share.start == share.stop:
-                return {}
-            return symmetric_relevance_gain(remove_and_advance, images[share], own, target[share])
+            own = {name: share.of(order) for name, order in orders.items()}
+            gains = symmetric_relevance_gain(remove_and_advance, share.of(images), own, share.of(target))
+            return {name: gain[: share.own] for name, gain in gains.items()}
 
-        parts = [part for part in self._ranks.together(measure_share) if part]
+        parts = self._ranks.together(measure_share)
         parts = parts if self._ranks.divided else parts[:1]
         return {name: torch.cat([part[name] for part in parts]) for name in orders}
 
