@@ -88,6 +88,18 @@ def test_ddp_divides_the_probe_batch_and_every_process_knows_the_whole(devices: 
     assert len(list(tmp_path.rglob("step_*.safetensors"))) == 5  # rank zero alone writes
 
 
+def test_a_forward_that_waits_for_all_processes_with_fewer_images_than_these(tmp_path: Path) -> None:
+    seen = ranks(tmp_path / "run", "--talking", "--num-images", "2", devices=3)
+    for one in seen:
+        assert one["explained"] == seen[0]["explained"]
+        assert differing(one["snapshots"], seen[0]["snapshots"]) == []
+        assert [snapshot["step"] for snapshot in one["snapshots"]] == list(range(len(one["snapshots"])))
+    images, labels = seen[0]["probe"]
+    expected = explain(tiny_vit(), images, target=labels)
+    for name, maps in expected.maps.items():
+        torch.testing.assert_close(seen[0]["snapshots"][0][f"map/{name}"], maps, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
 def test_sharded_parameters_need_every_process_in_every_forward_pass(strategy: str, tmp_path: Path) -> None:
     seen = ranks(tmp_path / "run", "--strategy", strategy)
