@@ -45,6 +45,18 @@ class Faulty(Classifier):
         return super().forward(images)
 
 
+class Talking(Classifier):
+    """Each forward pass waits for all processes, and takes as many images on each."""
+
+    def forward(self, images: Tensor) -> Any:
+        count = torch.ones(())
+        torch.distributed.all_reduce(count)
+        logits = super().forward(images)
+        each = [torch.empty_like(logits) for _ in range(int(count))]
+        torch.distributed.all_gather(each, logits.detach())
+        return logits + each[torch.distributed.get_rank()] - logits.detach()
+
+
 class Sharded(Classifier):
     """Parameters sharded by FSDP2."""
 
@@ -98,6 +110,8 @@ def run(arguments: argparse.Namespace, callback: ViTExplainCallback | None) -> d
     module = Sharded() if arguments.strategy in ("fsdp2", "tensor_parallel") else Classifier()
     if arguments.faulty:
         module = Faulty()
+    if arguments.talking:
+        module = Talking()
     EXPLAINED.clear()
     counting(module.net)
     reductions: list[int] = []
@@ -130,6 +144,7 @@ def main() -> None:
     parser.add_argument("--strategy", default="ddp")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--faulty", action="store_true")
+    parser.add_argument("--talking", action="store_true")
     parser.add_argument("--num-images", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

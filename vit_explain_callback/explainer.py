@@ -26,10 +26,12 @@ from vit_explain_callback._explain_batch import explain_batch, function_maps
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import AnyMethod, MapFunction, of_attention, of_functions
 from vit_explain_callback.methods.names import resolve_methods
+from vit_explain_callback.metrics.faithfulness import removed_counts
 from vit_explain_callback.vit.adapter import Adapter, LogitsOf, PlainAdapter, Subject
 from vit_explain_callback.vit.in_parts import in_parts, is_out_of_memory
 from vit_explain_callback.vit.memory import Memory
 from vit_explain_callback.vit.timm import Normalisation, find_vit, normalisation, refuse_other_timm_models
+from vit_explain_callback.vit.token_set import treats_tokens_as_set
 from vit_explain_callback.vit.tokens import StatedLayout
 
 T = TypeVar("T")
@@ -281,7 +283,8 @@ class Explainer:
     def logits_without(self, images: Tensor, taken: Tensor, batch_size: int | None = None, first: int = 0) -> Tensor:
         """Logits (B, C) when the tokens of some patches never enter the first block.
 
-        For models that give tokens their position before the blocks, and whose images were explained before.
+        For models that give tokens their position before the blocks, see `can_leave_out_tokens`, and whose images were
+        explained before.
 
         Args:
             images: (B, C, H, W).
@@ -290,15 +293,15 @@ class Explainer:
             first: Place of the first image in the probe.
 
         Raises:
-            ValueError: If the blocks themselves need to know where their tokens are, as with rotary embeddings.
+            ValueError: If the model fails without them; not always where blocks need to know where tokens are.
         """
 
         def work(subject: Subject, part: slice, copied: Tensor) -> Tensor:
             with subject.without_tokens(copied, taken[part].to(copied.device)):
                 try:
                     return subject.logits(copied)
-                except RuntimeError as error:
-                    if is_out_of_memory(error):
+                except Exception as error:
+                    if isinstance(error, RuntimeError) and is_out_of_memory(error):
                         raise
                     raise ValueError(
                         f"Expected the blocks of {type(subject.vit).__name__} to take any number of tokens, but "
@@ -308,14 +311,31 @@ class Explainer:
         with torch.no_grad():
             return torch.cat(self._in_parts(images, batch_size, first, work))
 
-    def can_leave_out_tokens(self, images: Tensor, grid: tuple[int, int]) -> bool:
-        """Whether `logits_without` works for images (B, C, H, W) that were explained before; the first one tells."""
-        first = torch.arange(math.prod(grid)).view(1, *grid) == 0
-        try:
-            self.logits_without(images[:1], first)
-        except ValueError:
-            return False
-        return True
+    def can_leave_out_tokens(self, images: Tensor, grid: tuple[int, int]) -> bool | None:
+        """Whether `logits_without` takes nothing but the tokens away: the blocks do not know where tokens are.
+
+        It is measured, in 13 passes of the first two images; see `vit.token_set`.
+
+        Args:
+            images: (B, C, H, W) that were explained before.
+            grid: Patches as (grid_h, grid_w).
+
+        Returns:
+            None where the logits do not tell, as those of a classifier that is all zero.
+
+        Raises:
+            Exception: What the model raised of whole images.
+        """
+        counts = removed_counts(math.prod(grid))
+
+        def work(subject: Subject, part: slice, copied: Tensor) -> bool | None:
+            layout = subject.explained_layout(copied)
+            if layout is None or layout.grid != grid:
+                return False
+            return treats_tokens_as_set(subject, copied, layout, counts)
+
+        found = self._in_parts(images[:2], None, 0, work)
+        return None if None in found and False not in found else all(found)
 
     def _in_parts(
         self,

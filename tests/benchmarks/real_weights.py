@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -33,6 +32,7 @@ from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.faithfulness import mean_colour, random_maps, symmetric_relevance_gain
 from vit_explain_callback.metrics.localisation import region_statistics
+from vit_explain_callback.metrics.margin import margin
 
 GRID = (8, 8)
 VARIANTS = [
@@ -60,8 +60,8 @@ def fine_tuned(steps: int, seed: int) -> Any:
 
 
 def mean_and_margin(values: Tensor) -> str:
-    known = values[values.isfinite()]
-    return f"{known.mean():.3f} ± {1.96 * known.std() / math.sqrt(len(known)):.3f}"
+    error = margin(values)
+    return "not known" if error is None else f"{values[values.isfinite()].mean():.3f} ± {error:.3f}"
 
 
 def faithfulness(model: Any, images: Tensor, labels: Tensor, masks: Tensor) -> None:

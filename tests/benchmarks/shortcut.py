@@ -34,10 +34,10 @@ from vit_explain_callback import explain
 from vit_explain_callback.cli.weights import Weights
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.localisation import region_statistics
+from vit_explain_callback.metrics.margin import margin
 
 ROOT = Path(__file__).parents[2]
 LIFT = 2.0
-T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def fine_tune(seed: int, every: int, folder: Path) -> dict[str, float]:
@@ -81,11 +81,11 @@ def new_head(seed: int) -> dict[str, float]:
 def interval(values: Sequence[float]) -> str:
     """Mean and 95 % interval (Student's t) of a value by seed; how many are known, if not all."""
     known = [value for value in values if math.isfinite(value)]
-    if len(known) < 2:
+    error = margin(torch.tensor(known))
+    if error is None:
         return "not known"
-    margin = T_975.get(len(known), 1.96) * statistics.stdev(known) / math.sqrt(len(known))
     missing = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
-    return f"{statistics.mean(known):.3g} ± {margin:.2g}{missing}"
+    return f"{statistics.mean(known):.3g} ± {error:.2g}{missing}"
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import subprocess
 from pathlib import Path
@@ -64,20 +65,19 @@ def forward_passes(share: int, between: list[int] | None = None) -> list[int]:
 
     After the first, one image shows what the head reads. The noise takes the nudged images, and at the baseline, on
     every process alike, the mirrored ones. Faithfulness takes ten passes for each of two methods and, the first time,
-    for a random order, and one image to see that tokens can be left out.
+    for a random order, and 13 of two images, on every process alike, to see that tokens can be left out.
     """
     baseline = [share, 1, IMAGES, share]
-    second = [share, share, 1, *[share] * 30]
-    return [*baseline, *second, *([share] * 3 if between is None else between), share, *[share] * 20]
+    second = [share, share, *[2] * 13, *[share] * 30]
+    return [*baseline, *second, *([share] * 3 if between is None else between), share, *[2] * 13, *[share] * 20]
 
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_ddp_divides_the_probe_batch_and_every_process_knows_the_whole(devices: int, tmp_path: Path) -> None:
     seen = ranks(tmp_path / "run", devices=devices)
     assert len(seen) == devices
-    for rank, one in enumerate(seen):
-        share = len(range(IMAGES)[Ranks(rank, devices).share(IMAGES)])
-        assert one["explained"] == LEARNT + forward_passes(share)
+    for one in seen:
+        assert one["explained"] == LEARNT + forward_passes(math.ceil(IMAGES / devices))
         assert differing(one["snapshots"], seen[0]["snapshots"]) == []
         assert differing(one["metrics"], seen[0]["metrics"]) == []
         assert one["metrics"]
@@ -86,6 +86,18 @@ def test_ddp_divides_the_probe_batch_and_every_process_knows_the_whole(devices: 
     assert [snapshot["step"] for snapshot in seen[0]["snapshots"]] == [0, 1, 2, 3, 4]
     assert_first_maps_are_those_of_one_process(seen[0])
     assert len(list(tmp_path.rglob("step_*.safetensors"))) == 5  # rank zero alone writes
+
+
+def test_a_forward_that_waits_for_all_processes_with_fewer_images_than_these(tmp_path: Path) -> None:
+    seen = ranks(tmp_path / "run", "--talking", "--num-images", "2", devices=3)
+    for one in seen:
+        assert one["explained"] == seen[0]["explained"]
+        assert differing(one["snapshots"], seen[0]["snapshots"]) == []
+        assert [snapshot["step"] for snapshot in one["snapshots"]] == list(range(len(one["snapshots"])))
+    images, labels = seen[0]["probe"]
+    expected = explain(tiny_vit(), images, target=labels)
+    for name, maps in expected.maps.items():
+        torch.testing.assert_close(seen[0]["snapshots"][0][f"map/{name}"], maps, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
@@ -99,11 +111,12 @@ def test_sharded_parameters_need_every_process_in_every_forward_pass(strategy: s
 
 
 def test_a_fault_on_one_process_is_shared_by_all_and_training_goes_on(tmp_path: Path) -> None:
-    """At step 2 one process fails: no snapshot. At step 3 it is short of memory: its share is explained in halves."""
+    """At step 2 one process fails: no snapshot. At step 3 it is short of memory: all explain their shares in halves."""
     seen = ranks(tmp_path / "run", "--faulty")
     for one in seen:
         assert [snapshot["step"] for snapshot in one["snapshots"]] == [0, 1, 3, 4]
-    assert seen[1]["explained"] == LEARNT + forward_passes(3, [2, 1, 3])
+    assert seen[0]["explained"] == LEARNT + forward_passes(3, [3, 3, 2, 1, 3])
+    assert seen[1]["explained"] == LEARNT + forward_passes(3, [2, 1, 3])  # where it fails, nothing is counted
     (said,) = seen[0]["said"]
     assert "the snapshot at step 2 failed, and training goes on: RuntimeError('this process cannot')" in said
 
@@ -114,9 +127,11 @@ def test_heads_divided_over_processes_are_refused(tmp_path: Path) -> None:
     assert "Expected every process to compute all heads of an attention" in "".join(done.stderr for done in each)
 
 
-def test_shares_cover_all_images_once() -> None:
-    for count in range(1, 6):
+def test_shares_cover_all_images_once_and_are_of_one_size() -> None:
+    for count in range(1, 10):
         for images in range(1, 12):
-            taken = [index for rank in range(count) for index in range(images)[Ranks(rank, count).share(images)]]
-            assert taken == list(range(images))
-            assert range(images)[Ranks(0, count, divided=False).share(images)] == range(images)
+            whole = torch.arange(images)
+            shares = [Ranks(rank, count).share(images) for rank in range(count)]
+            assert {len(share.of(whole)) for share in shares} == {math.ceil(images / count)}
+            assert torch.cat([share.of(whole)[: share.own] for share in shares]).equal(whole)
+            assert Ranks(count - 1, count, divided=False).share(images).of(whole).equal(whole)

@@ -41,12 +41,12 @@ HUGGING_FACE: dict[str, tuple[int, dict[Any, float]]] = {  # name: prefix tokens
 }
 
 
-def hugging_face(name: str, attention: str) -> Any:
+def hugging_face(name: str, attention: str, **options: Any) -> Any:
     configuration = getattr(transformers, f"{name}Config")
     if name in ("Siglip", "CLIP"):
         config = configuration(vision_config=SMALL, text_config={}, num_labels=CLASSES)
     else:
-        config = configuration(**SMALL, num_labels=CLASSES)
+        config = configuration(**SMALL, num_labels=CLASSES, **options)
     config._attn_implementation = attention
     if name == "DINOv3ViT":
         config.num_register_tokens = 2

@@ -92,9 +92,10 @@ class ViTExplainCallback(Callback):
         every_n_epochs: Epochs between snapshots. `"auto"` is 1, unless `every_n_steps` is given.
         every_n_steps: Optimiser steps between snapshots, instead of `every_n_epochs`.
         check_every_n_snapshots: Snapshots between those that also measure noise and faithfulness: one explanation
-            more, and 10 forward passes of 8 images for each method, and 10 once a run. None: none does.
+            more, 10 forward passes of 8 images for each method, 10 once a run, and 13 of two images. None: none does.
         removal: How faithfulness takes patches away: `"mean_colour"` paints them over, `"tokens"` keeps their tokens
-            from the blocks, which takes half the time and which blocks with rotary or relative positions cannot do.
+            from the blocks, which takes half the time. Blocks with rotary or relative positions, masks or convolutions
+            would mistake where the others are; that is measured at each check, and patches are then painted over.
             `"auto"` is `"tokens"` where the model allows it.
         num_images: Images taken from the start of the validation set; drift is averaged over them.
         images: Images to explain instead, (B, C, H, W) normalised for the model; or the pair (images, labels).

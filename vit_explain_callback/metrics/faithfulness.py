@@ -53,13 +53,17 @@ def symmetric_relevance_gain(
         # Rank of each patch, 0 the least relevant; ties in the order of the patches.
         ranks = relevance.cpu().flatten(1).argsort(dim=1, stable=True).argsort(dim=1)
         total = torch.zeros(len(images), dtype=torch.float64)
-        for share in shares:
-            count = max(1, round(share * ranks.shape[1]))
+        for count in removed_counts(ranks.shape[1], shares):
             for sign, taken in ((1, ranks < count), (-1, ranks >= ranks.shape[1] - count)):
                 logits = remove(images, taken.view(-1, *grid).to(images.device)).cpu()
                 total += sign * logits.double().softmax(dim=1).gather(1, target.cpu()[:, None])[:, 0]
         gains[name] = torch.where(is_degenerate(relevance.cpu()), torch.nan, total / len(shares))
     return gains
+
+
+def removed_counts(patches: int, shares: Sequence[float] = SHARES) -> list[int]:
+    """How many of so many patches are taken away, for each of the shares."""
+    return [max(1, round(share * patches)) for share in shares]
 
 
 def mean_colour(predict: Callable[[Tensor], Tensor]) -> Remover:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -21,13 +22,16 @@ from vit_explain_callback.metrics.faithfulness import (
 from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.metrics.reference import nudged, output_holds
 from vit_explain_callback.tracking.distributed import Ranks, explain_together
+from vit_explain_callback.tracking.guard import Guard
 from vit_explain_callback.tracking.progress import Advance
 from vit_explain_callback.tracking.snapshot import Reliability
+from vit_explain_callback.tracking.warning import warn
 
 RemovalOrAuto: TypeAlias = Removal | Literal["auto"]
 CONTROL = "random"
 MOST_CHECKED = 8
 """Images whose faithfulness is measured: the first ones of the probe."""
+_PAINTED = "faithfulness is measured with patches painted over from here on, and not with their tokens left out"
 
 
 class Checks:
@@ -43,14 +47,24 @@ class Checks:
             are no probabilities to measure it by.
         batch_size: Images in one pass.
         ranks: Place of this process.
+        guard: Keeps a check that fails from taking the snapshot's maps with it.
 
     Attributes:
-        removal: How patches are taken away; no longer `"auto"` once it was measured.
+        removal: How patches are taken away; no longer `"auto"` once it was measured. Tokens are left out as long as
+            that is measured to take nothing else away; then, patches are painted over.
     """
 
-    def __init__(self, every: int | None, removal: RemovalOrAuto | None, batch_size: int | None, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        every: int | None,
+        removal: RemovalOrAuto | None,
+        batch_size: int | None,
+        ranks: Ranks,
+        guard: Guard | None = None,
+    ) -> None:
         self.removal = removal
         self._every, self._batch_size, self._ranks = every, batch_size, ranks
+        self._guard = guard or Guard("raise")
         self._control: Tensor | None = None
 
     def are_due(self, number: int) -> bool:
@@ -81,8 +95,8 @@ class Checks:
         baseline: Reliability | None,
         with_gains: bool,
         advance: Advance = lambda: None,
-    ) -> Reliability:
-        """Measure an explanation.
+    ) -> Reliability | None:
+        """Measure an explanation; None where that fails, and only the noise where faithfulness alone does.
 
         Args:
             explainer: Of the model.
@@ -93,17 +107,28 @@ class Checks:
             advance: Called after each of the `passes`.
 
         Raises:
-            Exception: What the model raised on any process.
+            Exception: What the model raised on any process, with `on_error="raise"`.
         """
+        noise = partial(self._noise, explainer, images, explanation, baseline)
+        found = self._guard.attempt("cannot measure how far noise moves the maps", noise)
+        if found is None:
+            return None
+        advance()
+        gains = None
+        if with_gains and self.removal is not None:
+            work = partial(self._gains, explainer, images, explanation, advance)
+            gains = self._guard.attempt("cannot measure the faithfulness of the maps", work)
+        return replace(found, gains=gains or {})
+
+    def _noise(
+        self, explainer: Explainer, images: Tensor, explanation: Explanation, baseline: Reliability | None
+    ) -> Reliability:
         mirror = self._allows_mirror(explainer, images, explanation) if baseline is None else baseline.mirror
         maps = {name: pooled(each) for name, each in explanation.maps.items()}
         changed = nudged(images, grid_of(maps), mirror)
         found = explain_together(self._ranks, explainer, changed, explanation.target, self._batch_size).maps
         back = {name: pooled(each.flip(-1) if mirror else each) for name, each in found.items()}
-        advance()
-        measured = with_gains and self.removal is not None
-        gains = self._gains(explainer, images, maps, explanation.target, advance) if measured else {}
-        return Reliability(back, gains, mirror)
+        return Reliability(back, {}, mirror)
 
     def _allows_mirror(self, explainer: Explainer, images: Tensor, explanation: Explanation) -> bool:
         """Whether the model makes of the mirrored images what it makes of the images; a few of them tell."""
@@ -116,36 +141,64 @@ class Checks:
         return self._ranks.together(work)[0]
 
     def _gains(
-        self, explainer: Explainer, images: Tensor, maps: Mapping[str, Tensor], target: Tensor, advance: Advance
+        self, explainer: Explainer, images: Tensor, explanation: Explanation, advance: Advance
     ) -> dict[str, Tensor]:
         """Gains of the maps and of the control, (B,), NaN for the images that are not looked at."""
-        few = slice(0, MOST_CHECKED)
+        maps = {name: pooled(each) for name, each in explanation.maps.items()}
+        removal, few = self._removal(explainer, images, maps), slice(0, MOST_CHECKED)
         orders = {name: each[few] for name, each in maps.items()}
-        if self._control is None:
-            orders[CONTROL] = random_maps(len(images[few]), grid_of(maps))
-        if self.removal == "auto":
-            self.removal = self._chosen(explainer, images, maps)
-        gains = self._gains_together(explainer, images[few], orders, target[few], advance)
+        random = random_maps(len(images[few]), grid_of(maps))
+        orders |= {} if self._control is not None else {CONTROL: random}
+        work = partial(self._gains_together, explainer, images[few], orders, explanation.target[few], advance)
+        try:
+            gains = work(removal)
+        except ValueError as error:
+            if removal != "tokens" or self._guard.on_error == "raise":
+                raise
+            orders[CONTROL], removal = random, "mean_colour"
+            gains = work(removal)  # where that fails too, it is not for the tokens
+            self._guard.failed(f"{_PAINTED}, as the model does not do without them", error)
+            self._paint_over()
         rest = torch.full((len(images) - len(images[few]),), torch.nan, dtype=torch.float64)
         found = {name: torch.cat([gain, rest]) for name, gain in gains.items()}
-        if self._control is None:
+        if self._control is not None and CONTROL not in found:
+            found[CONTROL] = self._control
+        if self.removal == removal:
             self._control = found[CONTROL]
-        return {**found, CONTROL: self._control}
+        return found
 
-    def _chosen(self, explainer: Explainer, images: Tensor, maps: Mapping[str, Tensor]) -> Removal:
-        if len({each.shape[1:] for each in maps.values()}) > 1:
-            return "mean_colour"  # as of a function: cells that are no tokens
-        can = self._ranks.together(lambda: explainer.can_leave_out_tokens(images, grid_of(maps)))
-        return "tokens" if all(can) else "mean_colour"
+    def _removal(self, explainer: Explainer, images: Tensor, maps: Mapping[str, Tensor]) -> Removal:
+        """How patches are taken away this time. What blocks know of positions can be learnt: it is measured anew."""
+        if self.removal not in ("auto", "tokens"):
+            return "mean_colour"
+        can: list[bool | None] = [False]  # with maps of a function, whose cells are no tokens
+        if len({each.shape[1:] for each in maps.values()}) == 1:
+            can = self._ranks.together(lambda: explainer.can_leave_out_tokens(images, grid_of(maps)))
+        if False in can:
+            if self.removal == "tokens":
+                warn(f"{_PAINTED}: the model's blocks know where their tokens are, and would mistake it.")
+            self._paint_over()
+        elif None not in can:
+            self.removal = "tokens"
+        return "tokens" if self.removal == "tokens" else "mean_colour"
+
+    def _paint_over(self) -> None:
+        self.removal, self._control = "mean_colour", None
 
     def _gains_together(
-        self, explainer: Explainer, images: Tensor, orders: Mapping[str, Tensor], target: Tensor, advance: Advance
+        self,
+        explainer: Explainer,
+        images: Tensor,
+        orders: Mapping[str, Tensor],
+        target: Tensor,
+        advance: Advance,
+        removal: Removal,
     ) -> dict[str, Tensor]:
         """Gains by order, each process measuring its share of the images."""
         share, batch_size = self._ranks.share(len(images)), self._batch_size
 
         def remove_and_advance(images: Tensor, taken: Tensor) -> Tensor:
-            if self.removal == "tokens":
+            if removal == "tokens":
                 logits = explainer.logits_without(images, taken, batch_size, share.start)
             else:
                 logits = mean_colour(partial(explainer.logits, batch_size=batch_size, first=share.start))(images, taken)
@@ -153,12 +206,11 @@ class Checks:
             return logits
 
         def measure_share() -> dict[str, Tensor]:
-            own = {name: order[share] for name, order in orders.items()}
-            if share.start == share.stop:
-                return {}
-            return symmetric_relevance_gain(remove_and_advance, images[share], own, target[share])
+            own = {name: share.of(order) for name, order in orders.items()}
+            gains = symmetric_relevance_gain(remove_and_advance, share.of(images), own, share.of(target))
+            return {name: gain[: share.own] for name, gain in gains.items()}
 
-        parts = [part for part in self._ranks.together(measure_share) if part]
+        parts = self._ranks.together(measure_share)
         parts = parts if self._ranks.divided else parts[:1]
         return {name: torch.cat([part[name] for part in parts]) for name in orders}
 

@@ -1,18 +1,21 @@
-"""Divide the work of a snapshot among the processes of a run, which fail together instead of waiting."""
+"""Divide the work of a snapshot among the processes of a run, which make the same passes and fail together."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch.distributed
+import torch
 from torch import Tensor
 
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.tracking.guard import raised_by_us
+from vit_explain_callback.tracking.meeting import Meeting, Stopped, own_group
+from vit_explain_callback.vit.in_parts import OutOfMemoryElsewhere
 
 T = TypeVar("T")
 
@@ -32,37 +35,74 @@ class Ranks:
     count: int = 1
     divided: bool = True
 
-    def share(self, count: int) -> slice:
-        """Which of `count` images this process takes; contiguous, in the order of the ranks."""
+    def share(self, count: int) -> Share:
+        """Which of `count` images this process takes, in the order of the ranks; all of them where none are divided."""
         if not self.divided:
-            return slice(0, count)
-        return slice(self.rank * count // self.count, (self.rank + 1) * count // self.count)
+            return Share(0, count, count)
+        size = -(-count // self.count)
+        return Share(self.rank * size, size, count)
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """Do `work` on every process and give all of them all results, in the order of the ranks.
 
+        The processes stay in step; see `tracking.meeting` for what that keeps from hanging, and what not.
+
         Raises:
-            Exception: What `work` raised, here or else on the first process on which it failed: on every process, so
-                that none waits for another.
+            Exception: What `work` raised on the first process on which it failed: on every process, so that none waits
+                for another.
+            RuntimeError: If the processes did not make the same passes with the same collectives.
         """
-        result: T | None = None
-        failure: Exception | None = None
-        try:
-            result = work()
-        except Exception as error:
-            if self.count == 1:
-                raise
-            failure = error
         if self.count == 1:
-            return [result]  # type: ignore[list-item]
-        outcomes: list[Any] = [None] * self.count
-        sent = (result, _sendable(failure), failure is not None and raised_by_us(failure))
-        torch.distributed.all_gather_object(outcomes, sent)
-        for _, failed, ours in outcomes:
+            return [work()]
+        meeting = Meeting(own_group())
+        result, failure = _in_step(meeting, work)
+        outcomes = meeting.gathered((result, _sendable(failure), failure is not None and raised_by_us(failure)))
+        for rank, (_, failed, ours) in enumerate(outcomes):
             if failed is not None:
                 failed.raised_by_us = ours
-                raise failed if failure is None else failure
-        return [value for value, _, _ in outcomes]
+                raise failure if failure is not None and rank == self.rank else failed
+        if meeting.stopped:
+            raise RuntimeError(
+                "Expected every process to run the model as often, with the same collective operations, but they did "
+                "not. Where the model or its step does so on some processes only, give a `forward=` that does not."
+            )
+        return [pickle.loads(result) for result, _, _ in outcomes]
+
+    def alike(self, work: Callable[[], T]) -> T:
+        """Do the same `work` on every process, and give what it gave on this one; it fails on all or on none.
+
+        Raises:
+            Exception: As `together`.
+        """
+        own: list[T] = []
+        self.together(lambda: own.append(work()))
+        return own[0]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Images that a process takes: as many as each other one, so that all of them make the same passes.
+
+    Attributes:
+        start: The first of them.
+        size: How many.
+        count: How many images there are; those of the share beyond that are spare ones, from the first image again.
+    """
+
+    start: int
+    size: int
+    count: int
+
+    @property
+    def own(self) -> int:
+        """How many of the images count; the results of the others are thrown away."""
+        return max(0, min(self.size, self.count - self.start))
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The share of a tensor, (B, …)."""
+        if self.own == self.size:
+            return whole[self.start : self.start + self.size]
+        return whole[torch.arange(self.start, self.start + self.size) % self.count]
 
 
 def explain_together(
@@ -79,16 +119,40 @@ def explain_together(
         Exception: What the explainer raised on any of them.
     """
     share = ranks.share(len(images))
-    own_target = target[share] if isinstance(target, Tensor) else target
+    own_target = share.of(target) if isinstance(target, Tensor) else target
 
-    def explain_share() -> Explanation | None:
-        own = images[share]
+    def explain_share() -> Explanation:
+        explained = explainer(share.of(images), own_target, batch_size, block_statistics, share.start)
         # Without the images: every process has them already.
-        explained = explainer(own, own_target, batch_size, block_statistics, share.start) if len(own) else None
-        return explained and replace(explained, images=None).cpu()
+        return _first(replace(explained, images=None).cpu(), share.own)
 
-    parts = [part for part in ranks.together(explain_share) if part is not None]
+    parts = ranks.together(explain_share)
     return Explanation.joined(parts) if ranks.divided else parts[0]
+
+
+def _in_step(meeting: Meeting, work: Callable[[], object]) -> tuple[bytes, Exception | None]:
+    """What `work` gave, pickled, or what it raised; known to be one or the other on all processes."""
+    result, failure = b"", None
+    try:
+        with meeting.in_step():
+            result = pickle.dumps(work())
+    except Exception as error:
+        failure = error
+    except OutOfMemoryElsewhere:
+        failure = RuntimeError("Out of memory on another process.")
+    except Stopped:
+        pass
+    with suppress(Stopped):
+        meeting.tell("end" if failure is None else "failed")
+    return result, failure
+
+
+def _first(explanation: Explanation, count: int) -> Explanation:
+    """The explanation of the first images alone."""
+    if count == len(explanation.logits):
+        return explanation
+    parts = Explanation.from_tensors({name: part[:count] for name, part in explanation.tensors().items()})
+    return replace(explanation, maps=parts.maps, logits=parts.logits, target=parts.target, blocks=parts.blocks)
 
 
 def _sendable(error: Exception | None) -> Exception | None:

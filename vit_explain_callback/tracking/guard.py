@@ -30,7 +30,7 @@ class Guard:
     """
 
     def __init__(self, on_error: OnError) -> None:
-        self._on_error = on_error
+        self.on_error = on_error
         self._said: set[str] = set()
 
     def attempt(self, what: str, work: Callable[[], T]) -> T | None:
@@ -50,7 +50,7 @@ class Guard:
         Raises:
             Exception: The error itself, with `on_error="raise"`.
         """
-        if self._on_error == "raise":
+        if self.on_error == "raise":
             raise error
         kind = re.sub(r"\d+", "0", repr(error)) if kind is None else kind
         if kind not in self._said:

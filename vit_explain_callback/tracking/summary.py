@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vit_explain_callback.metrics.drift import METRICS, spearman
 from vit_explain_callback.metrics.localisation import region_statistics
+from vit_explain_callback.metrics.margin import margin
 from vit_explain_callback.metrics.reference import on_scale
 from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.probe import Probe
@@ -20,7 +21,6 @@ from vit_explain_callback.visualization.selection import most_changed
 
 _LINES = 10
 _NAMES = 3
-_CONFIDENCE = 1.96  # standard errors
 _ROUNDING = 1e-6  # of a rank correlation
 _FACTOR = 2  # of a lift
 _NO_GAIN = 0.01  # what is printed as 0.00 or 0.01
@@ -30,9 +30,9 @@ def summary(history: History, probe: Probe) -> str:
     """Whether the model changed where it looks, by more than noise, when, on which images; whether to trust the maps.
 
     Drift is more than noise where the images drifted further than their maps move at the baseline under a change that
-    should not matter (see `metrics.reference.nudged`), on average by more than 1.96 standard errors; no more than noise
-    where they drifted less by as much; else it cannot be told. A region has moved where its mean lift at least doubled
-    or halved, by more than 1.96 standard errors.
+    should not matter (see `metrics.reference.nudged`), on average by more than the margin of the 95 % interval of
+    Student's t; no more than noise where they drifted less by as much; else it cannot be told. A region has moved where
+    its mean lift at least doubled or halved, by more than that margin.
 
     Args:
         history: The snapshots of the run.
@@ -96,10 +96,10 @@ def _change(history: History, probe: Probe, method: str) -> _Change:
 
 def _is_more(excess: Tensor) -> bool | None:
     """Whether it is above 0 on average over the images, or not above it; None where neither can be told."""
-    margin, mean = _margin(excess), torch.nanmean(excess).item()
-    if margin is None or -margin + _ROUNDING < mean <= margin:
+    error, mean = margin(excess), torch.nanmean(excess).item()
+    if error is None or -error + _ROUNDING < mean <= error:
         return None
-    return mean > margin
+    return mean > error
 
 
 def _has_moved(history: History, method: str, masks: Tensor) -> bool:
@@ -241,12 +241,12 @@ def _trust(history: History, methods: Sequence[str]) -> list[str]:
     unknown: list[str] = []
     for method in methods:
         better = gains[method] - gains["random"]
-        margin = _margin(better)
-        if margin is None:
+        error = margin(better)
+        if error is None:
             unknown.append(method)
         else:
             mean = torch.nanmean(better).item()
-            (faithful if mean > margin else others).append(f"{method} ({mean:+.2f} ± {margin:.2f})")
+            (faithful if mean > error else others).append(f"{method} ({mean:+.2f} ± {error:.2f})")
     parts = [f"more faithful than chance: {_names(faithful)}"] if faithful else []
     parts += [f"not told from chance: {_names(others)}"] if others else []
     parts += [f"not known: {_names(unknown)}"] if unknown else []
@@ -279,14 +279,6 @@ def _blocks(history: History) -> list[str]:
         f"Blocks: attention changed most in block {first} of {len(means)} (rank correlation {most:.2f}), least in "
         f"block {second} ({least:.2f})."
     ]
-
-
-def _margin(values: Tensor) -> float | None:
-    """1.96 standard errors of the mean; None for fewer than two known values."""
-    known = values[values.isfinite()]
-    if len(known) < 2:
-        return None
-    return _CONFIDENCE * known.double().std().item() / math.sqrt(len(known))
 
 
 def _names(names: Sequence[str]) -> str:

@@ -56,7 +56,7 @@ class ExplanationTracker:
         detail: `"brief"` measures everything, and writes what is to be looked at first; `"full"` writes everything.
         report: Whether to write the page `report.html` beside the maps, after a snapshot and at the end.
         progress: Whether a bar on standard error shows what takes longer than two seconds.
-        on_error: What becomes of a writer that fails: `"warn"` says it once and goes on, `"raise"` raises.
+        on_error: What becomes of a writer or a check that fails: `"warn"` says it once and goes on, `"raise"` raises.
         ranks: Place of this process among those of the run.
 
     Attributes:
@@ -114,7 +114,8 @@ class ExplanationTracker:
         self.explainer: Explainer | None = explainer
         self._batch_size, self._block_statistics = batch_size, block_statistics
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
-        self._checks = Checks(check_every, None if probe.regression else removal, batch_size, self._ranks)
+        removed = None if probe.regression else removal
+        self._checks = Checks(check_every, removed, batch_size, self._ranks, self._guard)
         self._notices = Notices(self.methods)
         self._detail: Detail = detail
         self._metrics = resolve_metrics(metrics)
@@ -178,7 +179,9 @@ class ExplanationTracker:
         if self._checks.are_missing(now.reliability):
             passes = self._checks.passes(len(self.methods), True)
             with self._progress(f"checking the maps at step {now.step}", passes) as advance:
-                self.history.update_latest(self._reliability(now.explanation, True, advance))
+                reliability = self._reliability(now.explanation, True, advance)
+            if reliability is not None:
+                self.history.update_latest(reliability)
         text = summary(self.history, self.probe)
         if self._ranks.rank == 0:
             self.output.end(self.history, self._values(), text)
@@ -238,7 +241,7 @@ class ExplanationTracker:
     def _add_drift(self, values: dict[str, float], metric: DriftMetric) -> None:
         values |= drift_scalars(self.history, self.probe, metric)
 
-    def _reliability(self, explanation: Explanation, with_gains: bool, advance: Advance) -> Reliability:
+    def _reliability(self, explanation: Explanation, with_gains: bool, advance: Advance) -> Reliability | None:
         known = self.history.baseline.reliability if self.history.count else None
         return self._checks.of(self._model(), self._images, explanation, known, with_gains, advance)
 
@@ -249,7 +252,7 @@ class ExplanationTracker:
         target = self._target
         if not isinstance(target, Tensor) or (target >= 0).all():
             return target
-        logits = self._model().logits(self._images, self._batch_size).cpu()
+        logits = self._ranks.alike(lambda: self._model().logits(self._images, self._batch_size).cpu())
         return torch.where(target < 0, logits.argmax(dim=1), target)
 
     def _model(self) -> Explainer:

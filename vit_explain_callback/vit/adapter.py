@@ -15,7 +15,7 @@ from vit_explain_callback.vit.isolation import undisturbed
 from vit_explain_callback.vit.memory import Memory
 from vit_explain_callback.vit.stack import Stack
 from vit_explain_callback.vit.timm import find_vit, timm_layout
-from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout
+from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout, chosen, entering
 from vit_explain_callback.vit.twin import Twin
 
 LogitsOf: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
@@ -203,6 +203,11 @@ class Subject:
             for handle in handles:
                 handle.remove()
 
+    def explained_layout(self, images: Tensor) -> TokenLayout | None:
+        """The layout of images of this shape, (B, C, H, W), None where none were explained before."""
+        _, layout = self.memory.of(self.twin.module).entries.get(tuple(images.shape[1:]), ("", None))
+        return layout
+
     @contextmanager
     def without_tokens(self, images: Tensor, taken: Tensor) -> Iterator[None]:
         """Keep the tokens of some patches, (B, grid_h, grid_w) boolean, from entering the first block.
@@ -210,21 +215,27 @@ class Subject:
         Raises:
             ValueError: If the layout of the tokens is not known yet, or is another.
         """
-        entry, layout = self.memory.of(self.twin.module).entries.get(tuple(images.shape[1:]), (None, None))
-        if entry is None or layout is None or taken.shape[1:] != layout.grid:
+        layout = self.explained_layout(images)
+        if layout is None or taken.shape[1:] != layout.grid:
             raise ValueError(
                 f"Expected images of shape {tuple(images.shape[1:])} with {tuple(taken.shape[1:])} patches to have "
                 "been explained before tokens are left out, but they have not."
             )
-        kept = torch.ones(len(images), layout.tokens, dtype=torch.bool, device=images.device)
-        kept[:, layout.patches] = ~taken.flatten(1)
-        index = kept.nonzero()[:, 1].view(len(images), -1, 1)
+        with self.entered_by(images, layout.kept(taken.flatten(1))):
+            yield
 
-        def drop(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            tokens = args[0]
-            return (tokens.gather(1, index.expand(-1, -1, tokens.shape[2])), *args[1:])
+    @contextmanager
+    def entered_by(self, images: Tensor, index: Tensor) -> Iterator[None]:
+        """Let the first block have only some of its tokens, in this order: (B, n) indices of those of each image.
 
-        handle = self.vit.get_submodule(entry).register_forward_pre_hook(drop)
+        What else it is given, a mask say, stays as it is. The images were explained before.
+        """
+        entry, layout = self.memory.of(self.twin.module).entries[tuple(images.shape[1:])]
+
+        def choose(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return entering(args, kwargs, lambda tokens: chosen(tokens, index, layout.tokens))
+
+        handle = self.vit.get_submodule(entry).register_forward_pre_hook(choose, with_kwargs=True)
         try:
             yield
         finally:

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
 from vit_explain_callback.vit.adapter import Subject
 
 T = TypeVar("T")
+Agreement: TypeAlias = Callable[[bool], bool]
+"""Told after each part whether memory did not suffice for it, says whether it did not on any process."""
+_agreement: ContextVar[Agreement] = ContextVar("_agreement", default=bool)
+
+
+class OutOfMemoryElsewhere(BaseException):
+    """Memory did not suffice for this part on another process; no `Exception`, as a model might catch it."""
+
+
+@contextmanager
+def agreeing(agreement: Agreement) -> Iterator[None]:
+    """Inside, all processes work in parts of the same sizes."""
+    token = _agreement.set(agreement)
+    try:
+        yield
+    finally:
+        _agreement.reset(token)
 
 
 def in_parts(
@@ -36,12 +55,18 @@ def in_parts(
         own = images[part]
         own = own.to(like, copy=True) if own.is_floating_point() else own.to(like.device, copy=True)
         try:
-            parts.append(work(replace(subject, first=first + start), part, own))
+            found = work(replace(subject, first=first + start), part, own)
+            too_large = _agreement.get()(False)
         except RuntimeError as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
+            too_large = _agreement.get()(True)
+        except OutOfMemoryElsewhere:
+            too_large = True
+        if too_large:
             size = (size + 1) // 2
         else:
+            parts.append(found)
             start += size
     return parts
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vit_explain_callback.vit.capture import is_no_grad
-from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout, mean_of
+from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout, entering, mean_of
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -95,24 +95,26 @@ def tokens_read(forward: Forward, first: nn.Module, last: nn.Module, tokens: int
         ValueError: If the logits depend on tokens before the last block in another way than through it.
     """
     leaves: list[Tensor] = []
-    entering: list[Tensor] = []
+    entered: list[Tensor] = []
 
-    def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        entering.append(args[0].detach().requires_grad_())
-        return (entering[-1].clone(), *args[1:])
+    def as_entering_leaf(tokens: Tensor) -> Tensor:
+        entered.append(tokens.detach().requires_grad_())
+        return entered[-1].clone()
 
     def as_leaf(leaving: Tensor) -> Tensor:
         leaves.append(leaving.detach().requires_grad_())
         return leaves[-1]
 
-    handle = first.register_forward_pre_hook(enter)
+    handle = first.register_forward_pre_hook(
+        lambda _, args, kwargs: entering(args, kwargs, as_entering_leaf), with_kwargs=True
+    )
     try:
         with torch.enable_grad():
             logits = _logits_with(forward, last, tokens, image, as_leaf)
             if not logits.requires_grad:
                 return None
             probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
-            gradient, *past = torch.autograd.grad((logits * probe).sum(), [*leaves, *entering], allow_unused=True)
+            gradient, *past = torch.autograd.grad((logits * probe).sum(), [*leaves, *entered], allow_unused=True)
     finally:
         handle.remove()
     if any(around is not None for around in past):
@@ -209,8 +211,11 @@ def _tokens_into(forward: Forward, first: nn.Module, tokens: int, images: Tensor
     seen: list[Tensor] = []
 
     def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        seen.append(_batch_first(given, len(images), tokens).detach())
+        def note(given: Tensor) -> Tensor:
+            seen.append(_batch_first(given, len(images), tokens).detach())
+            return given
+
+        entering(args, kwargs, note)
 
     handle = first.register_forward_pre_hook(look, with_kwargs=True)
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,12 @@ class TokenLayout:
     def to_grid(self, row: Tensor) -> Tensor:
         """Keep the patches of a token row: (B, N) to (B, grid_h, grid_w)."""
         return row[:, self.patches].reshape(-1, *self.grid)
+
+    def kept(self, taken: Tensor) -> Tensor:
+        """(B, n) indices of the tokens that stay without some patches, (B, P) boolean, as many of each image."""
+        kept = torch.ones(len(taken), self.tokens, dtype=torch.bool, device=taken.device)
+        kept[:, self.patches] = ~taken
+        return kept.nonzero()[:, 1].view(len(taken), -1)
 
 
 @dataclass(frozen=True)
@@ -85,3 +93,29 @@ def mean_of(rows: range, tokens: int) -> Tensor:
     readout = torch.zeros(tokens, dtype=torch.float64)
     readout[rows.start : rows.stop] = 1 / len(rows)
     return readout
+
+
+def entering(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a block is called with, its tokens changed: the first tensor, given by place or by name."""
+    given = [*args, *kwargs.values()]
+    place = next(place for place, value in enumerate(given) if isinstance(value, Tensor))
+    given[place] = change(given[place])
+    return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
+
+
+def chosen(tokens: Tensor, index: Tensor, count: int) -> Tensor:
+    """Some of `count` N tokens, (B, N, D) or (N, B, D), by their index in each image, (B, n).
+
+    Raises:
+        ValueError: If the tokens are of another shape.
+    """
+    if tokens.ndim == 3 and tokens.shape[:2] == (len(index), count):
+        return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+    if tokens.ndim == 3 and tokens.shape[:2] == (count, len(index)):
+        return tokens.gather(0, index.t()[..., None].expand(-1, -1, tokens.shape[2]))
+    raise ValueError(
+        f"Expected tokens of shape ({len(index)}, {count}, D) at the blocks, but got {tuple(tokens.shape)}: paint "
+        "patches over instead, with `removal='mean_colour'`."
+    )

@@ -1,0 +1,93 @@
+"""Measure whether a model's blocks treat their tokens as a set, so that tokens of patches can be left out.
+
+Tokens that got their position before the first block can enter it in any order: the logits stay the same. Blocks that
+know positions themselves (rotary embeddings, relative biases, convolutions, masks) give other logits, and mistake
+positions where tokens are missing. That nothing fails then proves nothing, so the order is changed with all tokens and
+with as many left out as will be.
+
+Shapes: B images, N tokens, n of them kept, P patches, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from vit_explain_callback.vit.adapter import Subject
+from vit_explain_callback.vit.in_parts import is_out_of_memory
+from vit_explain_callback.vit.isolation import preserved_random_state
+from vit_explain_callback.vit.tokens import TokenLayout
+
+_SHARE = 0.01
+"""Of what leaving tokens out changes: by so much may the order change the logits."""
+_ROUNDINGS = 8
+"""The same, in roundings of the model's precision; more than `_SHARE` in half precision alone."""
+_ORDERS = 2
+
+
+def treats_tokens_as_set(subject: Subject, images: Tensor, layout: TokenLayout, counts: Sequence[int]) -> bool | None:
+    """Whether the logits (B, C) of images that were explained before do not depend on the order of their patches.
+
+    Each of `counts` patches is left out too, from the beginning, the middle, the end and anywhere, and then only the
+    order of the others is changed. Each count takes two passes, and the whole images three.
+
+    Returns:
+        None where it cannot be told: the logits are not finite, or do not depend on the tokens, as with a classifier
+        that is all zero.
+
+    Raises:
+        Exception: What the model raised of whole images, and where memory does not suffice.
+    """
+    generator = torch.Generator().manual_seed(0)
+    whole = _logits(subject, images, None)
+    if not whole.isfinite().all():
+        return None
+    none = torch.zeros(len(images), layout.grid[0] * layout.grid[1], dtype=torch.bool)
+    changes, errors = [0.0], []
+    try:
+        for taken in [none] * _ORDERS + list(_taken(none, counts, generator)):
+            kept = _logits(subject, images, layout.kept(taken)) if taken.any() else whole
+            changes.append(_distance(kept, whole))
+            errors.append(_distance(_logits(subject, images, _shuffled(layout, taken, generator)), kept))
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        return False  # blocks that take only as many tokens as there are patches
+    if max(changes) == 0:
+        return None
+    share = max(_SHARE, _ROUNDINGS * torch.finfo(images.dtype).eps) if images.is_floating_point() else _SHARE
+    return all(error <= share * max(changes) for error in errors)  # not so for NaN
+
+
+def _logits(subject: Subject, images: Tensor, index: Tensor | None) -> Tensor:
+    with torch.no_grad(), preserved_random_state(seed=0):
+        if index is None:
+            return subject.logits(images.clone()).double().cpu()
+        with subject.entered_by(images, index.to(images.device)):
+            return subject.logits(images.clone()).double().cpu()
+
+
+def _taken(none: Tensor, counts: Sequence[int], generator: torch.Generator) -> Iterator[Tensor]:
+    """Patches to leave out, (B, P) boolean: as many as `counts` say, each from another place."""
+    patches = none.shape[1]
+    for place, count in enumerate(counts):
+        if place < 3:
+            start = (0, (patches - count) // 2, patches - count)[place]
+            yield none.index_fill(1, torch.arange(start, start + count), True)
+        else:
+            yield torch.rand(none.shape, generator=generator).argsort(dim=1) < count
+
+
+def _shuffled(layout: TokenLayout, taken: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, n) tokens that are kept, the patches among them in another order for each image."""
+    index = layout.kept(taken)
+    first, count = layout.first_patch, int((~taken[0]).sum())
+    order = torch.rand(len(index), count, generator=generator).argsort(dim=1)
+    index[:, first : first + count] = index[:, first : first + count].gather(1, order)
+    return index
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return (one - other).pow(2).mean().sqrt().item()
