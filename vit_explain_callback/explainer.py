@@ -350,7 +350,6 @@ class Explainer:
         with self._adapter.evaluating() as twin:
             subject = Subject.of(self._adapter, twin, self._stated, self._memory, has_vit=bool(self._attention))
             parts = in_parts(subject, images, size, first, work)
-            self._guarded = bool(twin.moved or self._functions)
         return parts
 
 

@@ -68,7 +68,7 @@ class Subject:
             images, labels = settings.given
             trace = ranks.together(lambda: trace)[0]
             if trace is not None and trace.seen and not settings.model.get("forward") and not is_sharded(module):
-                seen = discovery.of_images(images, labels, trace)
+                seen = ranks.alike(lambda: discovery.of_images(images, labels, trace))
                 return replace(
                     cls._made(settings, trainer, module, seen.adapter, seen.images, labels), words=seen.words
                 )
@@ -84,11 +84,11 @@ class Subject:
             adapter = _called(settings, trainer, module)
             return cls._made(settings, trainer, module, adapter, images, labels, is_first=is_ready)
         try:
-            seen = discovery.of(batch, is_ready, trace)
+            seen = ranks.alike(lambda: discovery.of(batch, is_ready, trace))
         except RuntimeError:  # the step may be given another form: that of several loaders at once
             if is_ready or watched.batch is None or ranks.count > 1:
                 raise
-            seen, is_ready = discovery.of(watched.batch, True, trace), True
+            seen, is_ready = discovery.of(watched.batch, True, trace), True  # of one process alone
         if seen.notice is not None:
             rank_zero_warn(f"ViTExplainCallback: {seen.notice}")
         made = cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels, is_first=is_ready)
