@@ -349,8 +349,7 @@ class Explainer:
         size = min(batch_size or len(images), len(images))
         with self._adapter.evaluating() as twin:
             subject = Subject.of(self._adapter, twin, self._stated, self._memory, has_vit=bool(self._attention))
-            parts = in_parts(subject, images, size, first, work)
-        return parts
+            return in_parts(subject, images, size, first, work)
 
 
 def _as_targets(target: int | Tensor | None, count: int) -> Tensor | None:

@@ -22,6 +22,7 @@ from vit_explain_callback._files import (
     write_tensors,
 )
 from vit_explain_callback.metrics.attention import BlockStatistics
+from vit_explain_callback.metrics.probability import class_probabilities
 from vit_explain_callback.visualization.captions import class_caption, range_caption
 from vit_explain_callback.visualization.encode import jpeg, rendered
 from vit_explain_callback.visualization.grid import Cell, figure
@@ -82,7 +83,7 @@ class Explanation:
     @property
     def probabilities(self) -> Tensor:
         """(B, C) softmax of the logits, in float64; on the CPU where the logits are on MPS, which has no float64."""
-        return _in_float64(self.logits).softmax(dim=1)
+        return class_probabilities(self.logits)
 
     @property
     def target_probability(self) -> Tensor:
@@ -223,13 +224,6 @@ class Explanation:
         data = base64.b64encode(jpeg(rendered(self.plot()))).decode()
         more = f"<p>{left} more images: <code>plot(num_shown={len(self.logits)})</code></p>"
         return f'<img alt="explanation" src="data:image/jpeg;base64,{data}">{more}'
-
-
-def _in_float64(tensor: Tensor) -> Tensor:
-    try:
-        return tensor.double()
-    except TypeError:  # MPS has none
-        return tensor.cpu().double()
 
 
 def tensors_under(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -280,7 +280,10 @@ def test_grades_are_questions_and_not_classes(tmp_path: Path, capsys: pytest.Cap
     trainer = trained(callback, tmp_path, module)
     assert callback.tracker is not None
     assert callback.tracker.probe.labels is None
-    assert callback.tracker.history.now.logits.shape == (5, CLASSES - 1)
+    now = callback.tracker.history.now
+    assert now.logits.shape == (5, CLASSES - 1)
+    probability = now.logits.double().sigmoid().gather(1, now.target[:, None]).mean().item()
+    assert events(trainer).Scalars("explain/probe/target_probability")[-1].value == pytest.approx(probability)
     assert [tag for tag in events(trainer).Tags()["scalars"] if "accuracy" in tag] == []
     assert (
         f"logits of {CLASSES - 1} labels, from the binary cross-entropy of `validation_step`" in capsys.readouterr().out

@@ -114,7 +114,7 @@ def test_the_page_holds_the_maps_of_every_method_and_snapshot(tmp_path: Path) ->
                 lift = region_statistics(maps, mask)["lift"].tolist()
                 assert found["methods"][method]["lift"][region][index] == pytest.approx(lift, rel=5e-3)
         assert found["prediction"][index] == snapshot.prediction.tolist()
-        assert found["target_probability"][index] == pytest.approx(snapshot.target_probability.tolist(), rel=5e-3)
+        assert found["target_probability"][index] == pytest.approx(snapshot.target_probability().tolist(), rel=5e-3)
 
 
 def test_the_policy_allows_the_pages_own_scripts_and_no_network(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_snapshot_survives_its_file(tmp_path: Path, whole: bool) -> None:
 def test_prediction_and_probability() -> None:
     one = Snapshot(0, Explanation({}, torch.tensor([[0.0, 2.0, 0.0]]), torch.tensor([2])))
     assert one.prediction.tolist() == [1]
-    torch.testing.assert_close(one.target_probability, (1 / (torch.tensor([2.0]).exp() + 2)).double())
+    torch.testing.assert_close(one.target_probability(), (1 / (torch.tensor([2.0]).exp() + 2)).double())
 
 
 def history_of(steps: range | list[int], capacity: int = 48) -> History:

@@ -66,9 +66,9 @@ class Subject:
         discovery = Discovery(module, trainer, vit, settings.needs_vit, settings.task)
         if settings.given is not None:
             images, labels = settings.given
-            trace = ranks.together(lambda: trace)[0]
-            if trace is not None and trace.seen and not settings.model.get("forward") and not is_sharded(module):
-                seen = ranks.alike(lambda: discovery.of_images(images, labels, trace))
+            first: StepTrace | None = ranks.together(lambda: trace)[0]
+            if first is not None and first.seen and not settings.model.get("forward") and not is_sharded(module):
+                seen = ranks.alike(lambda: discovery.of_images(images, labels, first))
                 return replace(
                     cls._made(settings, trainer, module, seen.adapter, seen.images, labels), words=seen.words
                 )
@@ -120,6 +120,7 @@ class Subject:
             regions=settings.regions,
             class_names=display.class_names or class_names(trainer),
             regression=adapter.regression,
+            multilabel=getattr(adapter, "task", None) == "multilabel",
             normalisation=display.normalisation or normalisation(vit),
             num_shown=display.num_shown,
         )

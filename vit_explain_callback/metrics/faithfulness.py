@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vit_explain_callback.metrics.maps import is_degenerate
+from vit_explain_callback.metrics.probability import class_probabilities
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -25,6 +26,7 @@ def symmetric_relevance_gain(
     maps: Mapping[str, Tensor],
     target: Tensor,
     shares: Sequence[float] = SHARES,
+    multilabel: bool = False,
 ) -> dict[str, Tensor]:
     """Symmetric relevance gain of maps (Blücher et al. 2024, arXiv:2401.06654).
 
@@ -43,6 +45,7 @@ def symmetric_relevance_gain(
         maps: Relevance by name, (B, grid_h, grid_w); `random_maps` are the control.
         target: (B,) classes.
         shares: Shares of the patches to take away, in (0, 1).
+        multilabel: Whether p is the sigmoid of the target's own logit.
 
     Returns:
         (B,) by name, in float64 on the CPU; NaN where a map is degenerate.
@@ -56,7 +59,7 @@ def symmetric_relevance_gain(
         for count in removed_counts(ranks.shape[1], shares):
             for sign, taken in ((1, ranks < count), (-1, ranks >= ranks.shape[1] - count)):
                 logits = remove(images, taken.view(-1, *grid).to(images.device)).cpu()
-                total += sign * logits.double().softmax(dim=1).gather(1, target.cpu()[:, None])[:, 0]
+                total += sign * class_probabilities(logits, multilabel).gather(1, target.cpu()[:, None])[:, 0]
         gains[name] = torch.where(is_degenerate(relevance.cpu()), torch.nan, total / len(shares))
     return gains
 

@@ -61,8 +61,9 @@ class Checks:
         batch_size: int | None,
         ranks: Ranks,
         guard: Guard | None = None,
+        multilabel: bool = False,
     ) -> None:
-        self.removal = removal
+        self.removal, self._multilabel = removal, multilabel
         self._every, self._batch_size, self._ranks = every, batch_size, ranks
         self._guard = guard or Guard("raise")
         self._control: Tensor | None = None
@@ -207,7 +208,9 @@ class Checks:
 
         def measure_share() -> dict[str, Tensor]:
             own = {name: share.of(order) for name, order in orders.items()}
-            gains = symmetric_relevance_gain(remove_and_advance, share.of(images), own, share.of(target))
+            gains = symmetric_relevance_gain(
+                remove_and_advance, share.of(images), own, share.of(target), multilabel=self._multilabel
+            )
             return {name: gain[: share.own] for name, gain in gains.items()}
 
         parts = self._ranks.together(measure_share)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.maps import pooled
+from vit_explain_callback.metrics.probability import class_probabilities
 from vit_explain_callback.tracking.charts import block_values, charts, curve, number
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run import Run
@@ -75,7 +76,7 @@ def _classes(runs: Sequence[Shown]) -> dict[int, str]:
 
 def _run(shown: Shown, methods: Sequence[str]) -> dict[str, Any]:
     run, logits, targets = shown.run, shown.run.logits, shown.run.targets
-    probability = logits.double().softmax(dim=2)
+    probability = class_probabilities(logits, run.probe.multilabel)
     rows = [{tag: value for tag, value in row.items() if tag != "step"} for row in run.scalars]
     return {
         "name": shown.name,

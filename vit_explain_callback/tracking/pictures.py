@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from vit_explain_callback.metrics.drift import spearman
+from vit_explain_callback.metrics.probability import class_probabilities
 from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.scalars import Detail
@@ -114,7 +115,7 @@ def _title(history: History, probe: Probe, row: int, added: bool) -> str:
 def _caption(probe: Probe, snapshot: Snapshot, row: int, separator: str = " · ") -> str:
     if probe.regression:
         return quantity_caption(snapshot.logits[row, snapshot.target[row]].item())
-    probabilities = snapshot.explanation.probabilities[row]
+    probabilities = class_probabilities(snapshot.logits[row], probe.multilabel)
     prediction, target = int(snapshot.prediction[row]), int(snapshot.target[row])
     return caption(prediction, target, _label(probe, row), probabilities, probe.class_names, separator)
 

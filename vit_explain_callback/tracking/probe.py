@@ -21,6 +21,7 @@ _SIDE = 224
 _ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
     "class_names": (lambda value: value is None or _is_names(value), "a list of names, or null"),
     "regression": (lambda value: isinstance(value, bool), "true or false"),
+    "multilabel": (lambda value: isinstance(value, bool), "true or false"),
     "num_shown": (lambda value: type(value) is int and 0 < value < 2**31, "a number of images"),
     "fingerprint": (lambda value: value is None or isinstance(value, str), "text, or null"),
 }
@@ -37,6 +38,7 @@ class Probe:
         regions: Masks of the images by name, (B, H, W) boolean.
         class_names: Name of each class, or None to show indices.
         regression: Whether the outputs are quantities, and not the logits of classes.
+        multilabel: Whether each class is a question of its own.
         num_shown: Images drawn at most.
         fingerprint: Equal for the same images and labels in another process.
     """
@@ -49,6 +51,7 @@ class Probe:
     regression: bool = False
     num_shown: int = 6
     fingerprint: str | None = None
+    multilabel: bool = False
 
     @classmethod
     def of(
@@ -59,6 +62,7 @@ class Probe:
         regions: Mapping[str, Tensor] | None = None,
         class_names: Sequence[str] | None = None,
         regression: bool = False,
+        multilabel: bool = False,
         normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
         num_shown: int = 6,
     ) -> Probe:
@@ -70,6 +74,7 @@ class Probe:
             regions: Masks of the images by name, (B, H, W) boolean.
             class_names: Name of each class.
             regression: Whether the outputs are quantities.
+            multilabel: Whether each class is a question of its own, whose probability is the sigmoid of its logit.
             normalisation: Mean and standard deviation of each channel, undone for display. Without them the range of
                 the images is stretched. Of images with other than one or three channels the first, or the first three,
                 are shown.
@@ -87,7 +92,8 @@ class Probe:
         size = [round(side * _SIDE / max(height, width)) for side in (height, width)]
         pictures = [resized(unnormalise(image, mean, std), *size) for image in bands]
         shown = min(num_shown, len(images))
-        return cls(images, pictures, labels, regions, class_names, regression, shown, fingerprint(images, labels))
+        known_by = fingerprint(images, labels)
+        return cls(images, pictures, labels, regions, class_names, regression, shown, known_by, multilabel)
 
     @property
     def shown(self) -> list[int]:
@@ -108,6 +114,7 @@ class Probe:
         about = {
             "class_names": names,
             "regression": self.regression,
+            "multilabel": self.multilabel,
             "num_shown": self.num_shown,
             "fingerprint": self.fingerprint,
         }

@@ -113,7 +113,7 @@ def _outputs(now: Snapshot, baseline: Snapshot, probe: Probe) -> dict[str, float
     if probe.regression:
         return {"explain/probe/output": _mean(now.logits.gather(1, now.target[:, None]))}
     values = {
-        "explain/probe/target_probability": _mean(now.target_probability),
+        "explain/probe/target_probability": _mean(now.target_probability(probe.multilabel)),
         "explain/probe/changed_predictions": _mean((now.prediction != baseline.prediction).double()),
     }
     if probe.labels is not None:

@@ -21,6 +21,7 @@ from vit_explain_callback.explanation import Explanation, check_explanation, gri
 from vit_explain_callback.metrics.attention import BlockStatistics
 from vit_explain_callback.metrics.drift import METRICS, DriftMetric
 from vit_explain_callback.metrics.maps import pooled
+from vit_explain_callback.metrics.probability import class_probabilities
 from vit_explain_callback.metrics.reference import noise_floor, unrelated_level
 
 _LARGEST_STEP = 2**53
@@ -85,10 +86,9 @@ class Snapshot:
         """(B,) predicted classes."""
         return self.explanation.prediction
 
-    @property
-    def target_probability(self) -> Tensor:
+    def target_probability(self, multilabel: bool = False) -> Tensor:
         """(B,) probability of the target class, in [0, 1]."""
-        return self.explanation.target_probability
+        return class_probabilities(self.logits, multilabel).gather(1, self.target[:, None])[:, 0]
 
     def drift_from(self, reference: Snapshot, method: str, metric: str | DriftMetric) -> Tensor:
         """(B,) values of a drift metric for each image."""

@@ -223,7 +223,7 @@ def _outputs(history: History, probe: Probe) -> str:
     if probe.labels is not None and (known := probe.labels >= 0).any():
         before, after = ((one.prediction == probe.labels)[known].double().mean().item() for one in ends)
         parts.append(f"accuracy {before:.2f} → {after:.2f}")
-    before, after = (one.target_probability.mean().item() for one in ends)
+    before, after = (one.target_probability(probe.multilabel).mean().item() for one in ends)
     return f"Predictions: {', '.join([*parts, f'target probability {before:.2f} → {after:.2f}'])}."
 
 

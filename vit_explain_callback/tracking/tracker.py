@@ -115,7 +115,7 @@ class ExplanationTracker:
         self._batch_size, self._block_statistics = batch_size, block_statistics
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
         removed = None if probe.regression else removal
-        self._checks = Checks(check_every, removed, batch_size, self._ranks, self._guard)
+        self._checks = Checks(check_every, removed, batch_size, self._ranks, self._guard, probe.multilabel)
         self._notices = Notices(self.methods)
         self._detail: Detail = detail
         self._metrics = resolve_metrics(metrics)
