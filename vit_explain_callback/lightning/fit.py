@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from vit_explain_callback._terminal import announce, quoted
@@ -19,12 +18,16 @@ from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.strategy import ranks_of
 from vit_explain_callback.lightning.subject import Subject
 from vit_explain_callback.tracking.folder import RunFolder
-from vit_explain_callback.tracking.guard import Guard, raised_by_us
+from vit_explain_callback.tracking.guard import Guard, is_refusal
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.tracker import ExplanationTracker
+from vit_explain_callback.tracking.warning import warn
 from vit_explain_callback.tracking.writers import FolderWriter, Writer
 
-_REFUSALS = (ValueError, TypeError, ImportError)  # errors of other kinds are faults, ours too, and stop no run
+_CURE = (
+    "If the model cannot be copied or run here, `explain(module.part, images)` explains checkpoints of the run, where "
+    "`part` is what turns images into logits."
+)
 
 
 class Fit:
@@ -36,7 +39,9 @@ class Fit:
         pl_module: What it trains.
         state: Of the run that is resumed, or None.
         watched: Holds the validation images that went by before.
+        guard: Says what fails.
         place: Of this callback among several in one trainer; each has tags and a folder of its own.
+        before: The fit before this one, if the callback has seen one.
 
     Attributes:
         tracker: Holds the snapshots; None until the probe images are there.
@@ -49,12 +54,16 @@ class Fit:
         pl_module: LightningModule,
         state: Mapping[str, Any] | None,
         watched: Watched,
+        guard: Guard,
         place: int = 0,
+        before: Fit | None = None,
     ) -> None:
         self.tracker: ExplanationTracker | None = None
         self._settings, self._trainer, self._module, self._state = settings, trainer, pl_module, state
         self._watched = watched
-        self._guard = Guard(settings.on_error)
+        self._guard = guard
+        self._of = (id(trainer), id(pl_module))
+        self._logged = -1 if before is None else before.logged_by(trainer)
         self._last_step = trainer.global_step
         self._published: dict[str, Tensor] = {}
         self._seen: Tensor | None = None
@@ -70,9 +79,9 @@ class Fit:
         try:
             self._begin()
         except Exception as error:
-            if raised_by_us(error) and isinstance(error, _REFUSALS):
+            if is_refusal(error):
                 raise
-            self._failed(error)
+            self._failed(error, _CURE)
 
     def after_step(self) -> None:
         """Take a snapshot if one is due after this optimiser step."""
@@ -99,7 +108,9 @@ class Fit:
         Callbacks that average weights put the average into the module when training ends: then it is taken again.
         """
         self._take_unless_done()
-        replaced = self._seen is not None and not self._seen.equal(_sample(self._module))
+        now = None if self._seen is None else self._sample()
+        known = self._seen is not None and now is not None and len(now) == len(self._seen)  # else it was freed
+        replaced = known and not torch.equal(self._seen, now)
         if self._trainer.strategy.reduce_boolean_decision(replaced, all=False):  # by all processes or none
             self._attempt(self._take)
         self._guard.attempt("cannot conclude", self._conclude)
@@ -110,6 +121,16 @@ class Fit:
             self.tracker.release()
         del self._trainer, self._module
 
+    def state_for(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
+        """The snapshots, where the same trainer goes on with the same module; to be asked for after this fit."""
+        is_same = trainer.global_step > 0 and self._of == (id(trainer), id(pl_module))
+        return self.tracker.state_dict() if is_same and self.tracker is not None else None
+
+    def logged_by(self, trainer: Trainer) -> int:
+        """The last step of which the loggers of this trainer have values; -1 if they have none."""
+        tracker, is_same = self.tracker, trainer.global_step > 0 and self._of[0] == id(trainer)
+        return -1 if tracker is None or not is_same or not tracker.history.count else tracker.history.now.step
+
     @property
     def watches(self) -> bool:
         """Whether validation batches are still to be looked at as they go by."""
@@ -118,8 +139,8 @@ class Fit:
     def _begin(self) -> None:
         tracker = self._ready()
         if tracker is None:
-            rank_zero_warn(
-                "ViTExplainCallback: give `images=` to have a baseline before training, as the validation data are a "
+            warn(
+                "give `images=` to have a baseline before training, as the validation data are a "
                 "stream or cannot be copied; the probe images, and the baseline with them, are taken at the first "
                 "validation."
             )
@@ -140,14 +161,17 @@ class Fit:
             self._last_step = self._trainer.global_step
             self._attempt(self._take)
 
-    def _failed(self, error: Exception) -> None:
-        self._guard.failed(f"the snapshot at step {self._trainer.global_step} failed", error)
+    def _failed(self, error: Exception, cure: str = "") -> None:
+        self._guard.failed(f"the snapshot at step {self._trainer.global_step} failed", error, cure=cure)
+
+    def _sample(self) -> Tensor | None:
+        return self._guard.attempt("cannot tell whether weights are replaced", partial(_sample, self._module))
 
     def _take(self) -> None:
         tracker = self._ready()
         if tracker is not None:
             self._publish(tracker.observe(self._trainer.global_step))
-            self._seen = _sample(self._module)
+            self._seen = self._sample()
             self._greet()
 
     def _ready(self) -> ExplanationTracker | None:
@@ -211,7 +235,7 @@ class Fit:
         loggers: list[LoggerWriter] = []
         for index, logger in enumerate(self._trainer.loggers):
             what = f"cannot write to {type(logger).__name__} (logger {index})"
-            make = partial(LoggerWriter, logger, index, charts, display.max_pictures_mb, self._prefix)
+            make = partial(LoggerWriter, logger, index, charts, display.max_pictures_mb, self._prefix, self._logged)
             made = self._guard.attempt(what, make)
             loggers += [] if made is None else [made]
         if self._leaves_no_files or any(logger.shows_pictures for logger in loggers):
@@ -219,8 +243,8 @@ class Fit:
         self._guard.attempt(f"cannot make the folder {folder}", lambda: folder.path)
         if not folder.is_made:
             return tuple(loggers)
-        rank_zero_warn(
-            "ViTExplainCallback: add a `TensorBoardLogger` to see every picture, as no logger of this run shows "
+        warn(
+            "add a `TensorBoardLogger` to see every picture, as no logger of this run shows "
             f"pictures; the latest of each are PNG files in {folder}."
         )
         return (*loggers, FolderWriter(folder))
@@ -264,7 +288,18 @@ class Fit:
 
 
 def _sample(module: nn.Module) -> Tensor:
-    """A few of each parameter's values, which are others when its weights are replaced."""
-    own: list[Any] = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in module.parameters()]
-    values = torch.cat([part.detach().flatten()[:16].float().cpu() for part in own])
-    return values.view(torch.int32)  # bits, as NaN is not equal to itself
+    """The bytes of a few of each parameter's values, which are others when its weights are replaced."""
+    return torch.cat([torch.empty(0, dtype=torch.uint8), *map(_bytes_of, module.parameters())])
+
+
+def _bytes_of(parameter: Tensor) -> Tensor:
+    """Of a parameter whose values cannot be had, as of some quantised ones or on the device `meta`, there are none."""
+    own: Any = getattr(parameter, "to_local", lambda: parameter)()
+    try:
+        if own.layout is torch.sparse_coo:
+            own = own.detach().coalesce().values()
+        elif own.layout is not torch.strided:
+            own = own.detach().values()
+        return own.detach().flatten()[:16].cpu().contiguous().view(torch.uint8)
+    except Exception:  # what a subclass of the user's raises
+        return torch.empty(0, dtype=torch.uint8)

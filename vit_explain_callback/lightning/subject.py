@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from vit_explain_callback._checks import check_classifier
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.lightning._compat import LightningModule, Trainer
 from vit_explain_callback.lightning.batches import Watched, images_and_labels
-from vit_explain_callback.lightning.data import class_names, probe_batch
+from vit_explain_callback.lightning.data import class_names, probe_batch, validation_loader
 from vit_explain_callback.lightning.evaluation import evaluating, transferred
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.step import LightningAdapter, watch
 from vit_explain_callback.lightning.strategy import explained_module, forward_of
 from vit_explain_callback.tracking.distributed import Ranks
 from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.tracking.warning import warn
 from vit_explain_callback.vit.adapter import Adapter, PlainAdapter
 from vit_explain_callback.vit.timm import find_vit, normalisation, refuse_other_timm_models
 from vit_explain_callback.vit.wrappers import is_sharded
@@ -72,7 +72,7 @@ class Subject:
                 raise
             seen, is_ready = watch(module, trainer, watched.batch, vit, True, settings.needs_vit), True
         if seen.notice is not None:
-            rank_zero_warn(f"ViTExplainCallback: {seen.notice}")
+            warn(seen.notice)
         return cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels, is_first=is_ready)
 
     @classmethod
@@ -90,9 +90,9 @@ class Subject:
         if settings.given is None:
             images, labels = images[:wanted], None if labels is None else labels[:wanted]
             if len(images) < wanted:
-                rank_zero_warn(
-                    f"ViTExplainCallback: give `images=` to explain more: `num_images={wanted}`, but the validation "
-                    f"set gave {len(images)}. These are used."
+                warn(
+                    f"give `images=` to explain more: `num_images={wanted}`, but {_given(trainer, len(images))}. These "
+                    "are used."
                 )
         vit = find_vit(adapter.model, adapter.vit) if settings.needs_vit else adapter.model
         probe = Probe.of(
@@ -124,12 +124,24 @@ def _collected(trainer: Trainer, num_images: int, watched: Watched) -> tuple[Any
     except RuntimeError as error:
         if watched.batch is None:
             raise
-        rank_zero_warn(
-            "ViTExplainCallback: give `images=(images, labels)` to explain others than the first validation images, as "
-            f"a copy of the validation data cannot be read: {error.__cause__!r}."
+        warn(
+            "give `images=(images, labels)` to explain others than the first validation images, as a copy of the "
+            f"validation data cannot be read: {error.__cause__!r}."
         )
         batch = None
     return (watched.batch, True) if batch is None else (batch, False)
+
+
+def _given(trainer: Trainer, used: int) -> str:
+    """How many images validation gave, where fewer than all of them can be explained."""
+    loader = validation_loader(trainer)
+    try:
+        total = len(loader.dataset) if loader.batch_sampler is not None else used
+    except (AttributeError, TypeError):  # a stream, or no loader of torch's
+        total = used
+    if total <= used:
+        return f"the validation set gave {used}"
+    return f"of the {total} in the validation set {used} can be explained: those of one size that reach the model"
 
 
 def _on_device(trainer: Trainer, module: LightningModule, batch: Any, is_ready: bool) -> Any:

@@ -174,15 +174,17 @@ class ExplanationTracker:
         """
         if not self.history.count:
             raise RuntimeError("Expected at least one `observe(step)` before `finish()`, but there was none.")
-        now = self.history.now
-        if self._checks.are_missing(now.reliability):
-            passes = self._checks.passes(len(self.methods), True)
-            with self._progress(f"checking the maps at step {now.step}", passes) as advance:
-                self.history.update_latest(self._reliability(now.explanation, True, advance))
+        if self._checks.are_missing(self.history.now.reliability):
+            self._guard.attempt("cannot check the last maps", self._check_latest)
         text = summary(self.history, self.probe)
         if self._ranks.rank == 0:
             self.output.end(self.history, self._values(), text)
         return text
+
+    def _check_latest(self) -> None:
+        now, passes = self.history.now, self._checks.passes(len(self.methods), True)
+        with self._progress(f"checking the maps at step {now.step}", passes) as advance:
+            self.history.update_latest(self._reliability(now.explanation, True, advance))
 
     def release(self) -> None:
         """Let go of the model and the writers; the snapshots stay."""
