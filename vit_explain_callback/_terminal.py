@@ -9,18 +9,20 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-_SECRET = r"[\w.-]*(?:(?<!class_)(?<!cls_)token|secret|passw(?:or)?d|pwd|(?:api|access|account|private)[_-]?key|credentials?|signature|sig)"
 _REDACTED = "***"
+_URL = r"(?i)\b([a-z][a-z0-9+.-]+:/{1,2}"  # `Path` makes one slash of two
+_SECRET = (
+    r"[\w.-]*(?:(?<!class_)(?<!cls_)token|secret|passw(?:or)?d|pwd|(?:api|access|account|private)[_-]?key|credentials?"
+    r"|signature|sig)"
+)
+_VALUE = r"[^\s'\",;&)}\]]+"
 _REDACTIONS = (
-    # `user:password@` of a URL, also where `Path` has made one slash of two, and where a slash is in the password
-    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]+:/{1,2}(?!/))[^\s'\"<>]*@"), rf"\1{_REDACTED}@"),
-    # every value in the query of a URL
-    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]+:/{1,2}[^\s'\"<>?]*)\?[^\s'\"<>]*"), rf"\1?{_REDACTED}"),
-    # `api_key=…`, `"token": "…"`, `Authorization: Bearer …`
-    (re.compile(rf"(?i)\b({_SECRET}['\"]?\s*=\s*['\"]?)[^\s'\",;&)}}\]]+"), rf"\1{_REDACTED}"),
-    (re.compile(rf"(?i)(['\"]{_SECRET}['\"]\s*:\s*['\"])[^'\"]+"), rf"\1{_REDACTED}"),
-    (re.compile(r"(?i)\b(authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token)\s+)?)[^\s'\",;]+"), rf"\1{_REDACTED}"),
-    (re.compile(r"\b((?:Bearer|Basic)\s+)(?!\*)[\w.~+/=-]{8,}"), rf"\1{_REDACTED}"),
+    _URL + r"(?!/))[^\s'\"<>]*@",  # `user:password@` of a URL; a password may hold slashes
+    _URL + r"[^\s'\"<>?]*\?)[^\s'\"<>]+",  # its query
+    rf"(?i)\b({_SECRET}['\"]?\s*=\s*['\"]?){_VALUE}",  # `api_key=…`
+    rf"(?i)(['\"]{_SECRET}['\"]\s*:\s*['\"])[^'\"]+",  # `{{"token": "…"}}`
+    rf"(?i)\b(authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token)\s+)?){_VALUE}",
+    r"\b((?:Bearer|Basic)\s+)[\w.~+/=-]{8,}",
 )
 
 
@@ -31,8 +33,8 @@ def redacted(text: str) -> str:
         >>> redacted("https://me:hunter2@host/run?api_key=abc is not on this machine")
         'https://***@host/run?*** is not on this machine'
     """
-    for pattern, replacement in _REDACTIONS:
-        text = pattern.sub(replacement, text)
+    for pattern in _REDACTIONS:
+        text = re.sub(pattern, rf"\1{_REDACTED}{'@' * pattern.endswith('@')}", text)
     return text
 
 

@@ -236,6 +236,7 @@ class ZeroHead(Classifier):
         nn.init.zeros_(self.net.head.weight)
 
 
+@pytest.mark.warnings_as_errors
 @pytest.mark.parametrize("notice", NOTICES)
 def test_warnings_that_are_errors_do_not_stop_a_run(
     tmp_path: Path, notice: str, monkeypatch: pytest.MonkeyPatch
@@ -286,6 +287,7 @@ def test_notices_on_broken_streams(tmp_path: Path, streams: str) -> None:
         assert done.stderr.count("the validation set gave 16") == 1
 
 
+@pytest.mark.warnings_as_errors
 def test_a_warning_hook_of_the_users_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("no log")

@@ -9,13 +9,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer
-from vit_explain_callback.lightning.batches import Watched, images_and_labels
+from vit_explain_callback.lightning.batches import Watched
 from vit_explain_callback.lightning.fit import Fit
 from vit_explain_callback.lightning.hooks import guarded
-from vit_explain_callback.lightning.settings import Display, Schedule, Settings
+from vit_explain_callback.lightning.settings import Settings
+from vit_explain_callback.lightning.state_key import changed_options
 from vit_explain_callback.methods.map_function import AnyMethod
-from vit_explain_callback.methods.names import resolve_methods
-from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
+from vit_explain_callback.metrics.drift import DriftMetric
 from vit_explain_callback.tracking.checks import RemovalOrAuto
 from vit_explain_callback.tracking.guard import Guard
 from vit_explain_callback.tracking.scalars import Detail
@@ -159,34 +159,14 @@ class ViTExplainCallback(Callback):
         max_pictures_mb: float = 100.0,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
-        self.settings = Settings(
-            methods=resolve_methods(methods),
-            schedule=Schedule(every_n_epochs, every_n_steps),
-            display=Display(num_shown, class_names, mean, std, margin_charts, max_pictures_mb),
-            model={"vit": vit, "forward": forward, "prefix_tokens": prefix_tokens, "grid_size": grid_size},
-            check_every_n_snapshots=check_every_n_snapshots,
-            removal=removal,
-            num_images=num_images,
-            given=None if images is None else images_and_labels(images),
-            regions=regions or {},
-            target=target,
-            block_statistics=block_statistics,
-            metrics=resolve_metrics(metrics),
-            batch_size=batch_size,
-            save_maps=save_maps,
-            report=report,
-            detail=detail,
-            on_error=on_error,
-        )
-        names = [method.name for method in self.settings.methods]
-        asked = {"methods": (names, list(_METHODS)), "target": (str(target), "label"), "vit": (vit, None)}
-        other = {name: value for name, (value, default) in asked.items() if value != default}
-        self._state_key = self._generate_state_key(**other) if other else type(self).__qualname__
-        self.guard = Guard(on_error)
+        asked = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.settings = Settings.of(asked)
+        self._state_key = f"{type(self).__qualname__}{changed_options(asked, ViTExplainCallback.__init__)}"
+        self.guard = Guard(self.settings.on_error)
         self._fit: Fit | None = None
         self._before: Fit | None = None
         self._state: dict[str, Any] | None = None
-        self._watched = Watched(num_images)
+        self._watched = Watched(self.settings.num_images)
 
     @property
     def tracker(self) -> ExplanationTracker | None:
@@ -198,8 +178,10 @@ class ViTExplainCallback(Callback):
         if stage == "fit":
             self._watched, self.guard = Watched(self.settings.num_images), Guard(self.settings.on_error)
             before, self._before, self._fit = self._fit, self._fit, None
-            go_on = None if before is None else partial(before.state_for, trainer, pl_module)
-            self._state = go_on and self.guard.attempt("cannot go on from the fit before", go_on)
+            self._state = None
+            if before is not None:
+                go_on = partial(before.state_for, trainer, pl_module)
+                self._state = self.guard.attempt("cannot go on from the fit before", go_on)
             if self.settings.given is None and not trainer.enable_validation:
                 raise ValueError(
                     "Expected a validation loader (and a `validation_step`) to take the probe images from, but there "

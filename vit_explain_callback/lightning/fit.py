@@ -108,9 +108,10 @@ class Fit:
         Callbacks that average weights put the average into the module when training ends: then it is taken again.
         """
         self._take_unless_done()
-        now = None if self._seen is None else self._sample()
-        known = self._seen is not None and now is not None and len(now) == len(self._seen)  # else it was freed
-        replaced = known and not torch.equal(self._seen, now)
+        seen = self._seen
+        now = None if seen is None else self._sample()
+        # Of another size it is not replaced, but let go of.
+        replaced = seen is not None and now is not None and len(now) == len(seen) and not now.equal(seen)
         if self._trainer.strategy.reduce_boolean_decision(replaced, all=False):  # by all processes or none
             self._attempt(self._take)
         self._guard.attempt("cannot conclude", self._conclude)
@@ -181,6 +182,8 @@ class Fit:
             subject = Subject.of(settings, self._trainer, self._module, ranks, self._watched)
             if subject is None:
                 return None
+            if subject.probe.images is not None:
+                settings.display.check_channels(subject.probe.images.shape[1])
             folder = run_folder(self._trainer, self._guard)
             tracker = ExplanationTracker(
                 subject.explainer,
@@ -297,9 +300,10 @@ def _bytes_of(parameter: Tensor) -> Tensor:
     own: Any = getattr(parameter, "to_local", lambda: parameter)()
     try:
         if own.layout is torch.sparse_coo:
-            own = own.detach().coalesce().values()
-        elif own.layout is not torch.strided:
+            own = own.detach().coalesce()
+        if own.layout is not torch.strided:
             own = own.detach().values()
-        return own.detach().flatten()[:16].cpu().contiguous().view(torch.uint8)
+        few: Tensor = own.detach().flatten()[:16].cpu().contiguous().view(torch.uint8)
     except Exception:  # what a subclass of the user's raises
         return torch.empty(0, dtype=torch.uint8)
+    return few

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 from vit_explain_callback.tracking.guard import Guard
 
@@ -28,8 +28,8 @@ def guarded(hook: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C, P],
 
     @wraps(hook)
     def attempt(self: C, *args: P.args, **kwargs: P.kwargs) -> T | None:
-        what = f"`{hook.__name__}` of the callback failed"
-        return self.guard.attempt(what, partial(hook, self, *args, **kwargs), may_refuse=hook.__name__ in _BEFORE_TRAINING)
+        name = hook.__name__
+        work = partial(hook, self, *args, **kwargs)
+        return self.guard.attempt(f"`{name}` of the callback failed", work, may_refuse=name in _BEFORE_TRAINING)
 
-    return attempt
-
+    return cast("Callable[Concatenate[C, P], T | None]", attempt)

@@ -49,7 +49,7 @@ class Guard:
     def __init__(self, on_error: OnError) -> None:
         self._on_error = on_error
         self._said: set[str] = set()
-        self._places: Counter[tuple[type, str, int]] = Counter()
+        self._places: Counter[tuple[type, str, int] | None] = Counter()
 
     def attempt(self, what: str, work: Callable[[], T], may_refuse: bool = False) -> T | None:
         """Do `work` and give what it gives, None where it fails.
@@ -91,10 +91,10 @@ class Guard:
     def _is_new(self, error: Exception) -> bool:
         """Whether an error is of another kind than those before; of one line of code, only the first few are."""
         place = _innermost(error)
-        line = ("", 0) if place is None else (place.tb_frame.f_code.co_filename, place.tb_lineno)
-        if _normalised(error) in self._said or self._places[type(error), *line] >= _MOST_OF_ONE_PLACE:
+        line = None if place is None else (type(error), place.tb_frame.f_code.co_filename, place.tb_lineno)
+        if _normalised(error) in self._said or self._places[line] >= _MOST_OF_ONE_PLACE:
             return False
-        self._places[type(error), *line] += 1
+        self._places[line] += line is not None
         return True
 
 

@@ -81,8 +81,9 @@ class Probe:
         regions = dict(regions or {})
         check_regions(regions, len(images))
         bands = shown_bands(images)
-        known = normalisation is not None and len(normalisation[0]) == images.shape[1] == bands.shape[1]
+        known = normalisation is not None and len(normalisation[0]) == images.shape[1]
         mean, std = normalisation if known and normalisation else range_of(bands)
+        mean, std = mean[: bands.shape[1]], std[: bands.shape[1]]
         height, width = images.shape[2:]
         size = [round(side * _SIDE / max(height, width)) for side in (height, width)]
         pictures = [resized(unnormalise(image, mean, std), *size) for image in bands]

@@ -11,7 +11,8 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from vit_explain_callback._checks import as_target, check_counts, check_images, check_removal
+from vit_explain_callback._checks import as_target, check_images, check_removal
+from vit_explain_callback._options import checked_options
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
@@ -103,7 +104,19 @@ class ExplanationTracker:
         on_error: OnError = "warn",
         ranks: Ranks | None = None,
     ) -> None:
-        check_counts(check_every=check_every, batch_size=batch_size)
+        read = checked_options(
+            {
+                "check_every": check_every,
+                "removal": removal,
+                "batch_size": batch_size,
+                "block_statistics": block_statistics,
+                "metrics": metrics,
+                "detail": detail,
+                "report": report,
+                "progress": progress,
+                "on_error": on_error,
+            }
+        )
         check_removal(removal, explainer.methods)
         if probe.images is None:
             raise ValueError("Expected a probe made with `Probe.of`, but got one that was read from a folder.")
@@ -112,12 +125,12 @@ class ExplanationTracker:
         self.methods = [method.name for method in explainer.methods]
         self._images, self._target = probe.images, as_target(target, len(probe.images))
         self.explainer: Explainer | None = explainer
-        self._batch_size, self._block_statistics = batch_size, block_statistics
+        self._batch_size, self._block_statistics = read["batch_size"], read["block_statistics"]
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
-        self._checks = Checks(check_every, None if probe.regression else removal, batch_size, self._ranks)
+        self._checks = Checks(read["check_every"], None if probe.regression else removal, self._batch_size, self._ranks)
         self._notices = Notices(self.methods)
         self._detail: Detail = detail
-        self._metrics = resolve_metrics(metrics)
+        self._metrics = resolve_metrics(read["metrics"])
         self._shows_progress = progress and self._ranks.rank == 0
         own = RunFolder(folder) if isinstance(folder, Path) else folder
         self.output = Output(probe, own, writers, detail, report, self._guard)

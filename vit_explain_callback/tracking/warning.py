@@ -29,7 +29,7 @@ def warn(message: str) -> None:
 
 def _show(text: str) -> None:
     """Show a warning past the filters, which ask to raise it."""
-    caller = sys._getframe(2)
+    caller = sys._getframe(2)  # of `warn`
     try:
         warnings.showwarning(UserWarning(text), UserWarning, caller.f_code.co_filename, caller.f_lineno)
     except Exception:  # of a stream that is closed, or of the user's
