@@ -35,7 +35,12 @@ def _no_other_notice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """A notice of ours is shown where warnings are errors; one that a test does not expect fails it all the same."""
     shown: list[str] = []
     show = warning._show
-    monkeypatch.setattr(warning, "_show", lambda text: (shown.append(text), show(text)))
+
+    def remember(text: str) -> None:
+        shown.append(text)
+        show(text)
+
+    monkeypatch.setattr(warning, "_show", remember)
     yield
     assert request.node.get_closest_marker("warnings_as_errors") is not None or shown == []
 

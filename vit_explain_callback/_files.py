@@ -41,8 +41,18 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a whole file of UTF-8 text."""
-    write_bytes(path, content.encode("utf-8"))
+    """Write a whole file of UTF-8 text; what is none is spelt out."""
+    write_bytes(path, savable(content).encode("utf-8"))
+
+
+def savable(text: str) -> str:
+    """The text with what is no UTF-8 spelt out, as in names of files of another encoding.
+
+    Example:
+        >>> savable("caf\udce9")
+        'caf\\\\udce9'
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

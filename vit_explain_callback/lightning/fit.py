@@ -202,7 +202,7 @@ class Fit:
                 ranks=ranks,
             )
             if self._state:
-                tracker.load_state_dict(self._state)
+                tracker.load_state_dict(self._state, self._trainer.global_step)
             tracker.output.writers = self._writers(folder)
             self.tracker = tracker
             self._greeting = partial(self._watched_in_words, subject, folder)

@@ -29,6 +29,9 @@ def run_folder(trainer: Trainer, guard: Guard) -> RunFolder:
 
 
 def local_path(directory: str | Path) -> Path | None:
-    """A folder on this machine by its path or URL; None if it is on another."""
-    system, path = url_to_fs(str(directory))
+    """A folder on this machine by its path or URL; None if it is on another, or of a kind that is not known here."""
+    try:
+        system, path = url_to_fs(str(directory))
+    except (ImportError, ValueError):
+        return None
     return Path(path) if isinstance(system, LocalFileSystem) else None

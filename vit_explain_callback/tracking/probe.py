@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_explain_callback._files import INTEGERS, check_dtype, check_tensors, read_json, read_tensors, write_tensors
+from vit_explain_callback._files import (
+    INTEGERS,
+    check_dtype,
+    check_tensors,
+    read_json,
+    read_tensors,
+    savable,
+    write_tensors,
+)
 from vit_explain_callback.explanation import tensors_under
 from vit_explain_callback.visualization.overlay import Picture, range_of, resized, shown_bands, unnormalise
 from vit_explain_callback.visualization.selection import spread
@@ -78,7 +86,8 @@ class Probe:
         Raises:
             ValueError: If a region does not hold one mask for each image, or channels do not match.
         """
-        regions = dict(regions or {})
+        regions = {savable(name): masks for name, masks in (regions or {}).items()}
+        class_names = None if class_names is None else [savable(str(name)) for name in class_names]
         check_regions(regions, len(images))
         bands = shown_bands(images)
         known = normalisation is not None and len(normalisation[0]) == images.shape[1]
@@ -105,9 +114,8 @@ class Probe:
         tensors["pictures"] = torch.stack([torch.tensor(picture) for picture in self.pictures])
         if self.labels is not None:
             tensors["labels"] = self.labels
-        names = None if self.class_names is None else [str(name) for name in self.class_names]
         about = {
-            "class_names": names,
+            "class_names": self.class_names,
             "regression": self.regression,
             "num_shown": self.num_shown,
             "fingerprint": self.fingerprint,

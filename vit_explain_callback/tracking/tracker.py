@@ -210,10 +210,15 @@ class ExplanationTracker:
         about["removal"] = self._checks.removal
         return {**about, **self.history.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], step: int | None = None) -> None:
         """Go on from what `state_dict` gave; where that cannot be, say why and begin anew.
 
-        It cannot be if the state is of other images, methods or targets, or if it is not readable.
+        It cannot be if the state is of other images, methods or targets, or if it is not readable. Snapshots in the
+        folder that are beyond the step at which the run goes on are of another branch: see `RunFolder`.
+
+        Args:
+            state: What `state_dict` gave.
+            step: At which the run goes on; None is that of the latest snapshot in the state.
         """
         history = History()
         try:
@@ -229,7 +234,7 @@ class ExplanationTracker:
             self.history = history
             self._checks.go_on(state.get("removal"), history.checked[-1] if history.checked else None)
             if self.output.folder is not None and isinstance(state.get("run"), str):
-                self.output.folder.run = state["run"]
+                self.output.folder.resume(state["run"], self.history.now.step if step is None else step)
 
     def _other_than(self, history: History, state: Mapping[str, Any]) -> str | None:
         """What keeps a history from being that of this run."""

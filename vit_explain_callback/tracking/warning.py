@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import torch.distributed
 
+from vit_explain_callback._files import savable
 from vit_explain_callback._terminal import print_line, redacted
 
 
@@ -20,7 +21,7 @@ def warn(message: str) -> None:
     """
     if not _is_first_process():
         return
-    text = f"ViTExplainCallback: {redacted(message)}"
+    text = savable(f"ViTExplainCallback: {redacted(message)}")
     try:
         warnings.warn(text, UserWarning, stacklevel=2)
     except Exception:  # of a filter "error", or of a `showwarning` of the user's
