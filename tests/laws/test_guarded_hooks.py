@@ -152,7 +152,7 @@ HOOKS = ["after_step", "after_epoch", "after_validation", "end", "release", "beg
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_fault_in_any_hook_is_said_once(tmp_path: Path, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
-        {}["a fault of ours"]
+        raise KeyError("a fault of ours")
 
     _, plain, _ = ending(None, tmp_path, Classifier())
     monkeypatch.setattr(Fit, hook, broken)

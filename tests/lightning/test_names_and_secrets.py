@@ -78,7 +78,7 @@ class Remote(Spy):
         super().log_metrics(metrics, step)
 
 
-@pytest.mark.parametrize("url", SECRETS)
+@pytest.mark.parametrize("url", [url for url in SECRETS if "://" in url])  # else it is the name of a folder here
 @pytest.mark.parametrize("fails", [False, True])
 def test_no_secret_of_a_logger_is_shown_or_written(
     tmp_path: Path, url: str, fails: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -136,7 +136,7 @@ def test_names_that_are_no_utf8_are_saved_under_others(tmp_path: Path, given: st
     folder = Path(trainer.log_dir or "") / "explanations"
     run = load_run(folder)
     assert list(run.probe.class_names or ()) == ["caf\\udce9", "\\ud800", "ok\\udcff/part", "日本", "plain"]
-    assert list(run.probe.regions)[:2] == ["caf\\udce9", "\\ud800"]
+    assert {"caf\\udce9", "\\ud800", "ok\\udcff/part", "日本"} < set(run.probe.regions)
     board = events(trainer)
     assert board.Scalars("explain/lift/caf\\udce9/rollout")[-1].step == 4
     assert "explain/lift/日本/rollout" in board.Tags()["scalars"]
@@ -180,7 +180,9 @@ def parameter(values: Any) -> nn.Parameter:
 
 PARAMETERS: dict[str, Any] = {
     "sparse": lambda: parameter(torch.eye(3).to_sparse()),
-    "sparse, not coalesced": lambda: parameter(torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0], (3, 3))),
+    "sparse, not coalesced": lambda: parameter(
+        torch.sparse_coo_tensor(torch.tensor([[0, 0], [1, 1]]), torch.ones(2), (3, 3))
+    ),
     "csr": lambda: parameter(torch.eye(3).to_sparse_csr()),
     "meta": lambda: parameter(torch.empty(3, device="meta")),
     "complex": lambda: parameter(torch.ones(3, dtype=torch.complex64)),
@@ -218,7 +220,7 @@ class Embeds(Classifier):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.table = nn.Embedding(5, 5, sparse=True)
+        self.table = nn.Embedding.from_pretrained(torch.eye(5), freeze=False, sparse=True)
         if kind != "gradient":
             self.other = PARAMETERS[kind]()
 

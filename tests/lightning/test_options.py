@@ -224,7 +224,7 @@ def test_a_grey_image_is_shown_with_a_mean_of_its_own(tmp_path: Path) -> None:
     options: dict[str, Any] = {"num_images": 2, "check_every_n_snapshots": None}
     with pytest.raises(ValueError, match="each of the 1 channels of the images, but got 3"):
         fit(ViTExplainCallback(mean=[0.5] * 3, std=[0.5] * 3, **options), tmp_path, Grey(), loader(data), loader(data))
-    callback = ViTExplainCallback(mean=[0.25], std=np.array([0.5]), **options)
+    callback = ViTExplainCallback(**{"mean": [0.25], "std": np.array([0.5])} | options)
     fit(callback, tmp_path, Grey(), loader(data), loader(data))
     assert callback.tracker is not None
     picture, image = callback.tracker.probe.pictures[0], callback.tracker.probe.images
@@ -293,9 +293,8 @@ def test_explain_refuses_options_that_are_none() -> None:
 
 
 def test_what_is_converted() -> None:
-    settings = ViTExplainCallback(
-        num_images=np.int64(2), every_n_steps=torch.tensor(5), grid_size=[4, 4], mean=[0, 0, 0], std=torch.ones(3)
-    ).settings
+    given: dict[str, Any] = {"num_images": np.int64(2), "every_n_steps": torch.tensor(5), "grid_size": [4, 4]}
+    settings = ViTExplainCallback(**given | {"mean": [0, 0, 0], "std": torch.ones(3)}).settings
     assert (settings.num_images, settings.schedule.every_n_steps) == (2, 5)
     assert type(settings.num_images) is type(settings.schedule.every_n_steps) is int
     assert settings.model["grid_size"] == (4, 4)

@@ -303,6 +303,8 @@ def _bytes_of(parameter: Tensor) -> Tensor:
             own = own.detach().coalesce()
         if own.layout is not torch.strided:
             own = own.detach().values()
+        if own.is_quantized:
+            own = own.dequantize()
         few: Tensor = own.detach().flatten()[:16].cpu().contiguous().view(torch.uint8)
     except Exception:  # what a subclass of the user's raises
         return torch.empty(0, dtype=torch.uint8)
