@@ -224,7 +224,7 @@ def test_a_grey_image_is_shown_with_a_mean_of_its_own(tmp_path: Path) -> None:
     options: dict[str, Any] = {"num_images": 2, "check_every_n_snapshots": None}
     with pytest.raises(ValueError, match="each of the 1 channels of the images, but got 3"):
         fit(ViTExplainCallback(mean=[0.5] * 3, std=[0.5] * 3, **options), tmp_path, Grey(), loader(data), loader(data))
-    callback = ViTExplainCallback(**{"mean": [0.25], "std": np.array([0.5])} | options)
+    callback = ViTExplainCallback(**options | {"mean": [0.25], "std": np.array([0.5])})
     fit(callback, tmp_path, Grey(), loader(data), loader(data))
     assert callback.tracker is not None
     picture, image = callback.tracker.probe.pictures[0], callback.tracker.probe.images
