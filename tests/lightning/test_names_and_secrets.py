@@ -18,7 +18,7 @@ from tests.models import random_images
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
 from vit_explain_callback import Probe, ViTExplainCallback, load_run
 from vit_explain_callback._terminal import redacted
-from vit_explain_callback.lightning.fit import _sample
+from vit_explain_callback.lightning.sample import sample
 from vit_explain_callback.tracking.html import page
 
 SECRETS = [
@@ -207,12 +207,12 @@ def test_parameters_of_every_kind_are_looked_at(kind: str) -> None:
         PARAMETERS[kind](),
         nn.Parameter(torch.ones(2)),
     )
-    seen = _sample(module)
-    assert seen.equal(_sample(module))
+    seen = sample(module)
+    assert seen.equal(sample(module))
     assert seen.dtype is torch.uint8
     with torch.no_grad():
         module.last[1] = 2
-    assert not seen.equal(_sample(module))
+    assert not seen.equal(sample(module))
 
 
 class Embeds(Classifier):

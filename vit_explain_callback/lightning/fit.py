@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit_explain_callback._terminal import announce, quoted
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import Watched
 from vit_explain_callback.lightning.folder import run_folder
 from vit_explain_callback.lightning.loggers import LoggerWriter, renamed
+from vit_explain_callback.lightning.sample import sample
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.strategy import ranks_of
 from vit_explain_callback.lightning.subject import Subject
@@ -166,7 +167,7 @@ class Fit:
         self._guard.failed(f"the snapshot at step {self._trainer.global_step} failed", error, cure=cure)
 
     def _sample(self) -> Tensor | None:
-        return self._guard.attempt("cannot tell whether weights are replaced", partial(_sample, self._module))
+        return self._guard.attempt("cannot tell whether weights are replaced", partial(sample, self._module))
 
     def _take(self) -> None:
         tracker = self._ready()
@@ -288,24 +289,3 @@ class Fit:
         if probe.regression:
             return 0
         return probe.labels if self._settings.target == "label" else None
-
-
-def _sample(module: nn.Module) -> Tensor:
-    """The bytes of a few of each parameter's values, which are others when its weights are replaced."""
-    return torch.cat([torch.empty(0, dtype=torch.uint8), *map(_bytes_of, module.parameters())])
-
-
-def _bytes_of(parameter: Tensor) -> Tensor:
-    """Of a parameter whose values cannot be had, as of some quantised ones or on the device `meta`, there are none."""
-    own: Any = getattr(parameter, "to_local", lambda: parameter)()
-    try:
-        if own.layout is torch.sparse_coo:
-            own = own.detach().coalesce()
-        if own.layout is not torch.strided:
-            own = own.detach().values()
-        if own.is_quantized:
-            own = own.dequantize()
-        few: Tensor = own.detach().flatten()[:16].cpu().contiguous().view(torch.uint8)
-    except Exception:  # what a subclass of the user's raises
-        return torch.empty(0, dtype=torch.uint8)
-    return few
