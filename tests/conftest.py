@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from vit_explain_callback.tracking import warning
+
 pytest.register_assert_rewrite("tests.laws.user_project", "tests.situations.check")
 
 
@@ -28,6 +30,21 @@ def _reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_other_notice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A notice of ours is shown where warnings are errors; one that a test does not expect fails it all the same."""
+    shown: list[str] = []
+    show = warning._show
+
+    def remember(text: str) -> None:
+        shown.append(text)
+        show(text)
+
+    monkeypatch.setattr(warning, "_show", remember)
+    yield
+    assert request.node.get_closest_marker("warnings_as_errors") is not None or shown == []
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     """For laws that hold on every device."""
@@ -35,6 +52,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "warnings_as_errors: notices of ours are shown where warnings are errors")
     if getattr(config.option, "dist", "no") == "load":  # of xdist: a worker that is done takes over what others have
         config.option.dist = "worksteal"
     # The models are tiny: more threads only wait for one another. Child processes follow the variable.

@@ -14,7 +14,7 @@ import vit_explain_callback
 PACKAGE = Path(vit_explain_callback.__file__).parent
 # What stands on one line may import one another; everything else imports only what stands above it here.
 ORDER: list[set[str]] = [
-    {"_files", "_terminal"},
+    {"_files", "_options", "_terminal"},
     {"vit"},
     {"metrics"},
     {"methods", "visualization"},
@@ -25,7 +25,7 @@ ORDER: list[set[str]] = [
     {"lightning", "cli"},
     {"__init__", "__main__"},
 ]
-AT_ROOT = 10
+AT_ROOT = 11
 LIGHTNING = ("lightning", "lightning_utilities", "pytorch_lightning")
 
 

@@ -142,6 +142,21 @@ def test_a_run_that_is_there_is_not_made_again(
     assert "| lift rollout label |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("seeds", [["20"], ["0"], ["100"], ["20", "100"]])
+def test_any_seeds_end_with_their_tables_or_with_what_these_lack(
+    seeds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pretend(data: ShapesData, _plan: Plan, _start: object, condition: str, seed: int) -> Row:
+        return _row(seed, condition, [[0.1, 0.1], [0.3, 0.3]], [0.9, 0.3])
+
+    monkeypatch.setattr(known_answers, "started", lambda *_arguments: None)
+    monkeypatch.setattr(known_answers, "run", pretend)
+    known_answers.main(["--output", str(tmp_path / "runs.jsonl"), "--only", "shapes/*", "--seeds", *seeds])
+    printed = capsys.readouterr().out
+    assert ("| lift rollout label |" in printed) == ("100" in seeds)
+    assert ("No tables: thresholds are made of seeds 100 … 104" in printed) == ("100" not in seeds)
+
+
 def test_a_short_run_keeps_every_quantity_of_every_image() -> None:
     data = ShapesData()
     torch.manual_seed(0)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vit_explain_callback._files import INTEGERS
+from vit_explain_callback._options import class_index
 from vit_explain_callback.methods.base import Method
 from vit_explain_callback.methods.map_function import AnyMethod, MapFunction, of_attention
 from vit_explain_callback.vit.timm import num_classes
@@ -27,7 +26,11 @@ def check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"Expected `images` to be a floating-point tensor, normalised for the model, but got {got}.")
-    if images.ndim != 4 or len(images) == 0:
+    if images.layout is not torch.strided or images.is_meta:
+        raise TypeError(
+            f"Expected `images` to be a dense tensor with values, but got {images.layout} on {images.device}."
+        )
+    if images.ndim != 4 or images.numel() == 0:
         raise ValueError(f"Expected `images` of shape (B, C, H, W) with B >= 1, but got {tuple(images.shape)}.")
     largest = max(abs(extreme.item()) for extreme in images.aminmax())
     if not math.isfinite(largest):
@@ -144,19 +147,6 @@ def check_query(query: tuple[int, int], methods: Sequence[Method], grid: tuple[i
         )
 
 
-def class_index(target: object) -> int | None:
-    """A class index of any integer type: of Python or numpy, or a tensor without dimensions; None if it is none.
-
-    Booleans are none: they answer another question.
-    """
-    scalar = not isinstance(target, Tensor | np.ndarray) or target.ndim == 0
-    truth = isinstance(target, bool) or getattr(target, "dtype", None) in (torch.bool, np.dtype(bool))
-    try:
-        return operator.index(target) if scalar and not truth else None  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
 def as_target(target: object, images: int) -> int | Tensor | None:
     """A target as it is used: None, an int, or (B,) integers on whatever device they are.
 
@@ -186,14 +176,3 @@ def check_target(target: Tensor, classes: int) -> None:
             "callback, `target=` names one class or `'prediction'`, and `task=` says what the outputs are if they are "
             "not the logits of classes."
         )
-
-
-def check_counts(**counts: int | None) -> None:
-    """Refuse counts, by the name of their argument, that are not None and below 1.
-
-    Raises:
-        ValueError: If one is.
-    """
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"Expected `{name}` of at least 1, but got {count}.")

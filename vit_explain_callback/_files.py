@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -41,8 +41,18 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a whole file of UTF-8 text."""
-    write_bytes(path, content.encode("utf-8"))
+    """Write a whole file of UTF-8 text; what is none is spelt out."""
+    write_bytes(path, savable(content).encode("utf-8"))
+
+
+def savable(text: str) -> str:
+    r"""The text with what is no UTF-8 spelt out, as in names of files of another encoding.
+
+    Example:
+        >>> savable("caf\udce9")
+        'caf\\udce9'
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -61,6 +71,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
+        if savable(str(path)) != str(path):  # which `safe_open` does not take
+            content = path.read_bytes()
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            return load(content), header.get("__metadata__", {})
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:

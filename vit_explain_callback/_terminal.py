@@ -1,12 +1,41 @@
-"""Print lines on a terminal that may be ascii, closed or full, and that no name must steer."""
+"""Print lines on a terminal that may be ascii, closed or full, and that no name must steer; secrets are left out."""
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
 from contextlib import suppress
 from typing import TextIO
+
+_REDACTED = "***"
+_URL = r"(?i)\b([a-z][a-z0-9+.-]+:/{1,2}"  # `Path` makes one slash of two
+_SECRET = (
+    r"[\w.-]*(?:(?<!class_)(?<!cls_)token|secret|passw(?:or)?d|pwd|(?:api|access|account|private)[_-]?key|credentials?"
+    r"|signature|sig)"
+)
+_VALUE = r"[^\s'\",;&)}\]]+"
+_REDACTIONS = (
+    _URL + r"(?!/))[^\s'\"<>]*@",  # `user:password@` of a URL; a password may hold slashes
+    _URL + r"[^\s'\"<>?]*\?)[^\s'\"<>]+",  # its query
+    rf"(?i)\b({_SECRET}['\"]?\s*=\s*['\"]?){_VALUE}",  # `api_key=…`
+    rf"(?i)(['\"]{_SECRET}['\"]\s*:\s*['\"])[^'\"]+",  # `{{"token": "…"}}`
+    rf"(?i)\b(authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token)\s+)?){_VALUE}",
+    r"\b((?:Bearer|Basic)\s+)[\w.~+/=-]{8,}",
+)
+
+
+def redacted(text: str) -> str:
+    """The text without passwords, tokens and queries of URLs, and without values that are named as secrets.
+
+    Example:
+        >>> redacted("https://me:hunter2@host/run?api_key=abc is not on this machine")
+        'https://***@host/run?*** is not on this machine'
+    """
+    for pattern in _REDACTIONS:
+        text = re.sub(pattern, rf"\1{_REDACTED}{'@' * pattern.endswith('@')}", text)
+    return text
 
 
 def printable(text: str) -> str:
@@ -39,6 +68,6 @@ def announce(text: str) -> None:
     """
     from tqdm import tqdm  # late, as the command's help needs no bar
 
-    with suppress(OSError), tqdm.external_write_mode(sys.stdout):
-        for line in text.splitlines():
+    with suppress(Exception), tqdm.external_write_mode(sys.stdout):
+        for line in redacted(text).splitlines():
             print_line(line, sys.stdout)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ from typing_extensions import Unpack
 from vit_explain_callback._checks import (
     as_target,
     check_classifier,
-    check_counts,
     check_functions,
     check_images,
     check_vit_options,
 )
 from vit_explain_callback._explain_batch import explain_batch, function_maps
+from vit_explain_callback._options import checked, checked_options
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import AnyMethod, MapFunction, of_attention, of_functions
 from vit_explain_callback.methods.names import resolve_methods
@@ -155,6 +155,7 @@ class Explainer:
         methods: Sequence[str | AnyMethod],
         **options: Unpack[ModelOptions],
     ) -> None:
+        options = cast(ModelOptions, checked_options(options))
         forward = options.get("forward")
         self._set_up(PlainAdapter(model, options.get("vit"), forward), methods, **options)
         check_vit_options(self.methods, options)
@@ -345,8 +346,7 @@ class Explainer:
         work: Callable[[Subject, slice, Tensor], T],
     ) -> list[T]:
         """Do `work` on copies of a few images at a time, undisturbed; on fewer where memory does not suffice."""
-        check_counts(batch_size=batch_size)
-        size = min(batch_size or len(images), len(images))
+        size = min(checked("batch_size", batch_size) or len(images), len(images))
         with self._adapter.evaluating() as twin:
             subject = Subject.of(self._adapter, twin, self._stated, self._memory, has_vit=bool(self._attention))
             return in_parts(subject, images, size, first, work)

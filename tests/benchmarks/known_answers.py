@@ -65,7 +65,7 @@ class Found:
 
 
 def judge(rows: Sequence[Row], region: str) -> tuple[dict[str, Found], int]:
-    """Each signal of a region on the evaluation seeds, and the number of their controls."""
+    """Each signal of a region on the evaluation seeds, and the number of their controls; none without a threshold."""
     curves = [
         (row, {name: curve for (name, at), curve in signals(row).items() if at in (region, EVERYWHERE)}) for row in rows
     ]
@@ -74,7 +74,7 @@ def judge(rows: Sequence[Row], region: str) -> tuple[dict[str, Found], int]:
     evaluated = [(row, found) for row, found in quiet if row.seed not in THRESHOLD_SEEDS]
     planted = [(row, found) for row, found in curves if row.condition == region and row.seed not in THRESHOLD_SEEDS]
     judged = {}
-    for name in thresholding[0]:
+    for name in thresholding[0] if thresholding else ():
         highest = [max((v for v in found[name] if not math.isnan(v)), default=math.nan) for found in thresholding]
         if all(map(math.isnan, highest)):
             continue
@@ -109,6 +109,9 @@ def print_tables(rows: Sequence[Row], patterns: Sequence[str] = ("*",)) -> None:
             if some:
                 means = [statistics.fmean(row.accuracy[end] for row in some) for end in (0, -1)]
                 print(f"{data}, {condition}: {len(some)} runs, accuracy {means[0]:.2f} → {means[1]:.2f}")
+    if not any(row.seed in THRESHOLD_SEEDS and row.condition in CONTROLS for row in rows):
+        print(f"\nNo tables: thresholds are made of seeds {THRESHOLD_SEEDS[0]} … {THRESHOLD_SEEDS[-1]}; run them too.")
+        return
     for region in SHORTCUTS:
         judged, controls = judge(rows, region)
         names = sorted({data for found in judged.values() for data in found.leads}, reverse=True)
@@ -145,6 +148,8 @@ def lead_cell(leads: Sequence[float]) -> str:
 
 
 def share(count: int, of: int) -> str:
+    if not of:
+        return "–"
     low, high = wilson(count, of)
     return f"{count} of {of} ({low:.0%} to {high:.0%})"
 

@@ -321,7 +321,7 @@ def test_wrong_images_are_refused(images: Tensor, error: type[Exception], messag
         ({"target": torch.tensor([0, 1, 2])}, ValueError, r"`target` of shape \(2,\)"),
         ({"target": torch.tensor([0.0, 1.0])}, TypeError, "an integer tensor"),
         ({"target": "dog"}, TypeError, "'dog'"),
-        ({"batch_size": 0}, ValueError, "`batch_size` of at least 1"),
+        ({"batch_size": 0}, ValueError, "`batch_size` to be an integer of at least 1"),
         (
             {"vit": "head"},
             ValueError,

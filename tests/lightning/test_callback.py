@@ -376,7 +376,7 @@ def test_probe_images_are_there_before_the_first_epoch_that_is_validated(tmp_pat
 
 
 def test_fewer_images_than_asked_for_are_used_and_said(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="`num_images=64`, but only 16 validation images can be explained"):
+    with pytest.warns(UserWarning, match="`num_images=64`, but the validation set gave 16; these are used"):
         trainer = fit(ViTExplainCallback(["rollout"], num_images=64), tmp_path)
     assert len(saved(trainer)[0].logits) == 16
 
@@ -388,14 +388,14 @@ def test_fewer_images_than_asked_for_are_used_and_said(tmp_path: Path) -> None:
         ({"methods": [3]}, TypeError, "got 3"),
         ({"every_n_epochs": 1, "every_n_steps": 5}, ValueError, "one schedule.* but got both"),
         ({"every_n_epochs": None}, ValueError, "one schedule.* but got neither"),
-        ({"every_n_epochs": 0}, ValueError, "`every_n_epochs` of at least 1, but got 0"),
-        ({"every_n_steps": -1}, ValueError, "`every_n_steps` of at least 1"),
-        ({"num_images": 0}, ValueError, "`num_images` of at least 1"),
-        ({"num_shown": 0}, ValueError, "`num_shown` of at least 1"),
-        ({"batch_size": 0}, ValueError, "`batch_size` of at least 1"),
+        ({"every_n_epochs": 0}, ValueError, "`every_n_epochs` to be an integer of at least 1 .*, but got 0"),
+        ({"every_n_steps": -1}, ValueError, "`every_n_steps` to be an integer of at least 1"),
+        ({"num_images": 0}, ValueError, "`num_images` to be an integer of at least 1"),
+        ({"num_shown": 0}, ValueError, "`num_shown` to be an integer of at least 1"),
+        ({"batch_size": 0}, ValueError, "`batch_size` to be an integer of at least 1"),
         ({"detail": "all"}, ValueError, "`detail` to be 'brief' or 'full', but got 'all'"),
-        ({"max_pictures_mb": 0}, ValueError, "`max_pictures_mb` above 0, but got 0"),
-        ({"target": "lable"}, ValueError, "'label', 'prediction' or a class index, but got 'lable'"),
+        ({"max_pictures_mb": 0}, ValueError, "`max_pictures_mb` to be a number above 0, but got 0"),
+        ({"target": "lable"}, ValueError, "'label', 'prediction' or a class index of at least 0, but got 'lable'"),
         ({"on_error": "ignore"}, ValueError, "`on_error` to be 'warn' or 'raise'"),
         ({"images": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, TypeError, "torch.uint8"),
         ({"images": torch.full((1, 3, 32, 32), 200.0)}, ValueError, "as of bytes"),

@@ -72,6 +72,7 @@ def test_a_run_resumed_from_lightnings_own_checkpoint_misses_no_snapshot(
     assert curve == {event.step: event.value for event in events(whole).Scalars(tag)}
 
 
+@pytest.mark.filterwarnings("ignore:.*Please add the following callbacks")  # options are part of the state's key
 def test_other_images_after_resuming_are_said_and_start_a_new_baseline(tmp_path: Path) -> None:
     trainer = fit(small(), tmp_path)
     trainer.save_checkpoint(tmp_path / "half.ckpt")

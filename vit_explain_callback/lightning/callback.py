@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer
-from vit_explain_callback.lightning.batches import Watched, images_and_labels
+from vit_explain_callback.lightning.batches import Watched
 from vit_explain_callback.lightning.fit import Fit
-from vit_explain_callback.lightning.settings import Display, Schedule, Settings
+from vit_explain_callback.lightning.hooks import guarded
+from vit_explain_callback.lightning.settings import Settings
+from vit_explain_callback.lightning.state_key import changed_options
 from vit_explain_callback.lightning.watch import StepWatch
 from vit_explain_callback.methods.map_function import AnyMethod
-from vit_explain_callback.methods.names import resolve_methods
-from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
+from vit_explain_callback.metrics.drift import DriftMetric
 from vit_explain_callback.tracking.checks import RemovalOrAuto
+from vit_explain_callback.tracking.guard import Guard
 from vit_explain_callback.tracking.scalars import Detail
 from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.vit.adapter import LogitsOf
@@ -162,33 +165,14 @@ class ViTExplainCallback(Callback):
         max_pictures_mb: float = 100.0,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
-        self.settings = Settings(
-            methods=resolve_methods(methods),
-            schedule=Schedule(every_n_epochs, every_n_steps),
-            display=Display(num_shown, class_names, mean, std, margin_charts, max_pictures_mb),
-            model={"vit": vit, "forward": forward, "prefix_tokens": prefix_tokens, "grid_size": grid_size},
-            check_every_n_snapshots=check_every_n_snapshots,
-            removal=removal,
-            num_images=num_images,
-            given=None if images is None else images_and_labels(images),
-            regions=regions or {},
-            target=target,
-            block_statistics=block_statistics,
-            metrics=resolve_metrics(metrics),
-            batch_size=batch_size,
-            save_maps=save_maps,
-            report=report,
-            detail=detail,
-            on_error=on_error,
-            task=task,
-        )
-        names = [method.name for method in self.settings.methods]
-        asked = {"methods": (names, list(_METHODS)), "target": (str(target), "label"), "vit": (vit, None)}
-        other = {name: value for name, (value, default) in asked.items() if value != default}
-        self._state_key = self._generate_state_key(**other) if other else type(self).__qualname__
+        asked = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.settings = Settings.of(asked)
+        self._state_key = f"{type(self).__qualname__}{changed_options(asked, ViTExplainCallback.__init__)}"
+        self.guard = Guard(self.settings.on_error)
         self._fit: Fit | None = None
+        self._before: Fit | None = None
         self._state: dict[str, Any] | None = None
-        self._watched, self._step = Watched(num_images), StepWatch()
+        self._watched, self._step = Watched(self.settings.num_images), StepWatch()
 
     @property
     def tracker(self) -> ExplanationTracker | None:
@@ -198,30 +182,41 @@ class ViTExplainCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that everything asked for can work."""
         if stage == "fit":
-            self._fit, self._state = None, None
             self._watched, self._step = Watched(self.settings.num_images), StepWatch()
+            self.guard = Guard(self.settings.on_error)
+            before, self._before, self._fit = self._fit, self._fit, None
+            self._state = None
+            if before is not None:
+                go_on = partial(before.state_for, trainer, pl_module)
+                self._state = self.guard.attempt("cannot go on from the fit before", go_on)
             if self.settings.given is None and not trainer.enable_validation:
                 raise ValueError(
                     "Expected a validation loader (and a `validation_step`) to take the probe images from, but there "
                     "is none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
                 )
 
+    @guarded
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the probe images and take the baseline, unless a checkpoint brought one."""
         place = _ours(trainer).index(self)
-        self._fit = Fit(self.settings, trainer, pl_module, self._state, self._watched, self._step, place)
+        seen = self._watched, self._step
+        self._fit = Fit(self.settings, trainer, pl_module, self._state, *seen, self.guard, place, self._before)
+        self._before = None
         self._fit.begin()
 
+    @guarded
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Take a snapshot every `every_n_steps` optimiser steps."""
         if self._fit is not None:
             self._fit.after_step()
 
+    @guarded
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a snapshot every `every_n_epochs` epochs."""
         if self._fit is not None:
             self._fit.after_epoch()
 
+    @guarded
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
@@ -235,16 +230,19 @@ class ViTExplainCallback(Callback):
         """Watch no step any longer."""
         self._step.end(trainer)
 
+    @guarded
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a snapshot with each validation of the fit, unless another schedule was asked for."""
         if self._fit is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._fit.after_validation()
 
+    @guarded
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the last snapshot, unless the schedule has just done so, and say what the run shows."""
         if self._fit is not None:
             self._fit.end()
 
+    @guarded
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the trainer and its module."""
         if self._fit is not None and stage == "fit":
@@ -255,6 +253,7 @@ class ViTExplainCallback(Callback):
         """Tells the callbacks of one trainer apart, by what was asked of them."""
         return self._state_key
 
+    @guarded
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over the state of a run with other options, to say that it cannot go on."""
         name = type(self).__qualname__
@@ -264,7 +263,9 @@ class ViTExplainCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The snapshots, baseline included, and the fingerprint of the probe images."""
-        return self.tracker.state_dict() if self.tracker is not None else (self._state or {})
+        tracker = self.tracker
+        found = None if tracker is None else self.guard.attempt("cannot save the snapshots", tracker.state_dict)
+        return found or self._state or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the snapshots of the run that is resumed."""

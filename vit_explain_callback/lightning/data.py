@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import pickle
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from typing import Any
 
@@ -70,6 +70,13 @@ def class_names(trainer: Trainer) -> Sequence[str] | None:
     except Exception as error:
         warn(f"give `class_names=` to name the classes, as the validation data fail to say them: {error!r}.")
         return None
+
+
+def validation_size(trainer: Trainer) -> int | None:
+    """How many items the validation set holds; None where that is not known without making it."""
+    loader = _loader(trainer, lambda _: None)
+    is_batched = isinstance(loader, DataLoader) and loader.batch_sampler is not None
+    return len(loader.dataset) if is_batched and isinstance(loader.dataset, Sized) else None
 
 
 def _read(trainer: Trainer, num_images: int) -> Any:

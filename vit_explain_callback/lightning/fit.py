@@ -7,25 +7,29 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit_explain_callback._terminal import announce, quoted
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import Watched
 from vit_explain_callback.lightning.folder import run_folder
 from vit_explain_callback.lightning.loggers import LoggerWriter, renamed
+from vit_explain_callback.lightning.sample import sample
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.strategy import ranks_of
 from vit_explain_callback.lightning.subject import Subject
 from vit_explain_callback.lightning.watch import StepWatch
 from vit_explain_callback.tracking.folder import RunFolder
-from vit_explain_callback.tracking.guard import Guard, raised_by_us
+from vit_explain_callback.tracking.guard import Guard, is_refusal
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.tracker import ExplanationTracker
+from vit_explain_callback.tracking.warning import warn
 from vit_explain_callback.tracking.writers import FolderWriter, Writer
 
-_REFUSALS = (ValueError, TypeError, ImportError)  # errors of other kinds are faults, ours too, and stop no run
+_CURE = (
+    "If the model cannot be copied or run here, `explain(module.part, images)` explains checkpoints of the run, where "
+    "`part` is what turns images into logits."
+)
 
 
 class Fit:
@@ -38,7 +42,9 @@ class Fit:
         state: Of the run that is resumed, or None.
         watched: Holds the validation images that went by before.
         step: Holds what was seen of the first validation step.
+        guard: Says what fails.
         place: Of this callback among several in one trainer; each has tags and a folder of its own.
+        before: The fit before this one, if the callback has seen one.
 
     Attributes:
         tracker: Holds the snapshots; None until the probe images are there.
@@ -52,12 +58,16 @@ class Fit:
         state: Mapping[str, Any] | None,
         watched: Watched,
         step: StepWatch,
+        guard: Guard,
         place: int = 0,
+        before: Fit | None = None,
     ) -> None:
         self.tracker: ExplanationTracker | None = None
         self._settings, self._trainer, self._module, self._state = settings, trainer, pl_module, state
         self._watched, self._step = watched, step
-        self._guard = Guard(settings.on_error)
+        self._guard = guard
+        self._of = (id(trainer), id(pl_module))
+        self._logged = -1 if before is None else before.logged_by(trainer)
         self._last_step = trainer.global_step
         self._published: dict[str, Tensor] = {}
         self._seen: Tensor | None = None
@@ -73,9 +83,9 @@ class Fit:
         try:
             self._begin()
         except Exception as error:
-            if raised_by_us(error) and isinstance(error, _REFUSALS):
+            if is_refusal(error):
                 raise
-            self._failed(error)
+            self._failed(error, _CURE)
 
     def after_step(self) -> None:
         """Take a snapshot if one is due after this optimiser step."""
@@ -102,7 +112,10 @@ class Fit:
         Callbacks that average weights put the average into the module when training ends: then it is taken again.
         """
         self._take_unless_done()
-        replaced = self._seen is not None and not self._seen.equal(_sample(self._module))
+        seen = self._seen
+        now = None if seen is None else self._sample()
+        # Of another size it is not replaced, but let go of.
+        replaced = seen is not None and now is not None and len(now) == len(seen) and not now.equal(seen)
         if self._trainer.strategy.reduce_boolean_decision(replaced, all=False):  # by all processes or none
             self._attempt(self._take)
         self._guard.attempt("cannot conclude", self._conclude)
@@ -113,6 +126,16 @@ class Fit:
             self.tracker.release()
         del self._trainer, self._module
 
+    def state_for(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
+        """The snapshots, where the same trainer goes on with the same module; to be asked for after this fit."""
+        is_same = trainer.global_step > 0 and self._of == (id(trainer), id(pl_module))
+        return self.tracker.state_dict() if is_same and self.tracker is not None else None
+
+    def logged_by(self, trainer: Trainer) -> int:
+        """The last step of which the loggers of this trainer have values; -1 if they have none."""
+        tracker, is_same = self.tracker, trainer.global_step > 0 and self._of[0] == id(trainer)
+        return -1 if tracker is None or not is_same or not tracker.history.count else tracker.history.now.step
+
     @property
     def watches(self) -> bool:
         """Whether validation batches are still to be looked at as they go by."""
@@ -121,8 +144,8 @@ class Fit:
     def _begin(self) -> None:
         tracker = self._ready()
         if tracker is None:
-            rank_zero_warn(
-                "ViTExplainCallback: give `images=` to have a baseline before training, as the validation data are a "
+            warn(
+                "give `images=` to have a baseline before training, as the validation data are a "
                 "stream or cannot be copied; the probe images, and the baseline with them, are taken at the first "
                 "validation."
             )
@@ -143,14 +166,17 @@ class Fit:
             self._last_step = self._trainer.global_step
             self._attempt(self._take)
 
-    def _failed(self, error: Exception) -> None:
-        self._guard.failed(f"the snapshot at step {self._trainer.global_step} failed", error)
+    def _failed(self, error: Exception, cure: str = "") -> None:
+        self._guard.failed(f"the snapshot at step {self._trainer.global_step} failed", error, cure=cure)
+
+    def _sample(self) -> Tensor | None:
+        return self._guard.attempt("cannot tell whether weights are replaced", partial(sample, self._module))
 
     def _take(self) -> None:
         tracker = self._ready()
         if tracker is not None:
             self._publish(tracker.observe(self._trainer.global_step))
-            self._seen = _sample(self._module)
+            self._seen = self._sample()
             self._greet()
 
     def _ready(self) -> ExplanationTracker | None:
@@ -161,6 +187,8 @@ class Fit:
             subject = Subject.of(settings, self._trainer, self._module, ranks, self._watched, trace)
             if subject is None:
                 return None
+            if subject.probe.images is not None:
+                settings.display.check_channels(subject.probe.images.shape[1])
             folder = run_folder(self._trainer, self._guard)
             tracker = ExplanationTracker(
                 subject.explainer,
@@ -179,7 +207,7 @@ class Fit:
                 ranks=ranks,
             )
             if self._state:
-                tracker.load_state_dict(self._state)
+                tracker.load_state_dict(self._state, self._trainer.global_step)
             tracker.output.writers = self._writers(folder)
             self.tracker = tracker
             self._greeting = partial(self._watched_in_words, subject, folder)
@@ -217,7 +245,7 @@ class Fit:
         loggers: list[LoggerWriter] = []
         for index, logger in enumerate(self._trainer.loggers):
             what = f"cannot write to {type(logger).__name__} (logger {index})"
-            make = partial(LoggerWriter, logger, index, charts, display.max_pictures_mb, self._prefix)
+            make = partial(LoggerWriter, logger, index, charts, display.max_pictures_mb, self._prefix, self._logged)
             made = self._guard.attempt(what, make)
             loggers += [] if made is None else [made]
         if self._leaves_no_files or any(logger.shows_pictures for logger in loggers):
@@ -225,8 +253,8 @@ class Fit:
         self._guard.attempt(f"cannot make the folder {folder}", lambda: folder.path)
         if not folder.is_made:
             return tuple(loggers)
-        rank_zero_warn(
-            "ViTExplainCallback: add a `TensorBoardLogger` to see every picture, as no logger of this run shows "
+        warn(
+            "add a `TensorBoardLogger` to see every picture, as no logger of this run shows "
             f"pictures; the latest of each are PNG files in {folder}."
         )
         return (*loggers, FolderWriter(folder))
@@ -267,10 +295,3 @@ class Fit:
         if probe.regression:
             return 0
         return probe.labels if self._settings.target == "label" else None
-
-
-def _sample(module: nn.Module) -> Tensor:
-    """A few of each parameter's values, which are others when its weights are replaced."""
-    own: list[Any] = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in module.parameters()]
-    values = torch.cat([part.detach().flatten()[:16].float().cpu() for part in own])
-    return values.view(torch.int32)  # bits, as NaN is not equal to itself

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from vit_explain_callback.lightning._compat import Trainer
 from vit_explain_callback.tracking.folder import RunFolder
 from vit_explain_callback.tracking.guard import Guard
+from vit_explain_callback.tracking.warning import warn
 
 
 def run_folder(trainer: Trainer, guard: Guard) -> RunFolder:
@@ -24,14 +24,14 @@ def run_folder(trainer: Trainer, guard: Guard) -> RunFolder:
     # All processes name the run as the first one does.
     folder = RunFolder(local / "explanations", trainer.strategy.broadcast(RunFolder(local).run))
     if local_path(directories[0]) is None:
-        rank_zero_warn(
-            f"ViTExplainCallback: the run's folder, {directories[0]}, is not on this machine; the raw maps are in "
-            f"{folder}."
-        )
+        warn(f"the run's folder, {directories[0]}, is not on this machine; the raw maps are in {folder}.")
     return folder
 
 
 def local_path(directory: str | Path) -> Path | None:
-    """A folder on this machine by its path or URL; None if it is on another."""
-    system, path = url_to_fs(str(directory))
+    """A folder on this machine by its path or URL; None if it is on another, or of a kind that is not known here."""
+    try:
+        system, path = url_to_fs(str(directory))
+    except (ImportError, ValueError):
+        return None
     return Path(path) if isinstance(system, LocalFileSystem) else None

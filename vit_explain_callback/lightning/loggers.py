@@ -30,6 +30,7 @@ class LoggerWriter:
         margin_charts: Methods for the charts of a TensorBoard's custom scalars pane.
         max_pictures_mb: Megabytes that all pictures may take in a TensorBoard's event file.
         prefix: What its tags begin with instead of `explain/`, where several callbacks share a logger.
+        logged: The last step of which the logger has values already; those of it, and before, are not logged again.
 
     Attributes:
         shows_pictures: Whether there is a way to give the logger pictures.
@@ -45,8 +46,10 @@ class LoggerWriter:
         margin_charts: Sequence[str] = (),
         max_pictures_mb: float = math.inf,
         prefix: str = PREFIX,
+        logged: int = -1,
     ) -> None:
         self._logger = logger
+        self._logged = logged
         self._index = index
         self._prefix = prefix
         any_logger: Any = logger
@@ -65,11 +68,15 @@ class LoggerWriter:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log each scalar."""
+        if step <= self._logged:
+            return
         self._check_space()
         self._logger.log_metrics(self._own(values), step=step)
 
     def pictures(self, pictures: Mapping[str, Picture], step: int) -> None:
         """Show each picture; nothing where the logger cannot."""
+        if step <= self._logged:
+            return
         self._check_space()
         if self._board is not None:
             self._board.pictures(self._own(pictures), step)

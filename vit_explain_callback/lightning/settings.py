@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vit_explain_callback._checks import check_counts, check_images, check_vit_options, class_index
+from vit_explain_callback._checks import check_images, check_removal, check_vit_options
+from vit_explain_callback._options import checked_options
 from vit_explain_callback.explainer import ModelOptions
+from vit_explain_callback.lightning.batches import images_and_labels
 from vit_explain_callback.methods.map_function import AnyMethod, of_attention
-from vit_explain_callback.metrics.drift import DriftMetric
+from vit_explain_callback.methods.names import resolve_methods
+from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
 from vit_explain_callback.tracking.checks import RemovalOrAuto
 from vit_explain_callback.tracking.guard import OnError
 from vit_explain_callback.tracking.probe import check_regions
@@ -25,19 +29,17 @@ class Schedule:
     """When snapshots are taken: with each validation, or by epochs or optimiser steps.
 
     Raises:
-        ValueError: If not exactly one is given, or if it is below 1.
+        ValueError: If not exactly one is given.
     """
 
     every_n_epochs: int | Literal["auto"] | None
     every_n_steps: int | None
 
     def __post_init__(self) -> None:
-        epochs = None if self.every_n_epochs == "auto" else self.every_n_epochs
-        if self.every_n_epochs is not None and self.every_n_steps is not None and epochs is not None:
+        if isinstance(self.every_n_epochs, int) and self.every_n_steps is not None:
             raise ValueError("Expected one schedule, `every_n_epochs` or `every_n_steps`, but got both.")
         if self.every_n_epochs is None and self.every_n_steps is None:
             raise ValueError("Expected one schedule, `every_n_epochs` or `every_n_steps`, but got neither.")
-        check_counts(every_n_epochs=epochs, every_n_steps=self.every_n_steps)
 
     def __str__(self) -> str:
         if self.every_n_steps is not None:
@@ -63,8 +65,7 @@ class Display:
     """How images are shown.
 
     Raises:
-        ValueError: If one of `mean` and `std` is given without the other, if `num_shown` is below 1, or if
-            `max_pictures_mb` is not above 0.
+        ValueError: If one of `mean` and `std` is given without the other, or for another number of channels.
     """
 
     num_shown: int
@@ -75,26 +76,34 @@ class Display:
     max_pictures_mb: float
 
     def __post_init__(self) -> None:
-        check_counts(num_shown=self.num_shown)
-        if not self.max_pictures_mb > 0:
-            raise ValueError(f"Expected `max_pictures_mb` above 0, but got {self.max_pictures_mb!r}.")
         if (self.mean is None) != (self.std is None):
             raise ValueError("Expected both `mean` and `std`, or neither, but got one of them.")
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(
+                f"Expected `mean` and `std` for the same channels, but got {len(self.mean)} and {len(self.std)} values."
+            )
 
     @property
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
         """Mean and standard deviation to undo, if given."""
         return (self.mean, self.std) if self.mean and self.std else None
 
+    def check_channels(self, channels: int) -> None:
+        """Refuse a `mean` and `std` of other images than those that are explained.
+
+        Raises:
+            ValueError: If they have not one value for each of the channels of these.
+        """
+        if self.mean is not None and len(self.mean) != channels:
+            raise ValueError(
+                f"Expected `mean` and `std` with one value for each of the {channels} channels of the images, but got "
+                f"{len(self.mean)}."
+            )
+
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `ViTExplainCallback`, which documents them; `given` holds the images of the user, if any.
-
-    Raises:
-        TypeError: If an option is of the wrong type.
-        ValueError: If an option is outside its range, or two contradict each other.
-    """
+    """The options of `ViTExplainCallback`, which documents them; `given` holds the images of the user, if any."""
 
     methods: tuple[AnyMethod, ...]
     schedule: Schedule
@@ -115,47 +124,75 @@ class Settings:
     on_error: OnError
     task: Task | None = None
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Settings:
+        """The settings that options ask for, each as the user gave it.
+
+        Raises:
+            TypeError: If an option is of the wrong type.
+            ValueError: If an option is outside its range, or two contradict each other.
+        """
+        given = _given(options["images"])
+        read = checked_options({name: value for name, value in options.items() if name != "images"})
+        read |= {"methods": resolve_methods(read["methods"]), "metrics": resolve_metrics(read["metrics"])}
+        read["regions"] = read["regions"] or {}
+
+        def taken(kind: Any) -> dict[str, Any]:
+            return {name: read.pop(name) for name in [*read] if name in kind.__annotations__}
+
+        # A `ModelOptions` has names of classes too, which are shown and not explained.
+        schedule, display = Schedule(**taken(Schedule)), Display(**taken(Display))
+        model = cast(ModelOptions, taken(ModelOptions))
+        settings = cls(schedule=schedule, display=display, model=model, given=given, **read)
+        check_vit_options(settings.methods, model)
+        check_removal(settings.removal, settings.methods)
+        if given is not None:
+            check_regions(settings.regions, len(given[0]))
+        return settings
+
     @property
     def needs_vit(self) -> bool:
         """Whether there is a method that needs the attention of a ViT."""
         return bool(of_attention(self.methods))
 
-    def __post_init__(self) -> None:
-        check_counts(
-            check_every_n_snapshots=self.check_every_n_snapshots,
-            num_images=self.num_images,
-            batch_size=self.batch_size,
+
+def _given(images: object) -> tuple[Tensor, Tensor | None] | None:
+    """Images and labels that the user gives.
+
+    Raises:
+        TypeError: If they are something else.
+        ValueError: If they are out of range, or there is not one label for each image.
+    """
+    if images is None:
+        return None
+    pair = list(images) if isinstance(images, list | tuple) else [images]
+    if isinstance(images, Mapping):
+        pair = _parts(images)
+    if not 1 <= len(pair) <= 2 or not isinstance(pair[0], Tensor):
+        got = f"a {type(images).__name__}" + (f" of {len(pair)}" if isinstance(images, list | tuple) else "")
+        raise TypeError(f"Expected `images` to be a tensor (B, C, H, W) or a pair (images, labels), but got {got}.")
+    check_images(pair[0])
+    labels = pair[1] if len(pair) == 2 else None
+    if labels is None:
+        return images_and_labels(pair[0])
+    labels = torch.from_numpy(labels) if isinstance(labels, np.ndarray) and labels.dtype.kind in "biuf" else labels
+    if isinstance(labels, Tensor):
+        labels = labels.long() if labels.dtype is torch.bool else None if labels.is_complex() else labels
+    if isinstance(labels, Tensor | list | tuple) and len(labels) != len(pair[0]):
+        got = f"{len(pair[0])} images but {len(labels)} labels"
+        raise ValueError(f"Expected `images=(images, labels)` to hold one label for each image, but got {got}.")
+    found = images_and_labels((pair[0], labels))
+    if found[1] is None:
+        raise TypeError(
+            "Expected the labels of `images=(images, labels)` to be class indices (B,), but got "
+            f"{type(pair[1]).__name__} of other values."
         )
-        check_vit_options(self.methods, self.model)
-        if isinstance(self.target, str):
-            _check_word("target", self.target, ("label", "prediction"), " or a class index")
-        else:
-            object.__setattr__(self, "target", _class_index(self.target))
-        if self.task is not None:
-            _check_word("task", self.task, ("classification", "multilabel", "regression"))
-        _check_word("detail", self.detail, ("brief", "full"))
-        _check_word("on_error", self.on_error, ("warn", "raise"))
-        _check_word("removal", self.removal, ("mean_colour", "tokens", "auto"))
-        for name, masks in self.regions.items():
-            if not isinstance(masks, Tensor) or masks.dtype != torch.bool or masks.ndim != 3:
-                raise TypeError(
-                    f"Expected `regions[{name!r}]` to be a boolean tensor (B, H, W), but got {masks!r:.80}."
-                )
-        if self.given is not None:
-            check_images(self.given[0])
-            check_regions(self.regions, len(self.given[0]))
+    return found
 
 
-def _class_index(target: object) -> int:
-    index = class_index(target)
-    if index is None:
-        raise TypeError(f"Expected `target` to be 'label', 'prediction' or a class index, but got {target!r:.80}.")
-    if index < 0:
-        raise ValueError(f"Expected `target` of at least 0, but got {index}.")
-    return index
-
-
-def _check_word(name: str, word: Any, words: Sequence[str], more: str = "") -> None:
-    if word not in words:
-        known = ", ".join(map(repr, words)) if more else " or ".join(map(repr, words))
-        raise ValueError(f"Expected `{name}` to be {known}{more}, but got {word!r}.")
+def _parts(images: Mapping[Any, Any]) -> list[Any]:
+    """Images and labels of a mapping; nothing where it has none."""
+    try:
+        return list(images_and_labels(images))
+    except (TypeError, ValueError):
+        return []

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from vit_explain_callback._checks import check_classifier
@@ -14,7 +13,7 @@ from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.lightning._compat import LightningModule, Trainer
 from vit_explain_callback.lightning.adapter import LightningAdapter
 from vit_explain_callback.lightning.batches import Watched, images_and_labels
-from vit_explain_callback.lightning.data import class_names, probe_batch
+from vit_explain_callback.lightning.data import class_names, probe_batch, validation_size
 from vit_explain_callback.lightning.discover import Discovery
 from vit_explain_callback.lightning.evaluation import transferred
 from vit_explain_callback.lightning.settings import Settings
@@ -22,6 +21,7 @@ from vit_explain_callback.lightning.strategy import explained_module, forward_of
 from vit_explain_callback.lightning.trace import StepTrace
 from vit_explain_callback.tracking.distributed import Ranks
 from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.tracking.warning import warn
 from vit_explain_callback.vit.adapter import Adapter, PlainAdapter
 from vit_explain_callback.vit.timm import find_vit, normalisation, refuse_other_timm_models
 from vit_explain_callback.vit.wrappers import is_sharded
@@ -90,7 +90,7 @@ class Subject:
                 raise
             seen, is_ready = discovery.of(watched.batch, True, trace), True  # of one process alone
         if seen.notice is not None:
-            rank_zero_warn(f"ViTExplainCallback: {seen.notice}")
+            warn(seen.notice)
         made = cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels, is_first=is_ready)
         return replace(made, words=seen.words)
 
@@ -109,9 +109,9 @@ class Subject:
         if settings.given is None:
             images, labels = images[:wanted], None if labels is None else labels[:wanted]
             if len(images) < wanted:
-                rank_zero_warn(
-                    f"ViTExplainCallback: `num_images={wanted}`, but only {len(images)} validation images can be "
-                    "explained; these are. Give others with `images=`."
+                warn(
+                    f"`num_images={wanted}`, but {_given(trainer, len(images))}; these are used. Give others with "
+                    "`images=`."
                 )
         vit = find_vit(adapter.model, adapter.vit) if settings.needs_vit else adapter.model
         probe = Probe.of(
@@ -144,12 +144,23 @@ def _collected(trainer: Trainer, num_images: int, watched: Watched) -> tuple[Any
     except RuntimeError as error:
         if watched.batch is None:
             raise
-        rank_zero_warn(
-            "ViTExplainCallback: give `images=(images, labels)` to explain others than the first validation images, as "
-            f"others cannot be read in a process of its own: {error.__cause__!r}."
+        warn(
+            "give `images=(images, labels)` to explain others than the first validation images, as others cannot be "
+            f"read in a process of its own: {error.__cause__!r}."
         )
         batch = None
     return (watched.batch, True) if batch is None else (batch, False)
+
+
+def _given(trainer: Trainer, used: int) -> str:
+    """How many images validation gave, where fewer than all of them can be explained."""
+    total = validation_size(trainer) or used
+    if total <= used:
+        return f"the validation set gave {used}"
+    return (
+        f"of the {total} in the validation set {used} can be explained: those of one size, and with a label where the "
+        "step needs one"
+    )
 
 
 def _on_device(trainer: Trainer, module: LightningModule, batch: Any, is_ready: bool) -> Any:

@@ -1,13 +1,19 @@
-"""Keep the files of each run in a folder of its own."""
+"""Keep the files of each run, and of each branch of a run, in a folder of its own."""
 
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import shutil
 import uuid
-from functools import cached_property
 from pathlib import Path
 
+from vit_explain_callback._files import whole_file
+from vit_explain_callback.tracking.warning import warn
+
 _MARK = "run.txt"
+_STEP = re.compile(r"step_(\d+)\.safetensors")
 
 
 class RunFolder:
@@ -15,37 +21,73 @@ class RunFolder:
 
     A file `run.txt` in it names the run. A folder is free if it is not there or is empty, or if it names this run.
 
+    A run that is resumed goes on in its folder. Where this holds snapshots beyond the step at which it is resumed, they
+    are of another branch of the run, or of what was lost when it died: they stay as they are, and the later branch
+    starts a folder of its own with copies of the snapshots up to that step.
+
     Args:
         wanted: Where the files should be.
         run: Name of the run; default: a new one, unlike all others.
 
     Attributes:
         wanted: Where the files should be.
-        run: Name of the run; to be changed only before there is a `path`.
+        run: Name of the run, or of the branch once that has a folder.
     """
 
     def __init__(self, wanted: Path, run: str | None = None) -> None:
         self.wanted = wanted
         self.run = run or uuid.uuid4().hex  # of the system, not of a random stream of the user's
+        self._resumed_at: int | None = None
+        self._branch: RunFolder | None = None
+        self._path: Path | None = None
+        self._place = ""
 
     def __str__(self) -> str:
-        return str(self.__dict__.get("path", self.wanted))
+        return str(self._path or self.wanted)
 
     @property
     def is_made(self) -> bool:
         """Whether the folder is there."""
-        return "path" in self.__dict__
+        return self._path is not None
 
-    @cached_property
+    def resume(self, run: str, step: int) -> None:
+        """Go on with a run at a step; only before there is a `path`."""
+        self.run, self._resumed_at = run, step
+
+    @property
     def path(self) -> Path:
-        """The folder, made and marked when it is first asked for.
+        """The folder, made and marked when it is first asked for; to be asked for before every write.
 
         Raises:
-            OSError: If it cannot be made.
+            OSError: If it cannot be made, or if a link has taken its place, or that of a folder above it, since.
         """
+        if self._path is None:
+            self._path = self._made()
+            self._place = os.path.realpath(self._path)
+        if os.path.realpath(self._path) != self._place:
+            raise OSError(f"{self._path} leads to another place than at the start of the run: nothing is written there")
+        return self._path
+
+    def _made(self) -> Path:
         names = itertools.chain([""], (f"_{number}" for number in itertools.count(1)))
         folders = (self.wanted.with_name(f"{self.wanted.name}{name}") for name in names)
-        return next(folder for folder in folders if self._is_own(folder))
+        folder = next(folder for folder in folders if self._is_own(folder))
+        step = self._resumed_at
+        found = filter(None, map(_STEP.fullmatch, os.listdir(folder)))
+        steps = {int(match[1]): folder / match[0] for match in found}
+        if step is None or max(steps, default=step) <= step:
+            return folder
+        self._branch = self._branch or RunFolder(self.wanted)
+        for number, file in steps.items():
+            if number <= step and not file.is_symlink():
+                with whole_file(self._branch.path / file.name) as copy:
+                    shutil.copyfile(file, copy)
+        warn(
+            f"{folder} holds snapshots up to step {max(steps)} of another branch of this run, which is resumed at step "
+            f"{step}; this branch is written to {self._branch.path}, with copies of the snapshots up to there."
+        )
+        self.run = self._branch.run
+        return self._branch.path
 
     def _is_own(self, folder: Path) -> bool:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import re
+from collections import Counter
 from collections.abc import Callable
+from types import TracebackType
 from typing import Literal, TypeVar
 
 from vit_explain_callback.tracking.warning import warn
@@ -11,15 +14,29 @@ from vit_explain_callback.tracking.warning import warn
 T = TypeVar("T")
 OnError = Literal["warn", "raise"]
 
+_REFUSALS = (ValueError, TypeError, ImportError)  # errors of other kinds are faults, ours too, and stop no run
+_VARYING = re.compile(r"[\w.+-]*\d[\w.+-]*|\b(?:nan|inf)\b")  # numbers, addresses, and names with a number in them
+_SERIES = re.compile(r"0(?:[\s,()\[\]]+0)+")
+_MOST_OF_ONE_PLACE = 3
+
 
 def raised_by_us(error: BaseException) -> bool:
-    """Whether it was code of this package that raised an error, and not what the package called."""
+    """Whether a `raise` of this package made an error: not what the package called, and not Python inside of it.
+
+    What the user's code does without a frame of its own, as a `__new__` that is called with too few arguments, is found
+    in a frame of ours; but not at a `raise`.
+    """
     if (known := getattr(error, "raised_by_us", None)) is not None:  # on another process
         return bool(known)
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("vit_explain_callback.")
+    place = _innermost(error)
+    if place is None or not str(place.tb_frame.f_globals.get("__name__")).startswith("vit_explain_callback."):
+        return False
+    return place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error says that what the user asks for cannot work."""
+    return isinstance(error, _REFUSALS) and raised_by_us(error)
 
 
 class Guard:
@@ -32,30 +49,69 @@ class Guard:
     def __init__(self, on_error: OnError) -> None:
         self.on_error = on_error
         self._said: set[str] = set()
+        self._places: Counter[tuple[type, str, int] | None] = Counter()
 
-    def attempt(self, what: str, work: Callable[[], T]) -> T | None:
+    def attempt(self, what: str, work: Callable[[], T], may_refuse: bool = False) -> T | None:
         """Do `work` and give what it gives, None where it fails.
 
-        `what` is how a warning begins, as in "cannot write to the disk".
+        Args:
+            what: How a warning begins, as in "cannot write to the disk".
+            work: What to do.
+            may_refuse: Whether a refusal of ours goes through.
         """
         try:
             return work()
         except Exception as error:
+            if may_refuse and is_refusal(error):
+                raise
             self.failed(what, error, what)
             return None
 
-    def failed(self, what: str, error: Exception, kind: str | None = None) -> None:
+    def failed(self, what: str, error: Exception, kind: str | None = None, cure: str = "") -> None:
         """Say that something failed, once for each kind; by default, a kind of error: the same but for its numbers.
+
+        Args:
+            what: How the warning begins.
+            error: What was raised.
+            kind: What is not to be said twice.
+            cure: What else the user can do, as sentences.
 
         Raises:
             Exception: The error itself, with `on_error="raise"`.
         """
         if self.on_error == "raise":
             raise error
-        kind = re.sub(r"\d+", "0", repr(error)) if kind is None else kind
-        if kind not in self._said:
-            self._said.add(kind)
+        if self._is_new(error) if kind is None else kind not in self._said:
+            self._said.add(_normalised(error) if kind is None else kind)
             warn(
                 f"pass `on_error='raise'` to stop here and see where; {what}, and training goes on"
-                f": {error!r}. The same is not said again."
+                f": {_in_words(error)}. {cure}{' ' * bool(cure)}The same is not said again."
             )
+
+    def _is_new(self, error: Exception) -> bool:
+        """Whether an error is of another kind than those before; of one line of code, only the first few are."""
+        place = _innermost(error)
+        line = None if place is None else (type(error), place.tb_frame.f_code.co_filename, place.tb_lineno)
+        if _normalised(error) in self._said or self._places[line] >= _MOST_OF_ONE_PLACE:
+            return False
+        self._places[line] += line is not None
+        return True
+
+
+def _normalised(error: Exception) -> str:
+    """An error in words, without what differs from one time to the next."""
+    return _SERIES.sub("0", _VARYING.sub("0", _in_words(error)))
+
+
+def _in_words(error: Exception) -> str:
+    try:
+        return repr(error)
+    except Exception:  # of a class of the user's
+        return type(error).__name__
+
+
+def _innermost(error: BaseException) -> TracebackType | None:
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_explain_callback._files import INTEGERS, check_dtype, check_tensors, read_json, read_tensors, write_tensors
+from vit_explain_callback._files import (
+    INTEGERS,
+    check_dtype,
+    check_tensors,
+    read_json,
+    read_tensors,
+    savable,
+    write_tensors,
+)
 from vit_explain_callback.explanation import tensors_under
 from vit_explain_callback.visualization.overlay import Picture, range_of, resized, shown_bands, unnormalise
 from vit_explain_callback.visualization.selection import spread
@@ -83,11 +91,13 @@ class Probe:
         Raises:
             ValueError: If a region does not hold one mask for each image, or channels do not match.
         """
-        regions = dict(regions or {})
+        regions = {savable(name): masks for name, masks in (regions or {}).items()}
+        class_names = None if class_names is None else [savable(str(name)) for name in class_names]
         check_regions(regions, len(images))
         bands = shown_bands(images)
-        known = normalisation is not None and len(normalisation[0]) == images.shape[1] == bands.shape[1]
+        known = normalisation is not None and len(normalisation[0]) == images.shape[1]
         mean, std = normalisation if known and normalisation else range_of(bands)
+        mean, std = mean[: bands.shape[1]], std[: bands.shape[1]]
         height, width = images.shape[2:]
         size = [round(side * _SIDE / max(height, width)) for side in (height, width)]
         pictures = [resized(unnormalise(image, mean, std), *size) for image in bands]
@@ -110,9 +120,8 @@ class Probe:
         tensors["pictures"] = torch.stack([torch.tensor(picture) for picture in self.pictures])
         if self.labels is not None:
             tensors["labels"] = self.labels
-        names = None if self.class_names is None else [str(name) for name in self.class_names]
         about = {
-            "class_names": names,
+            "class_names": self.class_names,
             "regression": self.regression,
             "multilabel": self.multilabel,
             "num_shown": self.num_shown,

@@ -11,7 +11,8 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from vit_explain_callback._checks import as_target, check_counts, check_images, check_removal
+from vit_explain_callback._checks import as_target, check_images, check_removal
+from vit_explain_callback._options import checked_options
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
@@ -103,7 +104,19 @@ class ExplanationTracker:
         on_error: OnError = "warn",
         ranks: Ranks | None = None,
     ) -> None:
-        check_counts(check_every=check_every, batch_size=batch_size)
+        read = checked_options(
+            {
+                "check_every": check_every,
+                "removal": removal,
+                "batch_size": batch_size,
+                "block_statistics": block_statistics,
+                "metrics": metrics,
+                "detail": detail,
+                "report": report,
+                "progress": progress,
+                "on_error": on_error,
+            }
+        )
         check_removal(removal, explainer.methods)
         if probe.images is None:
             raise ValueError("Expected a probe made with `Probe.of`, but got one that was read from a folder.")
@@ -112,13 +125,14 @@ class ExplanationTracker:
         self.methods = [method.name for method in explainer.methods]
         self._images, self._target = probe.images, as_target(target, len(probe.images))
         self.explainer: Explainer | None = explainer
-        self._batch_size, self._block_statistics = batch_size, block_statistics
+        self._batch_size, self._block_statistics = read["batch_size"], read["block_statistics"]
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
         removed = None if probe.regression else removal
-        self._checks = Checks(check_every, removed, batch_size, self._ranks, self._guard, probe.multilabel)
+        checks = (read["check_every"], removed, self._batch_size)
+        self._checks = Checks(*checks, self._ranks, self._guard, probe.multilabel)
         self._notices = Notices(self.methods)
         self._detail: Detail = detail
-        self._metrics = resolve_metrics(metrics)
+        self._metrics = resolve_metrics(read["metrics"])
         self._shows_progress = progress and self._ranks.rank == 0
         own = RunFolder(folder) if isinstance(folder, Path) else folder
         self.output = Output(probe, own, writers, detail, report, self._guard)
@@ -175,17 +189,19 @@ class ExplanationTracker:
         """
         if not self.history.count:
             raise RuntimeError("Expected at least one `observe(step)` before `finish()`, but there was none.")
-        now = self.history.now
-        if self._checks.are_missing(now.reliability):
-            passes = self._checks.passes(len(self.methods), True)
-            with self._progress(f"checking the maps at step {now.step}", passes) as advance:
-                reliability = self._reliability(now.explanation, True, advance)
-            if reliability is not None:
-                self.history.update_latest(reliability)
+        if self._checks.are_missing(self.history.now.reliability):
+            self._guard.attempt("cannot check the last maps", self._check_latest)
         text = summary(self.history, self.probe)
         if self._ranks.rank == 0:
             self.output.end(self.history, self._values(), text)
         return text
+
+    def _check_latest(self) -> None:
+        now, passes = self.history.now, self._checks.passes(len(self.methods), True)
+        with self._progress(f"checking the maps at step {now.step}", passes) as advance:
+            reliability = self._reliability(now.explanation, True, advance)
+        if reliability is not None:
+            self.history.update_latest(reliability)
 
     def release(self) -> None:
         """Let go of the model and the writers; the snapshots stay."""
@@ -198,10 +214,15 @@ class ExplanationTracker:
         about["removal"] = self._checks.removal
         return {**about, **self.history.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], step: int | None = None) -> None:
         """Go on from what `state_dict` gave; where that cannot be, say why and begin anew.
 
-        It cannot be if the state is of other images, methods or targets, or if it is not readable.
+        It cannot be if the state is of other images, methods or targets, or if it is not readable. Snapshots in the
+        folder that are beyond the step at which the run goes on are of another branch: see `RunFolder`.
+
+        Args:
+            state: What `state_dict` gave.
+            step: At which the run goes on; None is that of the latest snapshot in the state.
         """
         history = History()
         try:
@@ -217,7 +238,7 @@ class ExplanationTracker:
             self.history = history
             self._checks.go_on(state.get("removal"), history.checked[-1] if history.checked else None)
             if self.output.folder is not None and isinstance(state.get("run"), str):
-                self.output.folder.run = state["run"]
+                self.output.folder.resume(state["run"], self.history.now.step if step is None else step)
 
     def _other_than(self, history: History, state: Mapping[str, Any]) -> str | None:
         """What keeps a history from being that of this run."""

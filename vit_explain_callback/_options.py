@@ -1,0 +1,267 @@
+"""Every option that is asked for by name: its type, its range, and the one form in which others are refused.
+
+An option that several take, as the callback, `ExplanationTracker` and `explain`, is declared once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_LARGEST = 2**31 - 1
+_MOST_IMAGES = 100_000
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an option may be.
+
+    Attributes:
+        expected: In words, as they follow "Expected `option` to be ".
+        read: Gives the value as it is used. Raises TypeError for one of another type, ValueError for one out of range.
+    """
+
+    expected: str
+    read: Callable[[Any], Any]
+
+    def __or__(self, other: Rule) -> Rule:
+        """This, or else the other."""
+
+        def read(value: Any) -> Any:
+            try:
+                return other.read(value)
+            except (TypeError, ValueError):
+                return self.read(value)
+
+        return Rule(f"{self.expected} or {other.expected}", read)
+
+
+def checked(name: str, value: Any) -> Any:
+    """The value of an option, converted to what is used: tuples for lists, integers of Python for those of numpy.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If it is out of range.
+
+    Example:
+        >>> checked("grid_size", [4, 4])
+        (4, 4)
+    """
+    rule = OPTIONS[name]
+    try:
+        return rule.read(value)
+    except ValueError:
+        kind: type[Exception] = ValueError
+    except Exception:  # also what a value of the user's raises when it is looked at
+        kind = TypeError
+    raise kind(f"Expected `{name}` to be {rule.expected}, but got {_in_words(value)}.")
+
+
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Each option by its name, as `checked` gives it.
+
+    Raises:
+        TypeError: If one is of another type, or there is no such option.
+        ValueError: If one is out of range.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"Expected options out of {', '.join(OPTIONS)}, but got `{name}`.")
+    return {name: checked(name, value) for name, value in options.items()}
+
+
+def class_index(target: object) -> int | None:
+    """A class index of any integer type: of Python or numpy, or a tensor without dimensions; None if it is none.
+
+    Booleans are none: they answer another question.
+    """
+    scalar = not isinstance(target, Tensor | np.ndarray) or target.ndim == 0
+    truth = isinstance(target, bool) or getattr(target, "dtype", None) in (torch.bool, np.dtype(bool))
+    try:
+        return operator.index(target) if scalar and not truth else None  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _integer(least: int, most: int = _LARGEST) -> Rule:
+    def read(value: Any) -> int:
+        index = class_index(value)
+        if index is None:
+            raise TypeError
+        if not least <= index <= most:
+            raise ValueError
+        return index
+
+    bound = "" if most == _LARGEST else f" and at most {most}"
+    return Rule(f"an integer of at least {least}{bound}", read)
+
+
+def _number(value: Any) -> float:
+    """A number of any type of Python, numpy or torch, but no boolean and no text."""
+    scalar = value.item() if isinstance(value, Tensor | np.ndarray | np.generic) else value
+    if isinstance(scalar, bool) or not isinstance(scalar, int | float):
+        raise TypeError
+    return float(scalar)
+
+
+def _above_zero(value: Any) -> float:
+    number = _number(value)
+    if not number > 0:
+        raise ValueError
+    return number
+
+
+def _items(value: Any) -> list[Any]:
+    """What a list, a tuple, or an array of one dimension holds."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 1:
+        return list(value.tolist())
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise TypeError
+    if not value:
+        raise ValueError
+    return list(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError
+    return bool(value)
+
+
+def _word(words: Sequence[str], value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    if value not in words:
+        raise ValueError
+    return value
+
+
+def _one_of(*words: str) -> Rule:
+    return Rule(" or ".join(map(repr, words)), partial(_word, words))
+
+
+def _numbers(value: Any, above_zero: bool) -> tuple[float, ...]:
+    numbers = tuple(map(_number, _items(value)))
+    if not all(math.isfinite(number) and (number > 0 or not above_zero) for number in numbers):
+        raise ValueError
+    return numbers
+
+
+def _grid(value: Any) -> tuple[int, int]:
+    sides = [_integer(1, 2**15).read(side) for side in _items(value)]
+    if len(sides) != 2:
+        raise ValueError
+    return sides[0], sides[1]
+
+
+def _names(value: Any) -> list[str]:
+    items = _items(value)
+    if not all(isinstance(name, str | int | np.integer) for name in items):
+        raise TypeError
+    return list(map(str, items))
+
+
+def _path(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _function(value: Any) -> Any:
+    if not callable(value) or isinstance(value, type):
+        raise TypeError
+    try:
+        inspect.signature(value.forward if isinstance(value, nn.Module) else value).bind(None, None)
+    except TypeError as error:
+        raise ValueError from error  # it takes something else
+    except ValueError:  # it does not say what it takes
+        pass
+    return value
+
+
+def _list_of_methods(value: Any) -> list[Any]:
+    """Names or objects, of which one may stand alone; what they are is checked where they are looked up."""
+    return [value] if isinstance(value, str) or hasattr(value, "name") else _items(value)
+
+
+def _list_of_metrics(value: Any) -> list[Any]:
+    is_empty = isinstance(value, Sequence) and not isinstance(value, str | bytes) and not value
+    return [] if is_empty else _list_of_methods(value)
+
+
+def _regions(value: Any) -> dict[str, Tensor]:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    for name, masks in value.items():
+        if not isinstance(name, str) or not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+            raise TypeError
+        if not name.strip() or masks.ndim != 3 or not masks.numel():
+            raise ValueError
+    return dict(value)
+
+
+def _target(value: Any) -> Any:
+    return _word(("label", "prediction"), value) if isinstance(value, str) else _integer(0).read(value)
+
+
+def _none(value: Any) -> None:
+    if value is not None:
+        raise TypeError
+
+
+_NONE = Rule("None", _none)
+_COUNT = _integer(1)
+_FLAG = Rule("True or False", _flag)
+_SNAPSHOTS = _COUNT | _NONE
+
+OPTIONS: dict[str, Rule] = {
+    "methods": Rule("a list of names, `Method` or `MapFunction` objects", _list_of_methods),
+    "every_n_epochs": _COUNT | Rule("'auto'", partial(_word, ("auto",))) | _NONE,
+    "every_n_steps": _COUNT | _NONE,
+    "check_every_n_snapshots": _SNAPSHOTS,
+    "check_every": _SNAPSHOTS,
+    "removal": _one_of("mean_colour", "tokens", "auto"),
+    "num_images": _integer(1, _MOST_IMAGES),
+    "regions": Rule("boolean tensors (B, H, W) by name", _regions) | _NONE,
+    "num_shown": _COUNT,
+    "target": Rule("'label', 'prediction' or a class index of at least 0", _target),
+    "task": _one_of("classification", "multilabel", "regression") | _NONE,
+    "block_statistics": _FLAG,
+    "metrics": Rule("a list of names or `DriftMetric` objects", _list_of_metrics),
+    "vit": Rule("the attribute path of a submodule", _path) | _NONE,
+    "class_names": Rule("a list of names", _names) | _NONE,
+    "mean": Rule("a finite number for each channel", partial(_numbers, above_zero=False)) | _NONE,
+    "std": Rule("a number above 0 for each channel", partial(_numbers, above_zero=True)) | _NONE,
+    "forward": Rule("a function of a module and images", _function) | _NONE,
+    "prefix_tokens": _integer(0) | _NONE,
+    "grid_size": Rule("(grid_h, grid_w), two integers of at least 1", _grid) | _NONE,
+    "batch_size": _COUNT | _NONE,
+    "save_maps": _FLAG,
+    "report": _FLAG,
+    "progress": _FLAG,
+    "margin_charts": _FLAG,
+    "detail": _one_of("brief", "full"),
+    "max_pictures_mb": Rule("a number above 0", _above_zero),
+    "on_error": _one_of("warn", "raise"),
+}
+"""Every option by its name, but for images and for what depends on the number of images."""
+
+
+def _in_words(value: Any) -> str:
+    """A value for an error: short, whatever its `repr` does."""
+    if isinstance(value, Tensor) and value.ndim:
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:79]}…"
