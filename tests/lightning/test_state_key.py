@@ -85,6 +85,7 @@ def options() -> list[dict[str, Any]]:
         {"detail": "full"},
         *({"max_pictures_mb": size} for size in (1, 0.5)),
         {"on_error": "raise"},
+        *({"task": task} for task in ("classification", "multilabel", "regression")),
     ]
 
 
