@@ -21,6 +21,7 @@ from tests.models import CLASSES
 from tests.runs import events, fit
 from tests.situations.project import Project, loader, pictures
 from vit_explain_callback import ViTExplainCallback
+from vit_explain_callback.lightning import trace
 
 CALLS: Counter[str] = Counter()
 FIT: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 2, "num_sanity_val_steps": 2}
@@ -243,3 +244,37 @@ def test_a_module_is_not_copied_with_what_it_holds(tmp_path: Path) -> None:
     module.file.close()
     module.connection.close()
     module.temporary.cleanup()
+
+
+class Stem(Project):
+    """Convolutions over many features before the ViT's tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(in_chans=3)
+        self.stem = nn.Sequential(*[nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(6)])
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.1))
+
+    def forward(self, images: Tensor) -> Any:
+        return self.vit(self.stem(images - self.get_buffer("mean")))
+
+
+def test_no_features_are_kept_of_a_watched_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the images that enter: not what convolutions made of them."""
+    kept: list[int] = []
+    original = trace.StepRecorder.trace
+
+    def looked_at(self: Any, *args: Any) -> Any:
+        kept.append(len([call for call in self._calls if call.images is not None]))
+        return original(self, *args)
+
+    monkeypatch.setattr(trace.StepRecorder, "trace", looked_at)
+    torch.manual_seed(0)
+    module, callback = Stem(), ViTExplainCallback(num_images=5)
+    trained(callback, tmp_path, module)
+    assert kept[0] == 4  # the module, its stem, and there the first part and its convolution
+    assert callback.tracker is not None
+    assert callback.tracker.history.count >= 2
+    assert callback.tracker.probe.images is not None
+    with torch.no_grad():
+        expected = module.eval().vit(module.stem(callback.tracker.probe.images))
+    torch.testing.assert_close(callback.tracker.history.now.logits, expected)

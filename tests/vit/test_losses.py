@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tests.models import random_images, tiny_vit
 from vit_explain_callback.vit.flow import Flow
 from vit_explain_callback.vit.look import look
-from vit_explain_callback.vit.losses import IMAGES, WEIGHTS, Loss, LossRecorder
+from vit_explain_callback.vit.losses import BUFFERS, IMAGES, WEIGHTS, Loss, LossRecorder
 from vit_explain_callback.vit.twin import Twin
 
 LOGITS = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
@@ -142,6 +142,21 @@ def test_what_outputs_are_compared_with_is_no_weight() -> None:
     with LossRecorder(flow) as recorder:
         ((LOGITS - centre) ** 2).mean()
     assert recorder.best(4) == ([], None)
+
+
+def test_a_buffer_is_a_centre_and_no_number_but_may_say_how_labels_are_counted() -> None:
+    flow, centres, order = Flow(), torch.randn(5, 5), torch.tensor([4, 3, 2, 1, 0])
+    flow.mark(LOGITS, IMAGES)
+    flow.mark([centres, order], BUFFERS)
+    with LossRecorder(flow) as recorder:
+        ((LOGITS - centres[LABELS]) ** 2).mean()
+    assert recorder.best(4) == ([], None)
+    with recorder:
+        F.cross_entropy(LOGITS, order[LABELS])
+    found = recorder.best(4)[1]
+    assert found is not None
+    assert found.labels is not None
+    assert found.labels.equal(4 - LABELS)
 
 
 def test_the_loss_that_is_returned_counts() -> None:

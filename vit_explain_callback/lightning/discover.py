@@ -212,34 +212,48 @@ class Discovery:
         )
 
     def _look(self, adapter: LightningAdapter, inputs: Tensor) -> Look:
-        """The ViT behind the outputs, and what reaches it, seen on a twin with gradients."""
-        with adapter.evaluating() as twin:
-            first = adapter.parts[0] if adapter.parts else ""
-            model: nn.Module = twin.module.get_submodule(first)
-            vit = self._within(first)
-            own = inputs.to(self._module.device, copy=True)
+        """The ViT behind the outputs, in one of the parts, and what reaches it, seen on a twin with gradients."""
+        found: Look | None = None
+        for path in self._paths(adapter.parts or ("",)):
+            with adapter.evaluating() as twin:
+                own = inputs.to(self._module.device, copy=True)
 
-            def run() -> Any:
-                if adapter.parts:
-                    return adapter.of_parts(twin.module, own)
-                return adapter.of_step(twin.module, list(range(adapter.count)))
+                def run(root: nn.Module = twin.module, own: Tensor = own) -> Any:
+                    if adapter.parts:
+                        return adapter.of_parts(root, own)
+                    return adapter.of_step(root, list(range(adapter.count)))
 
-            found = look(model, run, vit, self._needs_vit)
-        feed, path = (".".join(filter(None, (first, part))) for part in (found.feed, found.vit))
-        return replace(found, feed=feed, vit=path if found.vit is not None else (first or None))
+                found = look(twin.module.get_submodule(path), run, self._within(path), self._needs_vit)
+            if found.attends or not self._needs_vit:
+                break
+        assert found is not None
+        if found.fed is None and adapter.parts:
+            found = replace(found, fed=inputs, feed=adapter.parts[0])  # the parts before make features of them
+        else:
+            found = replace(found, feed=".".join(filter(None, (path, found.feed))))
+        vit = path if found.vit is None else ".".join(filter(None, (path, found.vit)))
+        return replace(found, vit=vit or None)
 
-    def _within(self, first: str) -> str | None:
-        """Path of the user's `vit` inside the first part."""
+    def _paths(self, parts: tuple[str, ...]) -> list[str]:
+        """The parts that may hold the ViT.
+
+        Raises:
+            ValueError: If the user names another one.
+        """
         vit = self._vit
-        if vit is None or not first:
-            return vit
-        if f"{first}.".startswith(f"{vit}." if vit else ""):
-            return None if vit != first else ""
-        if not vit.startswith(f"{first}."):
+        inside = [path for path in parts if vit is None or _is_inside(vit, path) or _is_inside(path, vit)]
+        if not inside:
             raise ValueError(
-                f"Expected `vit` to name the ViT that the loss depends on, inside `{first}`, but got {vit!r}. {CURE}"
+                f"Expected `vit` to name the ViT that the loss depends on, inside `{parts[0]}`, but got {vit!r}. {CURE}"
             )
-        return vit.removeprefix(f"{first}.")
+        return inside
+
+    def _within(self, path: str) -> str | None:
+        """Path of the user's `vit` inside a part; None where the part lies inside it."""
+        vit = self._vit
+        if vit is None or vit == path:
+            return None if vit is None else ""
+        return vit.removeprefix(f"{path}." if path else "") if _is_inside(vit, path) else None
 
     def _notice(self, adapter: LightningAdapter, trace: StepTrace) -> str | None:
         if trace.others:
@@ -262,6 +276,10 @@ class Discovery:
             f"Expected `{step}` of {type(self._module).__name__} to compare outputs, a row for each image, with labels "
             f"in a loss, but saw {seen}: an embedding is not the logits of classes. {CURE}"
         )
+
+
+def _is_inside(path: str, outer: str) -> bool:
+    return not outer or f"{path}.".startswith(f"{outer}.")
 
 
 def _known(trace: StepTrace) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode as current_mode
 
 from vit_explain_callback.vit.flow import tensors_in
-from vit_explain_callback.vit.losses import IMAGES, WEIGHTS, LossRecorder, Reading, Task
+from vit_explain_callback.vit.losses import BUFFERS, IMAGES, WEIGHTS, LossRecorder, Reading, Task
 
 ROWS = 4
 """Images of the step whose pixels and outputs are kept, to check a copy by."""
@@ -99,8 +99,8 @@ class StepRecorder:
             if leaf.ndim > 2:
                 self._flow.mark(leaf, IMAGES)
             self._of_leaf.append(self._flow.name(leaf))
-        weights = [*module.parameters(), *module.buffers()]
-        self._flow.mark(weights, WEIGHTS)
+        self._flow.mark(list(module.parameters()), WEIGHTS)
+        self._flow.mark(list(module.buffers()), BUFFERS)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -129,7 +129,7 @@ class StepRecorder:
             call, sources = self._entered(path, args, kwargs), self._flow.of(args, kwargs)
 
         def note_exit() -> None:
-            self._flow.mark(_tensors_of(output), sources)
+            self._flow.mark(_tensors_of(output), sources | (WEIGHTS if is_opaque else 0))
             if call is not None:
                 call.gave = frozenset(map(self._flow.name, tensors_in(getattr(output, "logits", output))))
                 self._calls.append(call)
@@ -149,7 +149,8 @@ class StepRecorder:
 
     def _entered(self, path: str, args: Any, kwargs: Mapping[str, Any]) -> _Call | None:
         given = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
-        images = next((part for part in given if part.ndim == 4), None)
+        # What weights have a share in are features, of which nothing is kept.
+        images = next((part for part in given if part.ndim == 4 and not self._flow.of(part) & WEIGHTS), None)
         if images is None:
             return _Call(path, None, 0, None, self._flow.name(given[0])) if len(given) == 1 == len(args) else None
         if not self._flow.of(images) & IMAGES:

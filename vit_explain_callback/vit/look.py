@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_explain_callback.vit.capture import AttentionCall, AttentionRecorder
+from vit_explain_callback.vit.losses import WEIGHTS, LossRecorder
 from vit_explain_callback.vit.timm import is_timm_vit
 
 
@@ -19,8 +20,10 @@ class Look:
 
     Attributes:
         outputs: What the run gave.
-        fed: The first images, (B, C, H, W), that reached the ViT, or any module; None if none did.
+        fed: The first images, (B, C, H, W), that reached the ViT, or else any module; None if none did. What weights
+            have a share in, such as a stem's features, are no images: they change as the model learns.
         feed: Path of the module that was called with them.
+        attends: Whether attention was seen.
         vit: Path of the ViT; None where it is no model of timm's, and nothing else says which module it is.
     """
 
@@ -28,6 +31,7 @@ class Look:
     fed: Tensor | None
     feed: str
     vit: str | None
+    attends: bool
 
 
 def look(model: nn.Module, run: Callable[[], Tensor], vit: str | None = None, needs_vit: bool = True) -> Look:
@@ -51,7 +55,7 @@ def look(model: nn.Module, run: Callable[[], Tensor], vit: str | None = None, ne
             if not isinstance(part, Tensor) or part.ndim != 4:
                 return part
             name = names[module]
-            if not any(_within(call.module, lists[name]) for call in recorder.calls):
+            if not flow.of(part) & WEIGHTS and not any(_within(call.module, lists[name]) for call in recorder.calls):
                 images.append((name, part.detach().clone()))  # a copy, as it may be normalised in place
             # The graph begins here, as no parameter of a twin asks for a gradient.
             begins = part.is_floating_point() and not part.requires_grad
@@ -59,10 +63,12 @@ def look(model: nn.Module, run: Callable[[], Tensor], vit: str | None = None, ne
 
         return tuple(map(noted, args)), {name: noted(part) for name, part in kwargs.items()}
 
-    recorder = AttentionRecorder(model, begins_graph=True)
+    recorder, losses = AttentionRecorder(model, begins_graph=True), LossRecorder()
+    flow = losses.flow
+    flow.mark(list(model.parameters()), WEIGHTS)
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in names]
     try:
-        with torch.enable_grad(), recorder:
+        with torch.enable_grad(), recorder, losses:
             outputs = run()
     finally:
         for handle in handles:
@@ -75,8 +81,9 @@ def look(model: nn.Module, run: Callable[[], Tensor], vit: str | None = None, ne
             f"`{read[0].module}`. Leave `vit` out, or give the outputs that depend on it with `forward=`."
         )
     inside = [(path, given) for path, given in images if f"{path}.".startswith(f"{found}." if found else "")]
-    feed, fed = inside[0] if inside else ("", None)
-    return Look(outputs.detach(), fed, feed, found)
+    first = next(iter(inside or images), None)
+    feed, fed = ("", None) if first is None else first
+    return Look(outputs.detach(), fed, feed, found, bool(recorder.calls))
 
 
 def _read(calls: list[AttentionCall], outputs: Tensor | None) -> list[AttentionCall]:

@@ -17,8 +17,8 @@ from vit_explain_callback.vit.flow import Flow
 Task: TypeAlias = Literal["classification", "multilabel", "regression"]
 Reading: TypeAlias = Literal["classes", "distribution", "yes_or_no", "numbers"]
 
-IMAGES, WEIGHTS, FIRST_FREE = 1, 2, 4
-"""Sources: the images, the weights of the model, and the first that has no meaning yet."""
+IMAGES, WEIGHTS, BUFFERS, FIRST_FREE = 1, 2, 4, 8
+"""Sources: the images, weights and buffers of the model, and the first that has no meaning yet."""
 
 _OF_CLASSES = {F.cross_entropy, F.nll_loss, F.multi_margin_loss, F.kl_div}
 _BINARY = {
@@ -169,7 +169,7 @@ class LossRecorder(TorchFunctionMode):
         others = [part for part in _flat(given) if isinstance(part, Tensor) and part not in self._logits]
         if logits is None:
             outputs = [part for part in others if self.flow.of(part) & IMAGES]
-            targets = [part for part in others if not self.flow.of(part) & (IMAGES | WEIGHTS)]
+            targets = [part for part in others if not self.flow.of(part) & (IMAGES | WEIGHTS | BUFFERS)]
             if (
                 name in _DIFFERENCE
                 and len(outputs) == len(targets) == 1
@@ -204,7 +204,9 @@ class LossRecorder(TorchFunctionMode):
         source = self._next_source
         self._next_source <<= 1
         self.flow.mark(result, source)
-        of_labels = not self.flow.of(target) & (IMAGES | WEIGHTS)
+        # A buffer may say how labels are counted, but numbers of one are those of a centre.
+        of_model = IMAGES | WEIGHTS | (BUFFERS if reading == "numbers" else 0)
+        of_labels = not self.flow.of(target) & of_model
         counts = of_labels and bool(self.flow.of(outputs) & IMAGES)
         if outputs.ndim > 2:  # nothing is kept of pictures
             outputs = outputs.new_empty((0, *outputs.shape[1:]))
