@@ -223,7 +223,10 @@ class Discovery:
                         return adapter.of_parts(root, own)
                     return adapter.of_step(root, list(range(adapter.count)))
 
-                found = look(twin.module.get_submodule(path), run, self._within(path), self._needs_vit)
+                parts = [twin.module.get_submodule(part) for part in adapter.parts if part]
+                weights = [weight for part in parts for weight in part.parameters()]
+                model = twin.module.get_submodule(path)
+                found = look(model, run, self._within(path), self._needs_vit, weights)
             if found.attends or not self._needs_vit:
                 break
         assert found is not None

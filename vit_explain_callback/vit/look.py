@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,13 @@ class Look:
     attends: bool
 
 
-def look(model: nn.Module, run: Callable[[], Tensor], vit: str | None = None, needs_vit: bool = True) -> Look:
+def look(
+    model: nn.Module,
+    run: Callable[[], Tensor],
+    vit: str | None = None,
+    needs_vit: bool = True,
+    weights: Sequence[Tensor] = (),
+) -> Look:
     """Watch a model while `run` runs it.
 
     Args:
@@ -42,6 +48,7 @@ def look(model: nn.Module, run: Callable[[], Tensor], vit: str | None = None, ne
         run: Runs it, and gives its outputs.
         vit: Path of the ViT, where the user says it.
         needs_vit: Whether images are those that reach a ViT; else those that reach any module first.
+        weights: Parameters, beside the model's own, of what runs before it.
 
     Raises:
         ValueError: If the outputs come from several ViTs, or not from the one at `vit`.
@@ -65,7 +72,7 @@ def look(model: nn.Module, run: Callable[[], Tensor], vit: str | None = None, ne
 
     recorder, losses = AttentionRecorder(model, begins_graph=True), LossRecorder()
     flow = losses.flow
-    flow.mark(list(model.parameters()), WEIGHTS)
+    flow.mark([*weights, *model.parameters()], WEIGHTS)
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in names]
     try:
         with torch.enable_grad(), recorder, losses:
