@@ -31,6 +31,8 @@ WAYS: dict[str, Callable[[nn.Parameter, Tensor], object]] = {
     "numpy of a view": lambda weight, new: np.asarray(weight.data[1:]).__setitem__(slice(None), new[1:]),
     "dlpack": lambda weight, new: torch.utils.dlpack.from_dlpack(weight.data.__dlpack__()).copy_(new),
     "storage": lambda weight, new: weight.untyped_storage().copy_(new.untyped_storage()),
+    "data +=": lambda weight, new: weight.__setattr__("data", weight.data.__iadd__(new)),
+    "detach +=": lambda weight, new: weight.detach().__iadd__(new),
     "another tensor": lambda weight, new: setattr(weight, "data", new),
 }
 
@@ -61,6 +63,19 @@ def test_a_parameter_that_is_written_to_becomes_the_twins_own(way: str) -> None:
     assert module.weight.equal(before)
     assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
     assert twin.module.get_parameter("weight").equal(copied.weight)
+
+
+# The others give the model another tensor, which is no writing to memory.
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("another tensor", "data +=")])
+def test_the_models_own_parameter_is_not_written_to_from_outside(way: str) -> None:
+    """As a function of the user's does that holds on to his model."""
+    module = Writing(way)
+    before, storage = module.weight.clone(), module.weight.untyped_storage().data_ptr()
+    with undisturbed(module) as twin, torch.no_grad():
+        WAYS[way](module.weight, torch.full((3,), 5.0))
+        twin.module(torch.ones(2, 3))
+    assert module.weight.equal(before)
+    assert module.weight.untyped_storage().data_ptr() == storage
 
 
 def test_parameters_are_shared_where_nothing_writes_to_them() -> None:

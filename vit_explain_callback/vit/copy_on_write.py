@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
+_ALIASES = {"__get__", "detach"}
 _HANDS_OUT = {"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "_typed_storage"}
 
 
@@ -29,7 +31,8 @@ class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._parameters, self._moved = parameters, moved
-        self._handing_out = _HandingOut(self._own)
+        self._aliases: Any = WeakIdKeyDictionary()  # `weight.data` and the like, of the twin's own parameters
+        self._handing_out = _HandingOut(self._own, self._note_alias)
 
     def __enter__(self) -> CopyOnWrite:
         self._handing_out.__enter__()  # type: ignore[no-untyped-call]
@@ -61,23 +64,36 @@ class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._moved[place] = arg.untyped_storage().clone()  # type: ignore[no-untyped-call]
                 for parameter in self._parameters[place]:
                     parameter.data = owned_view(self._moved[place], parameter)
-            arg.data = owned_view(self._moved[place], arg)  # the tensor itself, which an operator may give back
-            return arg
+            own = owned_view(self._moved[place], arg)
+            if arg in self._aliases:
+                arg.data = own  # as `weight.data += 1` gives the tensor itself back
+            return own
+
+    def _note_alias(self, source: Any, alias: Any) -> None:
+        """Know a tensor that shares the memory of a parameter of the twin; one of the model's own is never changed."""
+        if isinstance(alias, Tensor) and isinstance(source, Tensor):
+            twins = self._parameters.get(address(source), ())
+            if source in self._aliases or any(source is parameter for parameter in twins):
+                self._aliases[alias] = True
 
 
 class _HandingOut(TorchFunctionMode):
     """Gives a parameter memory of its own before that is handed to what torch does not see, as NumPy is."""
 
-    def __init__(self, own: Callable[[Any], Any]) -> None:
+    def __init__(self, own: Callable[[Any], Any], note_alias: Callable[[Any, Any], None]) -> None:
         super().__init__()
-        self._own = own
+        self._own, self._note_alias = own, note_alias
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in _HANDS_OUT and args:
+        name = getattr(func, "__name__", "")
+        if name in _HANDS_OUT and args:
             args = (self._own(args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name in _ALIASES:
+            self._note_alias(args[0], result)
+        return result
 
 
 @functools.cache
