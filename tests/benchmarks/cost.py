@@ -199,8 +199,8 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _quotient(memory: Mapping[str, int], name: str, reference: str | None) -> str:
-    if reference is None or name not in memory or reference not in memory:
-        return ""
+    if reference is None or name not in memory or not memory.get(reference):
+        return ""  # also where nothing was needed that had not been there before
     return f"{memory[name] / memory[reference]:.2f}"
 
 

@@ -192,12 +192,13 @@ class Discovery:
 
     def _by_step(self, base: LightningAdapter, outputs: Tensor, label_leaf: int | None) -> LightningAdapter:
         """The step itself, unless the outputs of an image depend on the others."""
-        # What has as many rows as images need not belong to them.
-        leaves = dict(enumerate(leaves_of(base.batch)))
-        images = {place for place, leaf in leaves.items() if leaf.ndim == 4}
-        flat = {place for place, leaf in leaves.items() if leaf.ndim == 1}
-        labelled = flat if label_leaf is None else {label_leaf}
-        for rows in (None, frozenset(images | labelled)):
+        ways: list[frozenset[int] | None] = [None]
+        if label_leaf is not None:
+            # What has as many rows as images need not belong to them, as the names of classes do not; but where images
+            # are the classes of each other, no tensor of the batch is their labels.
+            images = {place for place, leaf in enumerate(leaves_of(base.batch)) if leaf.ndim == 4}
+            ways.append(frozenset(images | {label_leaf}))
+        for rows in ways:
             adapter = replace(base, parts=(), rows=rows)
             alone: object = None
             with adapter.evaluating() as twin, torch.no_grad(), suppress(ValueError, IndexError, RuntimeError):
