@@ -166,7 +166,7 @@ def test_a_fault_of_the_watching_does_not_reach_the_step(tmp_path: Path, monkeyp
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("vit_explain_callback.vit.flow.Flow.computed", broken)
+    monkeypatch.setattr("vit_explain_callback.vit.sources.Flow.computed", broken)
     torch.manual_seed(0)
     module = Project()
     with pytest.warns(UserWarning, match="ZeroDivisionError"):

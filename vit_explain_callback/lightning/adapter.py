@@ -14,7 +14,7 @@ from vit_explain_callback.lightning.batches import picked
 from vit_explain_callback.lightning.evaluation import StepName, evaluating, run_step
 from vit_explain_callback.lightning.trace import leaves_of
 from vit_explain_callback.vit.adapter import LogitsOf
-from vit_explain_callback.vit.flow import Flow
+from vit_explain_callback.vit.sources import Flow
 from vit_explain_callback.vit.losses import IMAGES, LossRecorder, Task
 from vit_explain_callback.vit.twin import Twin
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vit_explain_callback.vit.flow import Flow
+from vit_explain_callback.vit.sources import Flow
 
 Task: TypeAlias = Literal["classification", "multilabel", "regression"]
 Reading: TypeAlias = Literal["classes", "distribution", "yes_or_no", "numbers"]
