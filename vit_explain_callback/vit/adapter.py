@@ -10,9 +10,11 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vit_explain_callback.vit.infer_tokens import observed_layout, tokens_read
+from vit_explain_callback.vit.flow import Ports, find_ports
+from vit_explain_callback.vit.infer_tokens import DETACHED, observed_layout, tokens_read
 from vit_explain_callback.vit.isolation import undisturbed
 from vit_explain_callback.vit.memory import Memory
+from vit_explain_callback.vit.sites import changing
 from vit_explain_callback.vit.stack import Stack
 from vit_explain_callback.vit.timm import find_vit, timm_layout
 from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout
@@ -165,11 +167,12 @@ class Subject:
             ValueError: If it cannot be told.
         """
         memory = self.memory.of(self.twin.module)
-        key = (*images.shape[1:], stack.tokens)
+        key = (*images.shape[1:], stack.tokens, *stack.places)
         if key not in memory.layouts:
-            memory.layouts[key] = self._find_layout(stack, images)
-            entry = next(name for name, module in self.vit.named_modules() if module is stack.entry)
-            memory.entries[tuple(images.shape[1:])] = (entry, memory.layouts[key])
+            ports = stack.ports or self._ports(stack, images)
+            memory.layouts[key] = self._find_layout(stack, ports, images)
+            if ports is not None:
+                memory.entries[tuple(images.shape[1:])] = (ports.entry, memory.layouts[key])
         return memory.layouts[key]
 
     @contextmanager
@@ -220,29 +223,37 @@ class Subject:
         kept[:, layout.patches] = ~taken.flatten(1)
         index = kept.nonzero()[:, 1].view(len(images), -1, 1)
 
-        def drop(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            tokens = args[0]
-            return (tokens.gather(1, index.expand(-1, -1, tokens.shape[2])), *args[1:])
+        def drop(tokens: Tensor) -> Tensor:
+            return tokens.gather(1, index.expand(-1, -1, tokens.shape[2]))
 
-        handle = self.vit.get_submodule(entry).register_forward_pre_hook(drop)
-        try:
+        with changing(self.vit, entry, drop):
             yield
-        finally:
-            handle.remove()
 
-    def _find_layout(self, stack: Stack, images: Tensor) -> TokenLayout:
+    def _ports(self, stack: Stack, images: Tensor) -> Ports | None:
+        """Where tokens enter and leave the blocks, found with two images; None if the logits are detached."""
+
+        def forward(noise: Tensor) -> Tensor:
+            with self.fed(True):
+                return self.logits(noise)
+
+        noise = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
+        return find_ports(forward, self.vit, stack.places, stack.tokens, noise, self.twin.state)
+
+    def _find_layout(self, stack: Stack, ports: Ports | None, images: Tensor) -> TokenLayout:
         known = self.known_layout(images.shape[1:])
-        if known is not None and (self.is_bare or self._is_read(known, stack, images)):
+        if known is not None and (self.is_bare or self._is_read(known, stack, ports, images)):
             return known
+        if ports is None:
+            raise ValueError(DETACHED)
         pooled = stack.pool is not None
         with torch.no_grad():
-            seen = observed_layout(self.logits, stack.entry, stack.exit, stack.tokens, images, pooled, self.stated)
+            seen = observed_layout(self.logits, self.vit, ports, stack.tokens, images, pooled, self.stated)
         return seen if known is None else replace(seen, class_token=known.class_token)
 
-    def _is_read(self, known: TokenLayout, stack: Stack, images: Tensor) -> bool:
-        if known.readout is None or known.tokens != stack.tokens:
-            return stack.pool is not None
-        read = tokens_read(self.logits, stack.entry, stack.exit, stack.tokens, images[:1].detach())
+    def _is_read(self, known: TokenLayout, stack: Stack, ports: Ports | None, images: Tensor) -> bool:
+        if known.readout is None or known.tokens != stack.tokens or ports is None:
+            return stack.pool is not None or ports is None
+        read = tokens_read(self.logits, self.vit, ports, images[:1].detach())
         return read is None or read == known.readout.nonzero().flatten().tolist()
 
 

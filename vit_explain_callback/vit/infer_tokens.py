@@ -22,10 +22,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vit_explain_callback.vit.capture import is_no_grad
+from vit_explain_callback.vit.flow import Ports
+from vit_explain_callback.vit.sites import changing
 from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout, mean_of
 
 Forward = Callable[[Tensor], Tensor]
 
+DETACHED = (
+    "Expected finite logits that depend on the tokens out of the blocks, but they are detached or not finite, so that "
+    "nothing tells which tokens the classifier reads. Take `detach()` out of the model's forward."
+)
 _CURE = "State it: `prefix_tokens=`, `grid_size=`."
 
 
@@ -50,8 +56,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def observed_layout(
     forward: Forward,
-    first: nn.Module,
-    last: nn.Module,
+    vit: nn.Module,
+    ports: Ports,
     tokens: int,
     images: Tensor,
     pooled: bool,
@@ -61,8 +67,8 @@ def observed_layout(
 
     Args:
         forward: Turns images into logits, (B, C).
-        first: The first block, whose input are the tokens.
-        last: The last block, whose output are the tokens.
+        vit: The module that `ports` are places in.
+        ports: Where the tokens enter the first block and leave the last one.
         tokens: N, as seen in the attention.
         images: Images of the size in question, (B, C, H, W).
         stated: What the user says of the tokens, which is then not asked for.
@@ -73,10 +79,10 @@ def observed_layout(
     """
     noise = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
     stated_grid = stated.first_patch_and_grid(tokens, images.shape[2], images.shape[3])
-    first_patch, grid = stated_grid or _grid(forward, first, tokens, noise)
+    first_patch, grid = stated_grid or _grid(forward, vit, ports, tokens, noise)
     patches = range(first_patch, first_patch + grid[0] * grid[1])
     try:
-        readout = _readout(forward, first, last, tokens, noise[:1], patches)
+        readout = _readout(forward, vit, ports, tokens, noise[:1], patches)
     except ValueError:
         if pooled:
             return TokenLayout(tokens, first_patch, grid, None, None, observed=True)
@@ -86,7 +92,7 @@ def observed_layout(
     return TokenLayout(tokens, first_patch, grid, class_token, readout, observed=True)
 
 
-def tokens_read(forward: Forward, first: nn.Module, last: nn.Module, tokens: int, image: Tensor) -> list[int] | None:
+def tokens_read(forward: Forward, vit: nn.Module, ports: Ports, image: Tensor) -> list[int] | None:
     """Indices of the tokens out of the last block that the logits of one image, (1, C, H, W), depend on.
 
     None if nothing can be told, because the logits are detached from them or not finite.
@@ -97,24 +103,19 @@ def tokens_read(forward: Forward, first: nn.Module, last: nn.Module, tokens: int
     leaves: list[Tensor] = []
     entering: list[Tensor] = []
 
-    def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        entering.append(args[0].detach().requires_grad_())
-        return (entering[-1].clone(), *args[1:])
+    def as_leaf_of(those: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        def as_leaf(tokens: Tensor) -> Tensor:
+            those.append(tokens.detach().requires_grad_())
+            return those[-1].clone()
 
-    def as_leaf(leaving: Tensor) -> Tensor:
-        leaves.append(leaving.detach().requires_grad_())
-        return leaves[-1]
+        return as_leaf
 
-    handle = first.register_forward_pre_hook(enter)
-    try:
-        with torch.enable_grad():
-            logits = _logits_with(forward, last, tokens, image, as_leaf)
-            if not logits.requires_grad:
-                return None
-            probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
-            gradient, *past = torch.autograd.grad((logits * probe).sum(), [*leaves, *entering], allow_unused=True)
-    finally:
-        handle.remove()
+    with torch.enable_grad(), changing(vit, ports.entry, as_leaf_of(entering)):
+        logits = _logits_with(forward, vit, ports, image, as_leaf_of(leaves))
+        if not logits.requires_grad:
+            return None
+        probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+        gradient, *past = torch.autograd.grad((logits * probe).sum(), [*leaves, *entering], allow_unused=True)
     if any(around is not None for around in past):
         raise ValueError(
             "Expected the classifier to read what the last block gives, but it reads tokens of earlier blocks as well: "
@@ -126,13 +127,13 @@ def tokens_read(forward: Forward, first: nn.Module, last: nn.Module, tokens: int
     return [index for index, norm in enumerate(gradient[0].abs().sum(dim=1).tolist()) if norm > 0]
 
 
-def _grid(forward: Forward, first: nn.Module, tokens: int, noise: Tensor) -> tuple[int, tuple[int, int]]:
+def _grid(forward: Forward, vit: nn.Module, ports: Ports, tokens: int, noise: Tensor) -> tuple[int, tuple[int, int]]:
     """Index of the first patch, and (grid_h, grid_w)."""
     changed = noise[:1].repeat(3, 1, 1, 1)
     changed[0, :, 0, 0] += 10
     changed[1, :, 0, -1] += 10
     changed[2, :, -1, 0] += 10
-    entering = _tokens_into(forward, first, tokens, torch.cat([noise, changed]))
+    entering = _tokens_into(forward, vit, ports, torch.cat([noise, changed]))
     is_patch = (entering[0] != entering[1]).any(dim=1)
     indices = is_patch.nonzero().flatten().tolist()
     count = len(indices)
@@ -153,20 +154,17 @@ def _grid(forward: Forward, first: nn.Module, tokens: int, noise: Tensor) -> tup
     return indices[0], (height, width)
 
 
-def _readout(forward: Forward, first: nn.Module, last: nn.Module, tokens: int, image: Tensor, patches: range) -> Tensor:
+def _readout(forward: Forward, vit: nn.Module, ports: Ports, tokens: int, image: Tensor, patches: range) -> Tensor:
     """(N,) weights of the tokens that the classifier reads."""
-    read = tokens_read(forward, first, last, tokens, image)
+    read = tokens_read(forward, vit, ports, image)
     if read is None:
-        raise ValueError(
-            "Expected finite logits that depend on the tokens out of the blocks, but they are detached or not finite, "
-            "so that nothing tells which tokens the classifier reads. Take `detach()` out of the model's forward."
-        )
+        raise ValueError(DETACHED)
     prefix = [index for index in read if index not in patches]
     if read and len(read) == len(prefix):
         return torch.zeros(tokens, dtype=torch.float64).index_fill(0, torch.tensor(read), 1 / len(read))
 
     def is_mean(group: list[int]) -> bool:
-        return _reads_mean(lambda change: _logits_with(forward, last, tokens, image, change), group)
+        return _reads_mean(lambda change: _logits_with(forward, vit, ports, image, change), group)
 
     if read == list(range(tokens)) and prefix and is_mean(read):
         return mean_of(range(tokens), tokens)
@@ -204,46 +202,22 @@ def _reads_mean(logits_with: Callable[[Callable[[Tensor], Tensor]], Tensor], gro
     return any(bool((halves - candidate).abs().max() < tolerance) for candidate in candidates)
 
 
-def _tokens_into(forward: Forward, first: nn.Module, tokens: int, images: Tensor) -> Tensor:
+def _tokens_into(forward: Forward, vit: nn.Module, ports: Ports, images: Tensor) -> Tensor:
     """(B, N, D) tokens that enter the first block."""
     seen: list[Tensor] = []
 
-    def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        seen.append(_batch_first(given, len(images), tokens).detach())
+    def look(tokens: Tensor) -> Tensor:
+        seen.append(tokens.detach().clone())
+        return tokens
 
-    handle = first.register_forward_pre_hook(look, with_kwargs=True)
-    try:
+    with changing(vit, ports.entry, look):
         forward(images)
-    finally:
-        handle.remove()
     return seen[0]
 
 
 def _logits_with(
-    forward: Forward, last: nn.Module, tokens: int, image: Tensor, change: Callable[[Tensor], Tensor]
+    forward: Forward, vit: nn.Module, ports: Ports, image: Tensor, change: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Logits of one image if the tokens (1, N, D) that leave the last block are changed."""
-
-    def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
-        leaving = output[0] if isinstance(output, tuple) else output
-        moved = _batch_first(leaving, 1, tokens)
-        changed = change(moved)
-        changed = changed if moved.shape == leaving.shape else changed.transpose(0, 1)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    handle = last.register_forward_hook(replace)
-    try:
-        with _Differentiable():
-            return forward(image)
-    finally:
-        handle.remove()
-
-
-def _batch_first(given: Tensor, batch: int, tokens: int) -> Tensor:
-    """Tokens (B, N, D) or (N, B, D) as (B, N, D)."""
-    if given.ndim == 3 and given.shape[:2] == (batch, tokens):
-        return given
-    if given.ndim == 3 and given.shape[:2] == (tokens, batch):
-        return given.transpose(0, 1)
-    raise ValueError(f"Expected tokens of shape ({batch}, {tokens}, D) at the blocks, but got {tuple(given.shape)}.")
+    with _Differentiable(), changing(vit, ports.exit, change):
+        return forward(image)

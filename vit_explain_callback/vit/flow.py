@@ -1,0 +1,277 @@
+"""Find by data flow where tokens enter and leave the blocks, and check that attention alone mixes them in between.
+
+A rollout multiplies the attention of the blocks, each with the identity for its residual connection. That is the
+model's own path of information only if every attention reads what the one before gave and what passed it by, if the
+rows of each belong to the tokens in their order, and if no token reaches another past the recorded attention. All of
+this is asked of the autograd graph of one pass, in which the output of each attention is a leaf.
+
+Shapes: B images, H heads, N tokens, D channels, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_explain_callback.vit.calls import AttentionCall
+from vit_explain_callback.vit.capture import AttentionRecorder
+from vit_explain_callback.vit.sites import Site, SiteVisitor
+
+SEEN = "`scaled_dot_product_attention`, `nn.MultiheadAttention` and a softmax times the values"
+_CURE = "Explain it with a method that needs no attention: `MapFunction`."
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where tokens enter the first block and leave the last one.
+
+    Attributes:
+        entry: Everything that the blocks know of the image goes by here.
+        exit: Everything that the logits know of the last attention goes by here.
+    """
+
+    entry: Site
+    exit: Site
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """Tokens that went by, as (B, N, D) in the graph; the node that leads on from them; and what attended before."""
+
+    site: Site
+    tokens: Tensor
+    node: Any
+    calls_before: int
+
+
+@dataclass(frozen=True)
+class _Trace:
+    name: str
+    calls: Sequence[AttentionCall]
+    visits: Sequence[_Visit]
+    logits: Any
+    images: int
+    tokens: int
+    parameters: Collection[int]
+
+
+def find_ports(
+    forward: Callable[[Tensor], Tensor],
+    vit: nn.Module,
+    places: Sequence[int],
+    tokens: int,
+    images: Tensor,
+    state: Collection[int],
+) -> Ports | None:
+    """Where tokens enter and leave a stack of blocks, whose attention is then known to be all that mixes them.
+
+    Args:
+        forward: Turns images into logits; gradients of these reach the images.
+        vit: The module that was recorded.
+        places: Of the blocks' attention among all that the recorder sees, in order.
+        tokens: N.
+        images: Two different ones, (2, C, H, W).
+        state: As for the recorder.
+
+    Returns:
+        The places; None if the logits are detached from the last attention.
+
+    Raises:
+        ValueError: If there are no such places, or if tokens are mixed in another way.
+    """
+    with torch.enable_grad():
+        return _ports(_traced(forward, vit, places, tokens, images, state), places)
+
+
+def _ports(trace: _Trace, places: Sequence[int]) -> Ports | None:
+    leaves = [_leaf(call.output) for call in trace.calls]
+    if leaves[-1] not in _reach([trace.logits], None):
+        return None
+    _check_chain(trace, leaves)
+    exit_ = next((visit for visit in _after(trace, places) if leaves[-1] not in _reach([trace.logits], visit.node)), None)
+    if exit_ is None:
+        raise ValueError(
+            f"Expected the classifier of {trace.name} to read the tokens that leave the last block, ({trace.images}, "
+            f"{trace.tokens}, D), but what it reads of `{trace.calls[-1].module}` is never among tokens of that shape. {_CURE}"
+        )
+    ends = [exit_.tokens.grad_fn, *[call.value.grad_fn for call in trace.calls]]
+    begins = [visit for visit in reversed(trace.visits) if visit.calls_before <= places[0]]
+    entry = next((visit for visit in begins if not _begins(_reach(ends, visit.node), leaves, trace)), None)
+    if entry is None:
+        raise ValueError(
+            f"Expected all that the blocks of {trace.name} know of the image to enter the first one as {trace.tokens} "
+            f"tokens, ({trace.images}, {trace.tokens}, D), but part of it reaches them past these. {_CURE}"
+        )
+    _check_rows(trace, leaves, entry, exit_)
+    return Ports(entry.site, exit_.site)
+
+
+def _traced(
+    forward: Callable[[Tensor], Tensor],
+    vit: nn.Module,
+    places: Sequence[int],
+    tokens: int,
+    images: Tensor,
+    state: Collection[int],
+) -> _Trace:
+    """Run the model once with the outputs of its attention as leaves of the graph."""
+    visits: list[_Visit] = []
+
+    def visit(site: Site, given: Tensor) -> Tensor:
+        shape = (tuple(given.shape[:2]), (len(images), tokens))
+        if given.ndim != 3 or sorted(shape[0]) != sorted(shape[1]):
+            return given
+        if not given.requires_grad and not images.is_floating_point():  # the graph begins here
+            given = given.detach().requires_grad_()
+        if not given.requires_grad:
+            return given
+        site = replace(site, batch_first=shape[0] == shape[1])
+        on = given.clone()  # one node for each place, and safe from what is written in place later
+        visits.append(_Visit(site, given, on.grad_fn, len(recorder.calls)))
+        return on
+
+    recorder = AttentionRecorder(vit, True, state, cut=frozenset(places))
+    with recorder, SiteVisitor(vit, visit) as visitor:
+        logits = forward(images)
+    if len(recorder.calls) <= places[-1]:
+        raise ValueError(
+            f"Expected {type(vit).__name__} to run the same attention in every pass, but it ran {places[-1] + 1} "
+            f"operations in one and {len(recorder.calls)} in another."
+        )
+    counted = [replace(v, site=replace(v.site, calls=visitor.calls.get(v.site.module, 1))) for v in visits]
+    calls = [_with_heads(recorder.calls[place], len(images), tokens) for place in places]
+    parameters = {id(parameter) for parameter in vit.parameters()}
+    return _Trace(type(vit).__name__, calls, counted, logits.grad_fn, len(images), tokens, parameters)
+
+
+def _with_heads(call: AttentionCall, images: int, tokens: int) -> AttentionCall:
+    folded = call.shape[0] != images and call.shape[1] == 1 and call.shape[0] % images == 0
+    call = call.with_heads(images) if folded else call
+    if call.shape[0] != images or call.shape[2:] != (tokens, tokens):
+        raise ValueError(
+            f"Expected `{call.module}` to attend over all {tokens} tokens of each of {images} images, but its attention "
+            f"is (B, H, N, N) = {call.shape}."
+        )
+    return call
+
+
+def _after(trace: _Trace, places: Sequence[int]) -> Iterable[_Visit]:
+    return (visit for visit in reversed(trace.visits) if visit.calls_before > places[-1])
+
+
+def _check_chain(trace: _Trace, leaves: Sequence[Any]) -> None:
+    """Refuse attention that does not read what the one before gave, as in two towers, or in two runs of one."""
+    for layer in range(1, len(leaves)):
+        if leaves[layer - 1] in _reach([trace.calls[layer].value.grad_fn], None):
+            continue
+        before, after = trace.calls[layer - 1].module, trace.calls[layer].module
+        again = [call.module for call in trace.calls].count(after)
+        outer, other = _apart(before, after)
+        if again > 1 or outer == other:
+            what = f"one attention operation in `{_block(after)}` of {trace.name}, but captured {max(2, again)}"
+            cure = "Where the model runs its blocks several times, say which run counts: `forward=lambda module, images: …`"
+        else:
+            what = f"one stack of blocks in {trace.name}, but found {outer}, {other}"
+            cure = f"Where it holds several models, name the one to explain, as in `vit={outer!r}`"
+        raise ValueError(
+            f"Expected {what}: what attention {layer} gives, `{before}`, never reaches attention {layer + 1}, "
+            f"`{after}`. {cure}."
+        )
+
+
+def _check_rows(trace: _Trace, leaves: Sequence[Any], entry: _Visit, exit_: _Visit) -> None:
+    """Refuse tokens that are mixed past the attention, or whose rows in it are not theirs."""
+    outputs = [call.output for call in trace.calls]
+    streams = [entry.tokens, *outputs]
+    for image, token in ((0, 0), *_sample(trace)):
+        at = exit_.site.tokens(exit_.tokens)[image, token]
+        _check_row(trace, at, streams, entry, (image, token), "the classifier reads")
+    for layer, call in enumerate(trace.calls):
+        before = streams[max(0, layer - 1) : layer + 1]
+        if _entered(entry, call.value, outputs[:layer], leaves[:layer]) is False:
+            raise ValueError(
+                f"Expected tokens of {trace.name} to pass each attention by a residual connection, but what "
+                f"`{call.module}` reads does not depend on what came before attention {layer}: these are not tokens on "
+                f"their way through blocks, as in a soft mixture's slots. {_CURE}"
+            )
+        for image, token in _sample(trace):
+            at = call.value[image, :, token]
+            _check_row(trace, at, before, entry, (image, token), f"`{call.module}` reads")
+
+
+def _entered(entry: _Visit, value: Tensor, outputs: Sequence[Tensor], leaves: Sequence[Any]) -> bool | None:
+    """Whether values depend on what entered the block before, past its attention; None for the first block."""
+    if not outputs:
+        return None
+    reached = _reach([value.grad_fn], None)
+    return (entry.node if len(leaves) == 1 else leaves[-2]) in reached
+
+
+def _check_row(
+    trace: _Trace, at: Tensor, streams: Sequence[Tensor], entry: _Visit, place: tuple[int, int], reader: str
+) -> None:
+    """Refuse what is read of one token of one image if it depends on another in any of the streams."""
+    direction = torch.randn(at.shape, generator=torch.Generator().manual_seed(1)).to(at)
+    found = torch.autograd.grad((at * direction).sum(), streams, retain_graph=True, allow_unused=True)
+    image, token = place
+    for stream, gradient in zip(streams, found, strict=True):
+        if gradient is None:
+            continue
+        if stream is entry.tokens:
+            rows = entry.site.tokens(gradient).abs().sum(dim=2)
+        else:
+            rows = gradient.reshape(trace.images, -1, trace.tokens, gradient.shape[-1]).abs().sum(dim=(1, 3))
+        rows = rows.detach().clone()
+        rows[image, token] = 0
+        if rows.any():
+            raise ValueError(
+                f"Expected attention alone to mix the tokens of {trace.name}, row by row, but what {reader} of token "
+                f"{token} depends on {int(rows.count_nonzero())} others past the attention that was seen. Only {SEEN} "
+                "can be seen; what also mixes tokens is a convolution between blocks, `flex_attention` and the like, "
+                f"and heads folded into the batch before the images. {_CURE}"
+            )
+
+
+def _sample(trace: _Trace) -> list[tuple[int, int]]:
+    return [(1, trace.tokens - 1), (0, trace.tokens // 2)]
+
+
+def _begins(reached: Collection[Any], leaves: Sequence[Any], trace: _Trace) -> bool:
+    """Whether a leaf of the graph is reached that is neither attention nor a parameter: the image."""
+    ends = [node for node in reached if not node.next_functions and node not in leaves]
+    return any(id(getattr(node, "variable", None)) not in trace.parameters for node in ends)
+
+
+def _leaf(output: Tensor) -> Any:
+    """The node of the graph that stands for a leaf."""
+    return output.view_as(output).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+
+def _reach(roots: Iterable[Any], stop: Any) -> set[Any]:
+    """Nodes of the graph that lead to `roots`, found without passing `stop`."""
+    reached: set[Any] = set()
+    waiting = [root for root in roots if root is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in reached or node is stop:
+            continue
+        reached.add(node)
+        waiting.extend(before for before, _ in node.next_functions if before is not None)
+    return reached
+
+
+def _apart(one: str, other: str) -> tuple[str, str]:
+    """The outermost modules in which two paths differ; the same twice if one lies in the other."""
+    pairs = list(zip(one.split("."), other.split("."), strict=False))
+    same = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
+    if same is None:
+        return one, one
+    return ".".join(one.split(".")[: same + 1]), ".".join(other.split(".")[: same + 1])
+
+
+def _block(path: str) -> str:
+    return path.rpartition(".")[0] or path
