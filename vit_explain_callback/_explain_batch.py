@@ -19,7 +19,8 @@ from vit_explain_callback.methods.map_function import MapFunction
 from vit_explain_callback.metrics.attention import BlockMeter
 from vit_explain_callback.vit.adapter import Subject
 from vit_explain_callback.vit.block_logits import BlockLogit, block_logits
-from vit_explain_callback.vit.capture import AttentionCall, AttentionRecorder
+from vit_explain_callback.vit.calls import AttentionCall
+from vit_explain_callback.vit.capture import AttentionRecorder
 from vit_explain_callback.vit.isolation import preserved_random_state
 from vit_explain_callback.vit.left_alone import left_alone
 from vit_explain_callback.vit.stack import Stack, find_stack

@@ -108,7 +108,7 @@ def explicit_call(module: str, output: Tensor, weights: Tensor, value: Tensor) -
     weights, value = _as_heads(weights.detach()), _as_heads(value)
 
     def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
-        return at_least_float32(weights[images, heads, queries])
+        return weights[images, heads, queries].to(torch.promote_types(value.dtype, torch.float32))
 
     batch, heads, queries, keys = weights.shape
     return AttentionCall(module, output, value, attention, (batch, heads, queries, keys))

@@ -33,7 +33,7 @@ from vit_explain_callback.vit.calls import explicit_call, fused_call, merged_cal
 from vit_explain_callback.vit.copy_on_write import address
 from vit_explain_callback.vit.formed import formed_attention, forms
 from vit_explain_callback.vit.functions import SCALED_DOT_PRODUCT, named, original
-from vit_explain_callback.vit.weights import WeightsTracker
+from vit_explain_callback.vit.weights import SAME, WeightsTracker
 
 _IN_PLACE = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}
 _JOIN = {"cat", "concat", "concatenate", "stack"}
@@ -177,6 +177,8 @@ class AttentionRecorder(TorchFunctionMode):
         output = func(*args, **kwargs)
         if found is None:
             self._weights.note(name, func, output, given, kwargs, self._path)
+            if name in SAME and given and id(given[0]) in self._outputs:
+                self._outputs[id(output)] = (output, self._outputs[id(given[0])][1])
             return output
         weights, product, value = found
         attention = weights.precise.permute(product.attention)

@@ -92,13 +92,14 @@ def _ports(trace: _Trace, places: Sequence[int]) -> Ports | None:
     if leaves[-1] not in _reach([trace.logits], None):
         return None
     _check_chain(trace, leaves)
-    exit_ = next((visit for visit in _after(trace, places) if leaves[-1] not in _reach([trace.logits], visit.node)), None)
-    if exit_ is None:
+    exits = [visit for visit in _after(trace, places) if leaves[-1] not in _reach([trace.logits], visit.node)]
+    if not exits:
         raise ValueError(
             f"Expected the classifier of {trace.name} to read the tokens that leave the last block, ({trace.images}, "
-            f"{trace.tokens}, D), but what it reads of `{trace.calls[-1].module}` is never among tokens of that shape. {_CURE}"
+            f"{trace.tokens}, D), but what it reads of `{trace.calls[-1].module}` is never among tokens of that shape. "
+            f"{_CURE}"
         )
-    ends = [exit_.tokens.grad_fn, *[call.value.grad_fn for call in trace.calls]]
+    ends = [exits[-1].tokens.grad_fn, *[call.value.grad_fn for call in trace.calls]]
     begins = [visit for visit in reversed(trace.visits) if visit.calls_before <= places[0]]
     entry = next((visit for visit in begins if not _begins(_reach(ends, visit.node), leaves, trace)), None)
     if entry is None:
@@ -106,8 +107,21 @@ def _ports(trace: _Trace, places: Sequence[int]) -> Ports | None:
             f"Expected all that the blocks of {trace.name} know of the image to enter the first one as {trace.tokens} "
             f"tokens, ({trace.images}, {trace.tokens}, D), but part of it reaches them past these. {_CURE}"
         )
-    _check_rows(trace, leaves, entry, exit_)
-    return Ports(entry.site, exit_.site)
+    _check_values(trace, leaves, entry)
+    return Ports(entry.site, _last_unmixed(trace, entry, exits).site)
+
+
+def _last_unmixed(trace: _Trace, entry: _Visit, exits: Sequence[_Visit]) -> _Visit:
+    """The last place behind the blocks where the rows are still those of the tokens: pooling begins after it."""
+    for exit_ in exits:
+        try:
+            _check_exit(trace, entry, exit_)
+        except ValueError:
+            if exit_ is exits[-1]:
+                raise
+        else:
+            return exit_
+    raise AssertionError
 
 
 def _traced(
@@ -169,30 +183,39 @@ def _check_chain(trace: _Trace, leaves: Sequence[Any]) -> None:
         if leaves[layer - 1] in _reach([trace.calls[layer].value.grad_fn], None):
             continue
         before, after = trace.calls[layer - 1].module, trace.calls[layer].module
-        again = [call.module for call in trace.calls].count(after)
-        outer, other = _apart(before, after)
-        if again > 1 or outer == other:
-            what = f"one attention operation in `{_block(after)}` of {trace.name}, but captured {max(2, again)}"
-            cure = "Where the model runs its blocks several times, say which run counts: `forward=lambda module, images: …`"
-        else:
+        paths = [call.module for call in trace.calls]
+        outer, other, around = _apart(before, after)
+        of_each = [sum(_within(path, one) for path in paths) for one in (outer, other)]
+        again = after in paths[:layer]
+        if outer != other and min(of_each) > 1 and not again:
             what = f"one stack of blocks in {trace.name}, but found {outer}, {other}"
             cure = f"Where it holds several models, name the one to explain, as in `vit={outer!r}`"
+        else:
+            block = after.rpartition(".")[0] if again else around
+            captured = sum(_within(path, block) for path in paths)
+            what = f"one attention operation in `{block}` of {trace.name}, but captured {captured}"
+            cure = (
+                "Where the model runs its blocks several times, say which run counts: "
+                "`forward=lambda module, images: …`"
+            )
         raise ValueError(
             f"Expected {what}: what attention {layer} gives, `{before}`, never reaches attention {layer + 1}, "
             f"`{after}`. {cure}."
         )
 
 
-def _check_rows(trace: _Trace, leaves: Sequence[Any], entry: _Visit, exit_: _Visit) -> None:
-    """Refuse tokens that are mixed past the attention, or whose rows in it are not theirs."""
-    outputs = [call.output for call in trace.calls]
-    streams = [entry.tokens, *outputs]
+def _check_exit(trace: _Trace, entry: _Visit, exit_: _Visit) -> None:
+    streams = [entry.tokens, *[call.output for call in trace.calls]]
     for image, token in ((0, 0), *_sample(trace)):
         at = exit_.site.tokens(exit_.tokens)[image, token]
         _check_row(trace, at, streams, entry, (image, token), "the classifier reads")
+
+
+def _check_values(trace: _Trace, leaves: Sequence[Any], entry: _Visit) -> None:
+    """Refuse tokens that are mixed between two attentions, or whose rows in one are not theirs."""
+    streams = [entry.tokens, *[call.output for call in trace.calls]]
     for layer, call in enumerate(trace.calls):
-        before = streams[max(0, layer - 1) : layer + 1]
-        if _entered(entry, call.value, outputs[:layer], leaves[:layer]) is False:
+        if layer and not _passes(entry, call.value, leaves[:layer]):
             raise ValueError(
                 f"Expected tokens of {trace.name} to pass each attention by a residual connection, but what "
                 f"`{call.module}` reads does not depend on what came before attention {layer}: these are not tokens on "
@@ -200,15 +223,13 @@ def _check_rows(trace: _Trace, leaves: Sequence[Any], entry: _Visit, exit_: _Vis
             )
         for image, token in _sample(trace):
             at = call.value[image, :, token]
+            before = streams[max(0, layer - 1) : layer + 1]
             _check_row(trace, at, before, entry, (image, token), f"`{call.module}` reads")
 
 
-def _entered(entry: _Visit, value: Tensor, outputs: Sequence[Tensor], leaves: Sequence[Any]) -> bool | None:
-    """Whether values depend on what entered the block before, past its attention; None for the first block."""
-    if not outputs:
-        return None
-    reached = _reach([value.grad_fn], None)
-    return (entry.node if len(leaves) == 1 else leaves[-2]) in reached
+def _passes(entry: _Visit, value: Tensor, leaves: Sequence[Any]) -> bool:
+    """Whether values depend on what entered the block before, past its attention."""
+    return (entry.node if len(leaves) == 1 else leaves[-2]) in _reach([value.grad_fn], None)
 
 
 def _check_row(
@@ -264,14 +285,13 @@ def _reach(roots: Iterable[Any], stop: Any) -> set[Any]:
     return reached
 
 
-def _apart(one: str, other: str) -> tuple[str, str]:
-    """The outermost modules in which two paths differ; the same twice if one lies in the other."""
-    pairs = list(zip(one.split("."), other.split("."), strict=False))
-    same = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
-    if same is None:
-        return one, one
-    return ".".join(one.split(".")[: same + 1]), ".".join(other.split(".")[: same + 1])
+def _apart(one: str, other: str) -> tuple[str, str, str]:
+    """The outermost modules in which two paths differ, and the one around both."""
+    ones, others = one.split("."), other.split(".")
+    same = next((place for place, (a, b) in enumerate(zip(ones, others, strict=False)) if a != b), None)
+    same = min(len(ones), len(others)) if same is None else same
+    return ".".join(ones[: same + 1]), ".".join(others[: same + 1]), ".".join(ones[:same])
 
 
-def _block(path: str) -> str:
-    return path.rpartition(".")[0] or path
+def _within(path: str, outer: str) -> bool:
+    return outer == "" or f"{path}.".startswith(f"{outer}.")

@@ -25,7 +25,8 @@ class Site:
         call: Which of the module's calls in a forward pass it is, counted from 0.
         calls: How often a forward pass calls the module.
         kind: "input" or "output" of the module, or "operation" in its forward.
-        key: Position or name of the input, position of the output, or number of the operation.
+        key: Position or name of the input, position of the output, or number of the operation among those that give
+            three dimensions.
         batch_first: Whether the tokens are (B, N, D) there, and not (N, B, D).
     """
 
@@ -79,8 +80,8 @@ class SiteVisitor(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if self._own or not isinstance(output, Tensor):
-            return output
+        if self._own or not isinstance(output, Tensor) or output.ndim != 3:
+            return output  # uncounted, as what is done to images differs between passes
         self._operations[-1] += 1
         return self._shown("operation", self._operations[-1], output)
 

@@ -16,7 +16,7 @@ _SOFTMAX = {"softmax", "special_softmax"}
 _LOG_SOFTMAX = {"log_softmax", "special_log_softmax"}
 _DIVIDE = {"div", "__truediv__", "true_divide", "divide", "div_", "__itruediv__", "__idiv__", "divide_"}
 # What changes the precision or the memory of a tensor, but not its values.
-_SAME = {
+SAME = {
     *("dropout", "dropout_", "to", "type_as", "type", "float", "double", "half", "bfloat16", "contiguous", "clone"),
     *("alias", "detach", "requires_grad_"),
 }
@@ -96,7 +96,7 @@ class WeightsTracker:
             return
         elif name in _DIVIDE and len(args) == 2:
             self._divided(output, held, args[1])
-        elif name in _SAME or (name == "masked_fill" and held.stage == "exp"):
+        elif name in SAME or (name == "masked_fill" and held.stage == "exp"):
             self._hold(replace(held, tensor=output))
         elif name == "sum" and held.stage == "exp":
             self._summed(output, held, args, kwargs)
