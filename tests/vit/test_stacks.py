@@ -229,9 +229,9 @@ def test_blocks_of_timm_that_are_one_and_the_same() -> None:
 def test_two_attentions_in_one_block_are_two_layers() -> None:
     class Double(PlainViT):
         def run(self, x: Tensor) -> Tensor:
-            for block in self.blocks:
-                x = x + block.attn(block.norm1(x))  # type: ignore[operator]
-                x = x + block.attn(block.norm2(x))  # type: ignore[operator]
+            for block in self.layers():
+                x = x + block.attn(block.norm1(x))
+                x = x + block.attn(block.norm2(x))
             return x
 
     class Attending(nn.Module):

@@ -136,9 +136,7 @@ def _is_block(seen: tuple[Tensor | None, Any], call: AttentionCall) -> bool:
     )
 
 
-def _check_chain(
-    vit: nn.Module, blocks: Sequence[tuple[str, int]], seen: Seen, images: Tensor, stack: Stack
-) -> None:
+def _check_chain(vit: nn.Module, blocks: Sequence[tuple[str, int]], seen: Seen, images: Tensor, stack: Stack) -> None:
     """Refuse blocks of which one is not given what the one before gave."""
     for before, after in pairwise(blocks):
         given, output = seen[after][0], _tokens_of(before, seen[before][1], len(images), stack.tokens)

@@ -51,17 +51,20 @@ class AttentionCall:
 
     def with_heads(self, images: int) -> AttentionCall:
         """The same of `images` images, where their heads were folded into the batch, the heads of an image together."""
-        folded, heads = self.attention, self.shape[0] // images
+        folded, count = self.attention, self.shape[0] // images
+        batch = images
 
-        def attention(images: slice, few: slice, queries: slice = _ALL) -> Tensor:
-            start, stop, _ = few.indices(heads)
-            of_images = range(*images.indices(self.shape[0] // heads))
+        def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
+            start, stop, _ = heads.indices(count)
+            of_images = range(*images.indices(batch))
             return torch.stack(
-                [folded(slice(image * heads + start, image * heads + stop), _ALL, queries)[:, 0] for image in of_images]
+                [folded(slice(image * count + start, image * count + stop), _ALL, queries)[:, 0] for image in of_images]
             )
 
-        shape = (images, heads, *self.shape[2:])
-        return replace(self, attention=attention, value=self.value.reshape(*shape[:2], *self.value.shape[2:]), shape=shape)
+        shape = (images, count, *self.shape[2:])
+        return replace(
+            self, attention=attention, value=self.value.reshape(*shape[:2], *self.value.shape[2:]), shape=shape
+        )
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -117,11 +120,11 @@ def explicit_call(module: str, output: Tensor, weights: Tensor, value: Tensor) -
 def merged_call(calls: Sequence[AttentionCall], output: Tensor) -> AttentionCall:
     """Heads that were computed one by one, or a few at a time, as one operation; `output` is theirs, (B, H, N, d)."""
     first = calls[0]
-    heads = sum(call.shape[1] for call in calls)
+    count = sum(call.shape[1] for call in calls)
 
-    def attention(images: slice, few: slice, queries: slice = _ALL) -> Tensor:
+    def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
         found, before = [], 0
-        start, stop, _ = few.indices(heads)
+        start, stop, _ = heads.indices(count)
         for call in calls:
             own = slice(max(0, start - before), min(call.shape[1], stop - before))
             if own.start < own.stop:
@@ -130,7 +133,7 @@ def merged_call(calls: Sequence[AttentionCall], output: Tensor) -> AttentionCall
         return torch.cat(found, dim=1)
 
     shared = [step for step in first.trail if all(step in call.trail for call in calls)]
-    shape = (first.shape[0], heads, *first.shape[2:])
+    shape = (first.shape[0], count, *first.shape[2:])
     value = torch.cat([call.value for call in calls], dim=1)
     return AttentionCall(shared[-1][0] if shared else "", output, value, attention, shape, tuple(shared))
 

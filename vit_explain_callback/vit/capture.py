@@ -206,7 +206,9 @@ class AttentionRecorder(TorchFunctionMode):
             return None
         first, dim = calls[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
         alike = all((call.shape[0], call.shape[2:]) == (first.shape[0], first.shape[2:]) for call in calls)
-        among = range(parts[0].ndim + 1) if name == "stack" else [parts[0].ndim - 1, *([1] if parts[0].ndim == 4 else [])]
+        among = (
+            range(parts[0].ndim + 1) if name == "stack" else [parts[0].ndim - 1, *([1] if parts[0].ndim == 4 else [])]
+        )
         if not alike or dim % (parts[0].ndim + (name == "stack")) not in among:
             return None
         places = [place for place, call in enumerate(self.calls) if any(call is one for one in calls)]
@@ -216,7 +218,7 @@ class AttentionRecorder(TorchFunctionMode):
         del self.calls[places[0] : places[0] + len(calls)]
         whole = self._in_graph(torch.cat(heads, dim=1))
         self.calls.insert(places[0], merged_call(calls, whole))
-        heads = list(whole.split([call.shape[1] for call in calls], dim=1))
+        heads = list(torch.split(whole, [call.shape[1] for call in calls], dim=1))
         return func([head.reshape(part.shape) for head, part in zip(heads, parts, strict=True)], *args[1:], **kwargs)
 
     def _in_graph(self, output: Tensor) -> Tensor:

@@ -149,8 +149,14 @@ def _traced(
         return on
 
     recorder = AttentionRecorder(vit, True, state, cut=frozenset(places))
-    with recorder, SiteVisitor(vit, visit) as visitor:
-        logits = forward(images)
+    try:
+        with recorder, SiteVisitor(vit, visit) as visitor:
+            logits = forward(images)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"Expected {type(vit).__name__} to run with gradients, which tell whether attention alone mixes its "
+            f"tokens, but it does not: {error} {_CURE}"
+        ) from error
     if len(recorder.calls) <= places[-1]:
         raise ValueError(
             f"Expected {type(vit).__name__} to run the same attention in every pass, but it ran {places[-1] + 1} "
@@ -167,8 +173,8 @@ def _with_heads(call: AttentionCall, images: int, tokens: int) -> AttentionCall:
     call = call.with_heads(images) if folded else call
     if call.shape[0] != images or call.shape[2:] != (tokens, tokens):
         raise ValueError(
-            f"Expected `{call.module}` to attend over all {tokens} tokens of each of {images} images, but its attention "
-            f"is (B, H, N, N) = {call.shape}."
+            f"Expected `{call.module}` to attend over all {tokens} tokens of each of {images} images, but its "
+            f"attention is (B, H, N, N) = {call.shape}."
         )
     return call
 

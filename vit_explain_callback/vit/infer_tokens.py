@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from vit_explain_callback.vit.capture import is_no_grad
 from vit_explain_callback.vit.flow import Ports
+from vit_explain_callback.vit.functions import named
 from vit_explain_callback.vit.sites import changing
 from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout, mean_of
 
@@ -43,13 +44,14 @@ class _Differentiable(TorchFunctionMode):
     ) -> Any:
         if is_no_grad(func, args):
             return None
-        if func is F.linear:
+        if named(func) == "linear":
             func = _linear
         return func(*args, **(kwargs or {}))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not weight.any():
+    # Of a subclass, as of quantised weights, nothing is asked: it need not know how to answer.
+    if type(weight) in (Tensor, nn.Parameter) and not weight.any():
         weight = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(weight)
     return F.linear(input, weight, bias)
 

@@ -89,7 +89,9 @@ def of_matmul(left: int, right: int, attention_is_left: bool) -> Letters | None:
     batch = [f"b{place}" for place in range(most - 2)]
     one, other = [*batch[most - left :], "row", "sum"], [*batch[most - right :], "sum", "column"]
     output = (*batch, "row", "column")
-    return Letters(*map(tuple, (one, other) if attention_is_left else (other, one)), output)
+    if not attention_is_left:
+        one, other = other, one
+    return Letters(tuple(one), tuple(other), output)
 
 
 def of_einsum(equation: str, dims: tuple[int, int], place: int) -> Letters | None:

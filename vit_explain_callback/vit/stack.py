@@ -90,7 +90,7 @@ def _of_all_tokens(name: str, call: AttentionCall, images: int, tokens: int) -> 
 
 def _check_blocks(model: nn.Module, calls: Sequence[AttentionCall]) -> bool:
     """Whether each of timm's blocks attended once; a block that did not attend at all is refused."""
-    blocks = dict(model.blocks.named_children())  # type: ignore[operator, union-attr]
+    blocks = dict(model.blocks.named_children())  # type: ignore[union-attr]
     counts = [sum(f"{call.module}.".startswith(f"blocks.{block}.") for call in calls) for block in blocks]
     if 0 in counts:
         raise ValueError(
@@ -106,7 +106,7 @@ def _is_known(model: nn.Module, calls: Sequence[AttentionCall]) -> bool:
 
 
 def _ports_by_name(model: nn.Module) -> Ports:
-    names = [name for name, _ in model.blocks.named_children()]  # type: ignore[operator, union-attr]
+    names = [name for name, _ in model.blocks.named_children()]  # type: ignore[union-attr]
     return Ports(
         Site(f"blocks.{names[0]}", 0, 1, "input", 0),
         Site(f"blocks.{names[-1]}", 0, 1, "output", 0),

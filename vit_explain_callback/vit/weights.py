@@ -196,7 +196,7 @@ class WeightsTracker:
         options = {name: _on_meta(part) for name, part in kwargs.items()}
         with DisableTorchFunctionSubclass(), torch.no_grad():
             markers, precise = func(held.marker, *rest, **options), func(held.precise, *args[1:], **kwargs)
-        made = zip(*[each if isinstance(each, list | tuple) else [each] for each in (output, markers, precise)])
+        made = zip(*map(_listed, (output, markers, precise)), strict=True)
         for tensor, marker, exact in made:
             if _shares(marker, held.marker):
                 self._hold(replace(held, tensor=tensor, marker=marker, precise=exact))
@@ -210,6 +210,10 @@ def _on_meta(part: Any) -> Any:
     return torch.empty(part.shape, device="meta") if isinstance(part, Tensor) else part
 
 
+def _listed(part: Any) -> Any:
+    return part if isinstance(part, list | tuple) else [part]
+
+
 def _shares(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are views of the same memory: a copy would have lost the order of the dimensions."""
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
