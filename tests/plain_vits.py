@@ -133,3 +133,8 @@ def check(
             for maps in (both.maps, alone.maps):
                 if method.name in maps:
                     torch.testing.assert_close(maps[method.name][image], expected, rtol=1e-9, atol=1e-12)
+
+
+def scores_by(softmax: Callable[[Tensor], Tensor]) -> Product:
+    """Attention in the open, with a softmax of one's own."""
+    return lambda q, k, v: softmax(q @ k.mT / q.shape[-1] ** 0.5) @ v

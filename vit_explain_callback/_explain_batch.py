@@ -55,7 +55,11 @@ def explain_batch(
     gradients = _gradients(logits, stack, targets)
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
     logits = logits.detach()
-    layout = subject.layout(stack, fed)
+    layout = subject.layout(stack, fed, query is None)
+    if query is not None:
+        check_query(query, methods, layout.grid)
+        layout = _read_by(query, layout)
+        stack, gradients = _without_pool(stack, gradients)
     if layout.observed and layout.readout is not None:
         stack, gradients = _without_pool(stack, gradients)  # no logit depends on one
     _check_tokens(stack, layout)
@@ -63,10 +67,6 @@ def explain_batch(
         _check_reached(stack, gradients[0])
     meter = _meter(stack, layout, fed) if block_statistics else None
     own_logits = _block_logits(subject, stack, images, targets, methods)
-    if query is not None:
-        check_query(query, methods, layout.grid)
-        layout = _read_by(query, layout)
-        stack, gradients = _without_pool(stack, gradients)
     # Attention is computed again here, in full precision whatever the forward pass ran in.
     with torch.autocast(logits.device.type, enabled=False):
         blocks = Blocks(stack, gradients, own_logits)

@@ -156,21 +156,22 @@ class Subject:
                 )
         return known
 
-    def layout(self, stack: Stack, images: Tensor) -> TokenLayout:
+    def layout(self, stack: Stack, images: Tensor, read: bool = True) -> TokenLayout:
         """The known layout if the logits agree that it is what they read, else what an experiment finds.
 
         Args:
             stack: The blocks.
             images: As the ViT is fed them, (B, C, H, W).
+            read: Whether it matters what the classifier reads.
 
         Raises:
             ValueError: If it cannot be told.
         """
         memory = self.memory.of(self.twin.module)
-        key = (*images.shape[1:], stack.tokens, *stack.places)
+        key = (*images.shape[1:], stack.tokens, int(read), *stack.places)
         if key not in memory.layouts:
             ports = stack.ports or self._ports(stack, images)
-            memory.layouts[key] = self._find_layout(stack, ports, images)
+            memory.layouts[key] = self._find_layout(stack, ports, images, read)
             if ports is not None:
                 memory.entries[tuple(images.shape[1:])] = (ports.entry, memory.layouts[key])
         return memory.layouts[key]
@@ -234,20 +235,20 @@ class Subject:
 
         def forward(noise: Tensor) -> Tensor:
             with self.fed(True):
-                return self.logits(noise)
+                # No leaf, as it may be normalised in place; what is no (B, C, H, W) to the ViT begins a graph here.
+                return self.logits(noise.requires_grad_().clone() if noise.is_floating_point() else noise)
 
         noise = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
-        return find_ports(forward, self.vit, stack.places, stack.tokens, noise, self.twin.state)
+        return find_ports(forward, self.vit, stack.places, stack.tokens, noise, self.twin.state, stack.pool_place)
 
-    def _find_layout(self, stack: Stack, ports: Ports | None, images: Tensor) -> TokenLayout:
+    def _find_layout(self, stack: Stack, ports: Ports | None, images: Tensor, read: bool) -> TokenLayout:
         known = self.known_layout(images.shape[1:])
         if known is not None and (self.is_bare or self._is_read(known, stack, ports, images)):
             return known
         if ports is None:
             raise ValueError(DETACHED)
-        pooled = stack.pool is not None
         with torch.no_grad():
-            seen = observed_layout(self.logits, self.vit, ports, stack.tokens, images, pooled, self.stated)
+            seen = observed_layout(self.logits, self.vit, ports, stack.tokens, images, self.stated, read)
         return seen if known is None else replace(seen, class_token=known.class_token)
 
     def _is_read(self, known: TokenLayout, stack: Stack, ports: Ports | None, images: Tensor) -> bool:

@@ -32,10 +32,12 @@ class Ports:
     Attributes:
         entry: Everything that the blocks know of the image goes by here.
         exit: Everything that the logits know of the last attention goes by here.
+        pooled: Whether they know it from an attention pool over these tokens alone.
     """
 
     entry: Site
     exit: Site
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class _Visit:
 class _Trace:
     name: str
     calls: Sequence[AttentionCall]
+    pool: AttentionCall | None
     visits: Sequence[_Visit]
     logits: Any
     images: int
@@ -66,6 +69,7 @@ def find_ports(
     tokens: int,
     images: Tensor,
     state: Collection[int],
+    pool: int | None = None,
 ) -> Ports | None:
     """Where tokens enter and leave a stack of blocks, whose attention is then known to be all that mixes them.
 
@@ -76,6 +80,7 @@ def find_ports(
         tokens: N.
         images: Two different ones, (2, C, H, W).
         state: As for the recorder.
+        pool: Place of an attention pool's attention, if there is one.
 
     Returns:
         The places; None if the logits are detached from the last attention.
@@ -84,15 +89,20 @@ def find_ports(
         ValueError: If there are no such places, or if tokens are mixed in another way.
     """
     with torch.enable_grad():
-        return _ports(_traced(forward, vit, places, tokens, images, state), places)
+        return _ports(_traced(forward, vit, places, tokens, images, state, pool), places)
 
 
 def _ports(trace: _Trace, places: Sequence[int]) -> Ports | None:
     leaves = [_leaf(call.output) for call in trace.calls]
-    if leaves[-1] not in _reach([trace.logits], None):
+    reached = _reach([trace.logits], None)
+    of_pool = [trace.logits]
+    pooled = trace.pool is not None and _leaf(trace.pool.output) in reached and leaves[-1] not in reached
+    if trace.pool is not None and _leaf(trace.pool.output) in reached:
+        of_pool.append(trace.pool.value.grad_fn)
+    if leaves[-1] not in _reach(of_pool, None):
         return None
     _check_chain(trace, leaves)
-    exits = [visit for visit in _after(trace, places) if leaves[-1] not in _reach([trace.logits], visit.node)]
+    exits = [visit for visit in _after(trace, places) if leaves[-1] not in _reach(of_pool, visit.node)]
     if not exits:
         raise ValueError(
             f"Expected the classifier of {trace.name} to read the tokens that leave the last block, ({trace.images}, "
@@ -108,16 +118,20 @@ def _ports(trace: _Trace, places: Sequence[int]) -> Ports | None:
             f"tokens, ({trace.images}, {trace.tokens}, D), but part of it reaches them past these. {_CURE}"
         )
     _check_values(trace, leaves, entry)
-    return Ports(entry.site, _last_unmixed(trace, entry, exits).site)
+    if pooled:
+        _check_pool(trace, entry)
+    return Ports(entry.site, _last_unmixed(trace, entry, exits).site, pooled)
 
 
 def _last_unmixed(trace: _Trace, entry: _Visit, exits: Sequence[_Visit]) -> _Visit:
     """The last place behind the blocks where the rows are still those of the tokens: pooling begins after it."""
-    for exit_ in exits:
+    # Between modules first: after a norm, say, and not after the powers of a pooling that is no mean.
+    ordered = sorted(exits, key=lambda visit: visit.site.kind == "operation")
+    for exit_ in ordered:
         try:
             _check_exit(trace, entry, exit_)
         except ValueError:
-            if exit_ is exits[-1]:
+            if exit_ is ordered[-1]:
                 raise
         else:
             return exit_
@@ -131,6 +145,7 @@ def _traced(
     tokens: int,
     images: Tensor,
     state: Collection[int],
+    pool: int | None,
 ) -> _Trace:
     """Run the model once with the outputs of its attention as leaves of the graph."""
     visits: list[_Visit] = []
@@ -148,7 +163,7 @@ def _traced(
         visits.append(_Visit(site, given, on.grad_fn, len(recorder.calls)))
         return on
 
-    recorder = AttentionRecorder(vit, True, state, cut=frozenset(places))
+    recorder = AttentionRecorder(vit, True, state, cut={*places, *([] if pool is None else [pool])})
     try:
         with recorder, SiteVisitor(vit, visit) as visitor:
             logits = forward(images)
@@ -157,15 +172,16 @@ def _traced(
             f"Expected {type(vit).__name__} to run with gradients, which tell whether attention alone mixes its "
             f"tokens, but it does not: {error} {_CURE}"
         ) from error
-    if len(recorder.calls) <= places[-1]:
+    if len(recorder.calls) <= max(places[-1], pool or 0):
         raise ValueError(
-            f"Expected {type(vit).__name__} to run the same attention in every pass, but it ran {places[-1] + 1} "
+            f"Expected {type(vit).__name__} to run the same attention in every pass, but it ran {max(places[-1], pool or 0) + 1} "
             f"operations in one and {len(recorder.calls)} in another."
         )
     counted = [replace(v, site=replace(v.site, calls=visitor.calls.get(v.site.module, 1))) for v in visits]
     calls = [_with_heads(recorder.calls[place], len(images), tokens) for place in places]
     parameters = {id(parameter) for parameter in vit.parameters()}
-    return _Trace(type(vit).__name__, calls, counted, logits.grad_fn, len(images), tokens, parameters)
+    of_pool = None if pool is None else recorder.calls[pool]
+    return _Trace(type(vit).__name__, calls, of_pool, counted, logits.grad_fn, len(images), tokens, parameters)
 
 
 def _with_heads(call: AttentionCall, images: int, tokens: int) -> AttentionCall:
@@ -231,6 +247,16 @@ def _check_values(trace: _Trace, leaves: Sequence[Any], entry: _Visit) -> None:
             at = call.value[image, :, token]
             before = streams[max(0, layer - 1) : layer + 1]
             _check_row(trace, at, before, entry, (image, token), f"`{call.module}` reads")
+
+
+def _check_pool(trace: _Trace, entry: _Visit) -> None:
+    """Refuse a pool whose values are not those of the tokens, in their order, with the last of them at the end."""
+    assert trace.pool is not None
+    streams = [entry.tokens, *[call.output for call in trace.calls]]
+    before = trace.tokens - trace.pool.shape[3]
+    for image, token in _sample(trace):
+        at = trace.pool.value[image, :, token - before]
+        _check_row(trace, at, streams, entry, (image, token), f"`{trace.pool.module}` reads")
 
 
 def _passes(entry: _Visit, value: Tensor, leaves: Sequence[Any]) -> bool:

@@ -33,6 +33,10 @@ DETACHED = (
     "Expected finite logits that depend on the tokens out of the blocks, but they are detached or not finite, so that "
     "nothing tells which tokens the classifier reads. Take `detach()` out of the model's forward."
 )
+NEEDS_NO_READOUT = (
+    "What a patch attends to needs no classifier: `query=(row, column)` with `rollout` or `attention`. A `MapFunction` "
+    "explains any classifier."
+)
 _CURE = "State it: `prefix_tokens=`, `grid_size=`."
 
 
@@ -62,8 +66,8 @@ def observed_layout(
     ports: Ports,
     tokens: int,
     images: Tensor,
-    pooled: bool,
     stated: StatedLayout,
+    read: bool = True,
 ) -> TokenLayout:
     """The layout of a model, found with a few passes of its own forward in evaluation mode.
 
@@ -74,7 +78,7 @@ def observed_layout(
         tokens: N, as seen in the attention.
         images: Images of the size in question, (B, C, H, W).
         stated: What the user says of the tokens, which is then not asked for.
-        pooled: Whether there is an attention-pooling head, which may or may not be what the classifier reads.
+        read: Whether it matters what the classifier reads.
 
     Raises:
         ValueError: If the layout cannot be told with certainty.
@@ -86,7 +90,7 @@ def observed_layout(
     try:
         readout = _readout(forward, vit, ports, tokens, noise[:1], patches)
     except ValueError:
-        if pooled:
+        if ports.pooled or not read:
             return TokenLayout(tokens, first_patch, grid, None, None, observed=True)
         raise
     most_read = int(readout.argmax())
@@ -122,7 +126,7 @@ def tokens_read(forward: Forward, vit: nn.Module, ports: Ports, image: Tensor) -
         raise ValueError(
             "Expected the classifier to read what the last block gives, but it reads tokens of earlier blocks as well: "
             "no row of the rollout stands for its prediction. Explain with a head on the last block's tokens: "
-            "`forward=lambda module, images: …`."
+            f"`forward=lambda module, images: …`. {NEEDS_NO_READOUT}"
         )
     if gradient is None or not gradient.isfinite().all():
         return None
@@ -145,10 +149,17 @@ def _grid(forward: Forward, vit: nn.Module, ports: Ports, tokens: int, noise: Te
             f"image are {indices}: the grid cannot be told. {_CURE}"
         )
     differences = (entering[2:] - entering[0]).abs().sum(dim=2)[:, is_patch]
+    most = differences.amax(dim=1, keepdim=True)
+    if ((differences > 0.999 * most).sum(dim=1) > 1).any():
+        raise ValueError(
+            f"Expected each corner of the image in one of the {count} patches, but some are in several alike, as where "
+            f"they are tokens of a volume: the grid cannot be told. {_CURE} The slices of a volume stand below one "
+            "another."
+        )
     top_left, top_right, bottom_left = differences.argmax(dim=1).tolist()
     width = top_right + 1
     height = bottom_left // width + 1
-    if top_left != 0 or bottom_left % width or height * width != count or not (differences.amax(dim=1) > 0).all():
+    if top_left != 0 or bottom_left % width or height * width != count or not (most > 0).all():
         raise ValueError(
             f"Expected the {count} patches to follow one another row by row, but the corners of the image are patches "
             f"{top_left}, {top_right} and {bottom_left}: the grid cannot be told. {_CURE}"
@@ -178,7 +189,7 @@ def _readout(forward: Forward, vit: nn.Module, ports: Ports, tokens: int, image:
         return mean / 2 + torch.zeros_like(mean).index_fill(0, torch.tensor(prefix), 0.5 / len(prefix))
     raise ValueError(
         f"Expected the classifier to read prefix tokens, the mean of its tokens or both, but it reads {len(read)} of "
-        f"{tokens} tokens in another way: no row of the rollout stands for its prediction."
+        f"{tokens} tokens in another way: no row of the rollout stands for its prediction. {NEEDS_NO_READOUT}"
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -52,6 +52,8 @@ class SiteVisitor(TorchFunctionMode):
         visit: Given a site, whose `calls` is 0, and the tensor; returns what the model is to go on with.
     """
 
+    visiting: ClassVar[bool] = False  # whether what runs is a `visit`, of any visitor, and not the model
+
     def __init__(self, module: nn.Module, visit: Callable[[Site, Tensor], Tensor]) -> None:
         super().__init__()
         self._names = {child: name for name, child in module.named_modules()}
@@ -59,7 +61,6 @@ class SiteVisitor(TorchFunctionMode):
         self._running: list[tuple[str | None, int]] = [(None, 0)]
         self._operations = [0]
         self._handles: list[RemovableHandle] = []
-        self._own = False  # whether what runs is `visit` and not the model
         self.calls: dict[str | None, int] = {}
 
     def __enter__(self) -> SiteVisitor:
@@ -80,7 +81,7 @@ class SiteVisitor(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if self._own or not isinstance(output, Tensor) or output.ndim != 3:
+        if SiteVisitor.visiting or not isinstance(output, Tensor) or output.ndim != 3:
             return output  # uncounted, as what is done to images differs between passes
         self._operations[-1] += 1
         return self._shown("operation", self._operations[-1], output)
@@ -106,11 +107,11 @@ class SiteVisitor(TorchFunctionMode):
         if not isinstance(part, Tensor) or not part.is_floating_point():
             return part
         name, call = self._running[-1]
-        self._own = True
+        SiteVisitor.visiting = True
         try:
             return self._visit(Site(name, call, 0, kind, key), part)
         finally:
-            self._own = False
+            SiteVisitor.visiting = False
 
 
 @contextmanager

@@ -22,6 +22,7 @@ class Stack:
         calls: The attention of each block, first block first, (B, H, N, N).
         places: Of these among all that was recorded.
         pool: The attention of a pooling head that reads the tokens, (B, H, Q, M) with M keys, or None.
+        pool_place: Of that among all that was recorded.
         ports: Where tokens enter and leave, if it is known from the names in a model of timm's; else it is to be found
             by data flow, and the stack is not to be trusted before that.
     """
@@ -30,6 +31,7 @@ class Stack:
     places: tuple[int, ...]
     pool: AttentionCall | None
     ports: Ports | None
+    pool_place: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -73,7 +75,10 @@ def find_stack(model: nn.Module, recorder: AttentionRecorder, images: int) -> St
             f"captured {[(call.module, call.shape) for call in others]}."
         )
     trusted = plain and len(others) + len(places) == len(calls) and _is_known(model, blocks)
-    return Stack(blocks, places, others[0] if others else None, _ports_by_name(model) if trusted else None)
+    ports = _ports_by_name(model) if trusted else None
+    if not others:
+        return Stack(blocks, places, None, ports)
+    return Stack(blocks, places, others[0], ports, next(place for place, c in enumerate(calls) if c is others[0]))
 
 
 def _of_all_tokens(name: str, call: AttentionCall, images: int, tokens: int) -> AttentionCall:

@@ -114,7 +114,8 @@ def timm_layout(vit: nn.Module, image_shape: Sequence[int], own_head: bool = Tru
         else:
             raise ValueError(
                 f"Expected {name} to read its class token, the mean of its tokens or an attention pool, but its "
-                f"`global_pool` is {pooling!r}: no single row of the rollout stands for its prediction."
+                f"`global_pool` is {pooling!r}: no single row of the rollout stands for its prediction. "
+                "A `MapFunction` explains any classifier."
             )
     return TokenLayout(tokens, prefix, (height, width), class_token, readout)
 
