@@ -30,7 +30,7 @@ def check_images(images: Tensor) -> None:
     if images.ndim != 4 or len(images) == 0:
         cure = (
             " Give the slices of a volume as channels, `images.flatten(1, 2)`, with "
-            "`forward=lambda model, images: model(images.unflatten(1, (C, D)))` and `grid_size=` of the slices' patches "
+            "`forward=lambda model, images: model(images.unflatten(1, (C, D)))` and `grid_size=` of their patches "
             "below one another."
         )
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Readouts that no row stands for, and volumes: refused with a cure, which then works; an attention pool is explained."""
+"""Readouts that no row stands for, and volumes: refused with cures that work; sequence pooling is explained."""
 
 from __future__ import annotations
 

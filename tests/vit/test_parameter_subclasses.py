@@ -50,7 +50,9 @@ class Int8Weight(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.alias, torch.ops.aten.clone):
             return cls(func(args[0].integers), args[0].scale)
         raise NotImplementedError(f"Int8Weight dispatch: {func} of {tree_map(type, args)} is not implemented")
@@ -90,7 +92,8 @@ def adapted(model: Any) -> Any:
 
 def hugging_face() -> Any:
     shape: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32}
-    config = transformers.ViTConfig(**shape, intermediate_size=96, patch_size=8, num_labels=CLASSES)
+    shape["num_labels"] = CLASSES
+    config = transformers.ViTConfig(**shape, intermediate_size=96, patch_size=8)
     return randomised(transformers.ViTForImageClassification(config), 0).eval()
 
 
@@ -111,6 +114,7 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[int, int]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_stand_in_gives_the_maps_of_what_it_stands_for(name: str, lora: bool) -> None:

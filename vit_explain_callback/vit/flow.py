@@ -11,18 +11,16 @@ Shapes: B images, H heads, N tokens, D channels, d head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vit_explain_callback.vit.calls import AttentionCall
-from vit_explain_callback.vit.capture import AttentionRecorder
-from vit_explain_callback.vit.sites import Site, SiteVisitor
+from vit_explain_callback.vit.sites import Site
+from vit_explain_callback.vit.trace import NO_ATTENTION_NEEDED, Trace, Visit, leaf_of, reach, trace_of
 
 SEEN = "`scaled_dot_product_attention`, `nn.MultiheadAttention` and a softmax times the values"
-_CURE = "Explain it with a method that needs no attention: `MapFunction`."
 
 
 @dataclass(frozen=True)
@@ -38,28 +36,6 @@ class Ports:
     entry: Site
     exit: Site
     pooled: bool = False
-
-
-@dataclass(frozen=True)
-class _Visit:
-    """Tokens that went by, as (B, N, D) in the graph; the node that leads on from them; and what attended before."""
-
-    site: Site
-    tokens: Tensor
-    node: Any
-    calls_before: int
-
-
-@dataclass(frozen=True)
-class _Trace:
-    name: str
-    calls: Sequence[AttentionCall]
-    pool: AttentionCall | None
-    visits: Sequence[_Visit]
-    logits: Any
-    images: int
-    tokens: int
-    parameters: Collection[int]
 
 
 def find_ports(
@@ -89,33 +65,34 @@ def find_ports(
         ValueError: If there are no such places, or if tokens are mixed in another way.
     """
     with torch.enable_grad():
-        return _ports(_traced(forward, vit, places, tokens, images, state, pool), places)
+        return _ports(trace_of(forward, vit, places, tokens, images, state, pool), places)
 
 
-def _ports(trace: _Trace, places: Sequence[int]) -> Ports | None:
-    leaves = [_leaf(call.output) for call in trace.calls]
-    reached = _reach([trace.logits], None)
+def _ports(trace: Trace, places: Sequence[int]) -> Ports | None:
+    leaves = [leaf_of(call.output) for call in trace.calls]
+    reached = reach([trace.logits], None)
     of_pool = [trace.logits]
-    pooled = trace.pool is not None and _leaf(trace.pool.output) in reached and leaves[-1] not in reached
-    if trace.pool is not None and _leaf(trace.pool.output) in reached:
+    pooled = trace.pool is not None and leaf_of(trace.pool.output) in reached and leaves[-1] not in reached
+    if trace.pool is not None and leaf_of(trace.pool.output) in reached:
         of_pool.append(trace.pool.value.grad_fn)
-    if leaves[-1] not in _reach(of_pool, None):
+    if leaves[-1] not in reach(of_pool, None):
         return None
     _check_chain(trace, leaves)
-    exits = [visit for visit in _after(trace, places) if leaves[-1] not in _reach(of_pool, visit.node)]
+    exits = [visit for visit in _after(trace, places) if leaves[-1] not in reach(of_pool, visit.node)]
     if not exits:
         raise ValueError(
             f"Expected the classifier of {trace.name} to read the tokens that leave the last block, ({trace.images}, "
             f"{trace.tokens}, D), but what it reads of `{trace.calls[-1].module}` is never among tokens of that shape. "
-            f"{_CURE}"
+            f"{NO_ATTENTION_NEEDED}"
         )
     ends = [exits[-1].tokens.grad_fn, *[call.value.grad_fn for call in trace.calls]]
     begins = [visit for visit in reversed(trace.visits) if visit.calls_before <= places[0]]
-    entry = next((visit for visit in begins if not _begins(_reach(ends, visit.node), leaves, trace)), None)
+    entry = next((visit for visit in begins if not _begins(reach(ends, visit.node), leaves, trace)), None)
     if entry is None:
         raise ValueError(
             f"Expected all that the blocks of {trace.name} know of the image to enter the first one as {trace.tokens} "
-            f"tokens, ({trace.images}, {trace.tokens}, D), but part of it reaches them past these. {_CURE}"
+            f"tokens, ({trace.images}, {trace.tokens}, D), but part of it reaches them past these. "
+            f"{NO_ATTENTION_NEEDED}"
         )
     _check_values(trace, leaves, entry)
     if pooled:
@@ -123,7 +100,7 @@ def _ports(trace: _Trace, places: Sequence[int]) -> Ports | None:
     return Ports(entry.site, _last_unmixed(trace, entry, exits).site, pooled)
 
 
-def _last_unmixed(trace: _Trace, entry: _Visit, exits: Sequence[_Visit]) -> _Visit:
+def _last_unmixed(trace: Trace, entry: Visit, exits: Sequence[Visit]) -> Visit:
     """The last place behind the blocks where the rows are still those of the tokens: pooling begins after it."""
     # Between modules first: after a norm, say, and not after the powers of a pooling that is no mean.
     ordered = sorted(exits, key=lambda visit: visit.site.kind == "operation")
@@ -138,71 +115,14 @@ def _last_unmixed(trace: _Trace, entry: _Visit, exits: Sequence[_Visit]) -> _Vis
     raise AssertionError
 
 
-def _traced(
-    forward: Callable[[Tensor], Tensor],
-    vit: nn.Module,
-    places: Sequence[int],
-    tokens: int,
-    images: Tensor,
-    state: Collection[int],
-    pool: int | None,
-) -> _Trace:
-    """Run the model once with the outputs of its attention as leaves of the graph."""
-    visits: list[_Visit] = []
-
-    def visit(site: Site, given: Tensor) -> Tensor:
-        shape = (tuple(given.shape[:2]), (len(images), tokens))
-        if given.ndim != 3 or sorted(shape[0]) != sorted(shape[1]):
-            return given
-        if not given.requires_grad and not images.is_floating_point():  # the graph begins here
-            given = given.detach().requires_grad_()
-        if not given.requires_grad:
-            return given
-        site = replace(site, batch_first=shape[0] == shape[1])
-        on = given.clone()  # one node for each place, and safe from what is written in place later
-        visits.append(_Visit(site, given, on.grad_fn, len(recorder.calls)))
-        return on
-
-    recorder = AttentionRecorder(vit, True, state, cut={*places, *([] if pool is None else [pool])})
-    try:
-        with recorder, SiteVisitor(vit, visit) as visitor:
-            logits = forward(images)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"Expected {type(vit).__name__} to run with gradients, which tell whether attention alone mixes its "
-            f"tokens, but it does not: {error} {_CURE}"
-        ) from error
-    if len(recorder.calls) <= max(places[-1], pool or 0):
-        raise ValueError(
-            f"Expected {type(vit).__name__} to run the same attention in every pass, but it ran {max(places[-1], pool or 0) + 1} "
-            f"operations in one and {len(recorder.calls)} in another."
-        )
-    counted = [replace(v, site=replace(v.site, calls=visitor.calls.get(v.site.module, 1))) for v in visits]
-    calls = [_with_heads(recorder.calls[place], len(images), tokens) for place in places]
-    parameters = {id(parameter) for parameter in vit.parameters()}
-    of_pool = None if pool is None else recorder.calls[pool]
-    return _Trace(type(vit).__name__, calls, of_pool, counted, logits.grad_fn, len(images), tokens, parameters)
-
-
-def _with_heads(call: AttentionCall, images: int, tokens: int) -> AttentionCall:
-    folded = call.shape[0] != images and call.shape[1] == 1 and call.shape[0] % images == 0
-    call = call.with_heads(images) if folded else call
-    if call.shape[0] != images or call.shape[2:] != (tokens, tokens):
-        raise ValueError(
-            f"Expected `{call.module}` to attend over all {tokens} tokens of each of {images} images, but its "
-            f"attention is (B, H, N, N) = {call.shape}."
-        )
-    return call
-
-
-def _after(trace: _Trace, places: Sequence[int]) -> Iterable[_Visit]:
+def _after(trace: Trace, places: Sequence[int]) -> Iterable[Visit]:
     return (visit for visit in reversed(trace.visits) if visit.calls_before > places[-1])
 
 
-def _check_chain(trace: _Trace, leaves: Sequence[Any]) -> None:
+def _check_chain(trace: Trace, leaves: Sequence[Any]) -> None:
     """Refuse attention that does not read what the one before gave, as in two towers, or in two runs of one."""
     for layer in range(1, len(leaves)):
-        if leaves[layer - 1] in _reach([trace.calls[layer].value.grad_fn], None):
+        if leaves[layer - 1] in reach([trace.calls[layer].value.grad_fn], None):
             continue
         before, after = trace.calls[layer - 1].module, trace.calls[layer].module
         paths = [call.module for call in trace.calls]
@@ -226,14 +146,14 @@ def _check_chain(trace: _Trace, leaves: Sequence[Any]) -> None:
         )
 
 
-def _check_exit(trace: _Trace, entry: _Visit, exit_: _Visit) -> None:
+def _check_exit(trace: Trace, entry: Visit, exit_: Visit) -> None:
     streams = [entry.tokens, *[call.output for call in trace.calls]]
     for image, token in ((0, 0), *_sample(trace)):
         at = exit_.site.tokens(exit_.tokens)[image, token]
         _check_row(trace, at, streams, entry, (image, token), "the classifier reads")
 
 
-def _check_values(trace: _Trace, leaves: Sequence[Any], entry: _Visit) -> None:
+def _check_values(trace: Trace, leaves: Sequence[Any], entry: Visit) -> None:
     """Refuse tokens that are mixed between two attentions, or whose rows in one are not theirs."""
     streams = [entry.tokens, *[call.output for call in trace.calls]]
     for layer, call in enumerate(trace.calls):
@@ -241,7 +161,7 @@ def _check_values(trace: _Trace, leaves: Sequence[Any], entry: _Visit) -> None:
             raise ValueError(
                 f"Expected tokens of {trace.name} to pass each attention by a residual connection, but what "
                 f"`{call.module}` reads does not depend on what came before attention {layer}: these are not tokens on "
-                f"their way through blocks, as in a soft mixture's slots. {_CURE}"
+                f"their way through blocks, as in a soft mixture's slots. {NO_ATTENTION_NEEDED}"
             )
         for image, token in _sample(trace):
             at = call.value[image, :, token]
@@ -249,7 +169,7 @@ def _check_values(trace: _Trace, leaves: Sequence[Any], entry: _Visit) -> None:
             _check_row(trace, at, before, entry, (image, token), f"`{call.module}` reads")
 
 
-def _check_pool(trace: _Trace, entry: _Visit) -> None:
+def _check_pool(trace: Trace, entry: Visit) -> None:
     """Refuse a pool whose values are not those of the tokens, in their order, with the last of them at the end."""
     assert trace.pool is not None
     streams = [entry.tokens, *[call.output for call in trace.calls]]
@@ -259,13 +179,13 @@ def _check_pool(trace: _Trace, entry: _Visit) -> None:
         _check_row(trace, at, streams, entry, (image, token), f"`{trace.pool.module}` reads")
 
 
-def _passes(entry: _Visit, value: Tensor, leaves: Sequence[Any]) -> bool:
+def _passes(entry: Visit, value: Tensor, leaves: Sequence[Any]) -> bool:
     """Whether values depend on what entered the block before, past its attention."""
-    return (entry.node if len(leaves) == 1 else leaves[-2]) in _reach([value.grad_fn], None)
+    return (entry.node if len(leaves) == 1 else leaves[-2]) in reach([value.grad_fn], None)
 
 
 def _check_row(
-    trace: _Trace, at: Tensor, streams: Sequence[Tensor], entry: _Visit, place: tuple[int, int], reader: str
+    trace: Trace, at: Tensor, streams: Sequence[Tensor], entry: Visit, place: tuple[int, int], reader: str
 ) -> None:
     """Refuse what is read of one token of one image if it depends on another in any of the streams."""
     direction = torch.randn(at.shape, generator=torch.Generator().manual_seed(1)).to(at)
@@ -285,36 +205,18 @@ def _check_row(
                 f"Expected attention alone to mix the tokens of {trace.name}, row by row, but what {reader} of token "
                 f"{token} depends on {int(rows.count_nonzero())} others past the attention that was seen. Only {SEEN} "
                 "can be seen; what also mixes tokens is a convolution between blocks, `flex_attention` and the like, "
-                f"and heads folded into the batch before the images. {_CURE}"
+                f"and heads folded into the batch before the images. {NO_ATTENTION_NEEDED}"
             )
 
 
-def _sample(trace: _Trace) -> list[tuple[int, int]]:
+def _sample(trace: Trace) -> list[tuple[int, int]]:
     return [(1, trace.tokens - 1), (0, trace.tokens // 2)]
 
 
-def _begins(reached: Collection[Any], leaves: Sequence[Any], trace: _Trace) -> bool:
+def _begins(reached: Collection[Any], leaves: Sequence[Any], trace: Trace) -> bool:
     """Whether a leaf of the graph is reached that is neither attention nor a parameter: the image."""
     ends = [node for node in reached if not node.next_functions and node not in leaves]
     return any(id(getattr(node, "variable", None)) not in trace.parameters for node in ends)
-
-
-def _leaf(output: Tensor) -> Any:
-    """The node of the graph that stands for a leaf."""
-    return output.view_as(output).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-
-
-def _reach(roots: Iterable[Any], stop: Any) -> set[Any]:
-    """Nodes of the graph that lead to `roots`, found without passing `stop`."""
-    reached: set[Any] = set()
-    waiting = [root for root in roots if root is not None]
-    while waiting:
-        node = waiting.pop()
-        if node in reached or node is stop:
-            continue
-        reached.add(node)
-        waiting.extend(before for before, _ in node.next_functions if before is not None)
-    return reached
 
 
 def _apart(one: str, other: str) -> tuple[str, str, str]:

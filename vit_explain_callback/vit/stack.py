@@ -75,7 +75,7 @@ def find_stack(model: nn.Module, recorder: AttentionRecorder, images: int) -> St
             f"captured {[(call.module, call.shape) for call in others]}."
         )
     trusted = plain and len(others) + len(places) == len(calls) and _is_known(model, blocks)
-    ports = _ports_by_name(model) if trusted else None
+    ports = _ports_by_name(model, bool(others)) if trusted else None
     if not others:
         return Stack(blocks, places, None, ports)
     return Stack(blocks, places, others[0], ports, next(place for place, c in enumerate(calls) if c is others[0]))
@@ -110,9 +110,10 @@ def _is_known(model: nn.Module, calls: Sequence[AttentionCall]) -> bool:
     return all(type(model.get_submodule(call.module)).__module__.startswith("timm.") for call in calls)
 
 
-def _ports_by_name(model: nn.Module) -> Ports:
+def _ports_by_name(model: nn.Module, pooled: bool) -> Ports:
     names = [name for name, _ in model.blocks.named_children()]  # type: ignore[union-attr]
     return Ports(
         Site(f"blocks.{names[0]}", 0, 1, "input", 0),
         Site(f"blocks.{names[-1]}", 0, 1, "output", 0),
+        pooled,
     )
