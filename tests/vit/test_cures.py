@@ -158,7 +158,7 @@ def test_a_volume_is_refused_with_a_cure_that_works() -> None:
 
 def test_a_volume_that_is_made_of_an_image() -> None:
     model, images = randomised(Repeated(), 0).double().eval(), random_images(2, SIZE).double()
-    with pytest.raises(ValueError, match="the grid cannot be told. State it"):
+    with pytest.raises(ValueError, match=r"the grid cannot be told. State it"):
         explain(model, images)
     volumes = images.mean(dim=1)[:, None, None].expand(-1, -1, 4, -1, -1)
     check_volume(model, volumes, explain(model, images, grid_size=(6, 4)).maps)

@@ -331,7 +331,7 @@ def test_attention_that_is_not_seen_beside_one_that_is(product: Product) -> None
         else:
             block.attn = Timm(block.attn, product)
         with pytest.raises(
-            ValueError, match="Expected (attention alone|one attention op|no attention|.* to run with grad)"
+            ValueError, match=r"Expected (attention alone|one attention op|no attention|.* to run with grad)"
         ):
             explain(vit, images, ["rollout"])
 
