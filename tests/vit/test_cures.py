@@ -117,6 +117,12 @@ def test_sequence_pooling_is_an_attention_pool(read: Read) -> None:
             torch.testing.assert_close(found.maps[method.name][image], expected, rtol=1e-9, atol=1e-12)
 
 
+def test_a_pool_over_tokens_in_another_order_is_refused() -> None:
+    model = built(reading(lambda vit, x: sequence_pool(vit, x.flip(1))))
+    with pytest.raises(ValueError, match="Expected attention alone to mix the tokens of Reading, row by row"):
+        explain(model, random_images(2, SIZE), ["rollout"])
+
+
 class Volume(nn.Module):
     """Tokens of a 3-D grid, as of a video or a scan: two slices of 3x4 patches."""
 
