@@ -31,7 +31,15 @@ def check_images(images: Tensor) -> None:
             f"Expected `images` to be a dense tensor with values, but got {images.layout} on {images.device}."
         )
     if images.ndim != 4 or images.numel() == 0:
-        raise ValueError(f"Expected `images` of shape (B, C, H, W) with B >= 1, but got {tuple(images.shape)}.")
+        cure = (
+            " Give the slices of a volume as channels, `images.flatten(1, 2)`, with "
+            "`forward=lambda model, images: model(images.unflatten(1, (C, D)))` and `grid_size=` of their patches "
+            "below one another."
+        )
+        raise ValueError(
+            f"Expected `images` of shape (B, C, H, W) with B >= 1, but got {tuple(images.shape)}."
+            f"{cure if images.ndim == 5 else ''}"
+        )
     largest = max(abs(extreme.item()) for extreme in images.aminmax())
     if not math.isfinite(largest):
         raise ValueError("Expected `images` to be finite, but they hold NaN or Inf.")

@@ -19,7 +19,8 @@ from vit_explain_callback.methods.map_function import MapFunction
 from vit_explain_callback.metrics.attention import BlockMeter
 from vit_explain_callback.vit.adapter import Subject
 from vit_explain_callback.vit.block_logits import BlockLogit, block_logits
-from vit_explain_callback.vit.capture import AttentionCall, AttentionRecorder
+from vit_explain_callback.vit.calls import AttentionCall
+from vit_explain_callback.vit.capture import AttentionRecorder
 from vit_explain_callback.vit.isolation import preserved_random_state
 from vit_explain_callback.vit.left_alone import left_alone
 from vit_explain_callback.vit.stack import Stack, find_stack
@@ -54,7 +55,11 @@ def explain_batch(
     gradients = _gradients(logits, stack, targets)
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
     logits = logits.detach()
-    layout = subject.layout(stack, fed)
+    layout = subject.layout(stack, fed, query is None)
+    if query is not None:
+        check_query(query, methods, layout.grid)
+        layout = _read_by(query, layout)
+        stack, gradients = _without_pool(stack, gradients)
     if layout.observed and layout.readout is not None:
         stack, gradients = _without_pool(stack, gradients)  # no logit depends on one
     _check_tokens(stack, layout)
@@ -62,10 +67,6 @@ def explain_batch(
         _check_reached(stack, gradients[0])
     meter = _meter(stack, layout, fed) if block_statistics else None
     own_logits = _block_logits(subject, stack, images, targets, methods)
-    if query is not None:
-        check_query(query, methods, layout.grid)
-        layout = _read_by(query, layout)
-        stack, gradients = _without_pool(stack, gradients)
     # Attention is computed again here, in full precision whatever the forward pass ran in.
     with torch.autocast(logits.device.type, enabled=False):
         blocks = Blocks(stack, gradients, own_logits)

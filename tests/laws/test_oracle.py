@@ -325,7 +325,7 @@ def test_wrong_images_are_refused(images: Tensor, error: type[Exception], messag
         (
             {"vit": "head"},
             ValueError,
-            "Expected `vit='head'` .* but Linear has no list of blocks",
+            "Expected `vit='head'` .* but nothing in Linear can attend",
         ),
         ({"vit": "nowhere"}, ValueError, "nowhere"),
     ],

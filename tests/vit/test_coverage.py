@@ -53,7 +53,10 @@ def test_a_timm_name_of_each_mechanism_equals_the_oracle(name: str) -> None:
         ("cait_xxs24_224", "the softmax in `blocks.0.attn` of Cait to be multiplied with the values as it is"),
         ("convit_tiny", "the softmax in `blocks.0.attn` of ConVit to be multiplied with the values as it is"),
         ("tnt_s_patch16_224", "found TNT, which is not a stack of blocks that all attend over one set"),
-        ("vit_small_patch16_18x2_224", "one attention operation in `blocks.0` of VisionTransformer, but captured 2"),
+        (
+            "vit_small_patch16_18x2_224",
+            "one attention operation in `blocks.0.attns` of VisionTransformer, but captured 2",
+        ),
         ("vit_dwee_patch16_reg1_gap_256", "one attention operation in `blocks.0` of VisionTransformer, but captured 2"),
     ],
 )

@@ -14,8 +14,8 @@ from vit_explain_callback.lightning.batches import picked
 from vit_explain_callback.lightning.evaluation import StepName, evaluating, run_step
 from vit_explain_callback.lightning.trace import leaves_of
 from vit_explain_callback.vit.adapter import LogitsOf
-from vit_explain_callback.vit.sources import Flow
 from vit_explain_callback.vit.losses import IMAGES, LossRecorder, Task
+from vit_explain_callback.vit.sources import Flow
 from vit_explain_callback.vit.twin import Twin
 
 _WORDS = {"cross_entropy": "cross-entropy", "nll_loss": "negative log-likelihood", "mse_loss": "squared error"}

@@ -17,7 +17,7 @@ from vit_explain_callback.methods.base import Block, Method
 from vit_explain_callback.methods.fusion import Fusion, HeadFuser
 from vit_explain_callback.metrics.attention import BlockMeter
 from vit_explain_callback.vit.block_logits import BlockLogit
-from vit_explain_callback.vit.capture import AttentionCall
+from vit_explain_callback.vit.calls import AttentionCall
 from vit_explain_callback.vit.stack import Stack
 from vit_explain_callback.vit.tokens import TokenLayout
 

@@ -5,7 +5,6 @@ Shapes: B images, H heads, N query tokens, M key tokens, d head width, E = H d.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+# Not asked of the function, which may be one that somebody put in its place.
+_ARGUMENTS = (
+    *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
+    *("add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask", "need_weights"),
+    *("attn_mask", "use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k"),
+    *("static_v", "average_attn_weights", "is_causal"),
+)
+_DEFAULTS = {"need_weights": True, "average_attn_weights": True}
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,7 @@ class MultiHeadParts:
 
 def take_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> MultiHeadParts | None:
     """Project to queries, keys and values as the function does; None for its uncommon options and unbatched input."""
-    bound = _SIGNATURE.bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
+    given: dict[str, Any] = dict.fromkeys(_ARGUMENTS) | _DEFAULTS | dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
     uncommon = any(given[name] is not None for name in ("bias_k", "bias_v", "static_k", "static_v"))
     if uncommon or given["add_zero_attn"] or given["query"].ndim != 3:
         return None

@@ -10,12 +10,14 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vit_explain_callback.vit.infer_tokens import observed_layout, tokens_read
+from vit_explain_callback.vit.flow import Ports, find_ports
+from vit_explain_callback.vit.infer_tokens import DETACHED, observed_layout, tokens_read
 from vit_explain_callback.vit.isolation import undisturbed
 from vit_explain_callback.vit.memory import Memory
+from vit_explain_callback.vit.sites import changing
 from vit_explain_callback.vit.stack import Stack
 from vit_explain_callback.vit.timm import find_vit, timm_layout
-from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout, chosen, entering
+from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout
 from vit_explain_callback.vit.twin import Twin
 
 LogitsOf: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
@@ -154,22 +156,24 @@ class Subject:
                 )
         return known
 
-    def layout(self, stack: Stack, images: Tensor) -> TokenLayout:
+    def layout(self, stack: Stack, images: Tensor, read: bool = True) -> TokenLayout:
         """The known layout if the logits agree that it is what they read, else what an experiment finds.
 
         Args:
             stack: The blocks.
             images: As the ViT is fed them, (B, C, H, W).
+            read: Whether it matters what the classifier reads.
 
         Raises:
             ValueError: If it cannot be told.
         """
-        memory = self.memory.of(self.twin.module)
-        key = (*images.shape[1:], stack.tokens)
+        memory = self.memory.of(self.adapter.model)
+        key = (*images.shape[1:], stack.tokens, int(read), *stack.places)
         if key not in memory.layouts:
-            memory.layouts[key] = self._find_layout(stack, images)
-            entry = next(name for name, module in self.vit.named_modules() if module is stack.entry)
-            memory.entries[tuple(images.shape[1:])] = (entry, memory.layouts[key])
+            ports = stack.ports or self._ports(stack, images)
+            memory.layouts[key] = self._find_layout(stack, ports, images, read)
+            if ports is not None:
+                memory.entries[tuple(images.shape[1:])] = (ports.entry, memory.layouts[key])
         return memory.layouts[key]
 
     @contextmanager
@@ -205,7 +209,7 @@ class Subject:
 
     def explained_layout(self, images: Tensor) -> TokenLayout | None:
         """The layout of images of this shape, (B, C, H, W), None where none were explained before."""
-        _, layout = self.memory.of(self.twin.module).entries.get(tuple(images.shape[1:]), ("", None))
+        _, layout = self.memory.of(self.adapter.model).entries.get(tuple(images.shape[1:]), ("", None))
         return layout
 
     @contextmanager
@@ -230,30 +234,39 @@ class Subject:
 
         What else it is given, a mask say, stays as it is. The images were explained before.
         """
-        entry, layout = self.memory.of(self.twin.module).entries[tuple(images.shape[1:])]
+        entry, _ = self.memory.of(self.adapter.model).entries[tuple(images.shape[1:])]
 
-        def choose(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return entering(args, kwargs, lambda tokens: chosen(tokens, index, layout.tokens))
+        def choose(tokens: Tensor) -> Tensor:
+            return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
 
-        handle = self.vit.get_submodule(entry).register_forward_pre_hook(choose, with_kwargs=True)
-        try:
+        with changing(self.vit, entry, choose):
             yield
-        finally:
-            handle.remove()
 
-    def _find_layout(self, stack: Stack, images: Tensor) -> TokenLayout:
+    def _ports(self, stack: Stack, images: Tensor) -> Ports | None:
+        """Where tokens enter and leave the blocks, found with two images; None if the logits are detached."""
+
+        def forward(noise: Tensor) -> Tensor:
+            with self.fed(True):
+                # No leaf, as it may be normalised in place; what is no (B, C, H, W) to the ViT begins a graph here.
+                return self.logits(noise.requires_grad_().clone() if noise.is_floating_point() else noise)
+
+        noise = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
+        return find_ports(forward, self.vit, stack.places, stack.tokens, noise, self.twin.state, stack.pool_place)
+
+    def _find_layout(self, stack: Stack, ports: Ports | None, images: Tensor, read: bool) -> TokenLayout:
         known = self.known_layout(images.shape[1:])
-        if known is not None and (self.is_bare or self._is_read(known, stack, images)):
+        if known is not None and (self.is_bare or self._is_read(known, stack, ports, images)):
             return known
-        pooled = stack.pool is not None
+        if ports is None:
+            raise ValueError(DETACHED)
         with torch.no_grad():
-            seen = observed_layout(self.logits, stack.entry, stack.exit, stack.tokens, images, pooled, self.stated)
+            seen = observed_layout(self.logits, self.vit, ports, stack.tokens, images, self.stated, read)
         return seen if known is None else replace(seen, class_token=known.class_token)
 
-    def _is_read(self, known: TokenLayout, stack: Stack, images: Tensor) -> bool:
-        if known.readout is None or known.tokens != stack.tokens:
-            return stack.pool is not None
-        read = tokens_read(self.logits, stack.entry, stack.exit, stack.tokens, images[:1].detach())
+    def _is_read(self, known: TokenLayout, stack: Stack, ports: Ports | None, images: Tensor) -> bool:
+        if known.readout is None or known.tokens != stack.tokens or ports is None:
+            return stack.pool is not None or ports is None
+        read = tokens_read(self.logits, self.vit, ports, images[:1].detach())
         return read is None or read == known.readout.nonzero().flatten().tolist()
 
 

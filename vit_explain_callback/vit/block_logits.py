@@ -13,14 +13,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from vit_explain_callback.vit.adapter import Subject
-from vit_explain_callback.vit.capture import AttentionCall, AttentionRecorder
+from vit_explain_callback.vit.calls import AttentionCall
+from vit_explain_callback.vit.capture import AttentionRecorder
 from vit_explain_callback.vit.stack import Stack
+
+Seen: TypeAlias = dict[tuple[str, int], tuple[Tensor | None, Any]]
+"""What a module was first given, and what it gave, by its path and how often it had run before."""
 
 _CURE = "Leave out the methods that need the logit of each block, such as LeGrad."
 
@@ -58,96 +63,127 @@ def block_logits(
         ValueError: If the blocks are no modules that turn (B, N, D) tokens into (B, N, D) tokens, or if the logits are
             cut off from them.
     """
-    blocks = _blocks(subject.vit, stack)
     found: dict[int, BlockLogit] = {}
     with torch.enable_grad():
-        outputs: list[Any] = []
-        with _noting(blocks, outputs):
-            _, calls = _run(subject, images)
+        _, calls, inputs_and_outputs = _run(subject, images)
+        blocks = _blocks(subject.vit, [calls[place] for place in stack.places], inputs_and_outputs)
+        outputs = [inputs_and_outputs[block][1] for block in blocks]
+        _check_chain(subject.vit, blocks, inputs_and_outputs, images, stack)
         for layer in layers:
             tokens = _tokens_of(blocks[layer - 1], outputs[layer - 1], len(images), stack.tokens)
             read = tokens.detach().requires_grad_()
-            with _skipping(blocks, outputs, read):
-                logits, calls_behind = _run(subject, images)
+            with _skipping(subject.vit, blocks, outputs, read):
+                logits, calls_behind, _ = _run(subject, images)
             chosen = [logits.gather(1, target[:, None]).sum() for target in targets]
             if stack.pool is not None:
-                pool = calls_behind[stack.pool.module]
+                pool = next(call for call in calls_behind if call.module == stack.pool.module)
                 gradients = _gradients(chosen, [None] * len(chosen), pool.output, pool.module)
                 found[layer] = BlockLogit(replace(pool, output=pool.output.detach()), gradients)
             else:
-                call = calls[stack.calls[layer - 1].module]
+                call = calls[stack.places[layer - 1]]
+                call = call if call.shape == stack.calls[layer - 1].shape else call.with_heads(len(images))
                 upstream = _gradients(chosen, [None] * len(chosen), read, call.module)
                 gradients = _gradients([tokens] * len(chosen), upstream, call.output, call.module)
                 found[layer] = BlockLogit(replace(call, output=call.output.detach()), gradients)
     return found
 
 
-def _run(subject: Subject, images: Tensor) -> tuple[Tensor, dict[str, AttentionCall]]:
-    """Logits (B, C) in the autograd graph, and the attention seen, by the path of its module."""
-    with AttentionRecorder(subject.vit, True, subject.twin.state) as recorder, subject.fed(True):
-        logits = subject.logits(images)
-    return logits, {call.module: call for call in recorder.calls}
+def _run(subject: Subject, images: Tensor) -> tuple[Tensor, list[AttentionCall], Seen]:
+    """Logits (B, C) in the autograd graph, the attention, and what each call of a module was given and gave."""
+    seen: Seen = {}
+    runs: dict[str, int] = {}
 
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = next((part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)), None)
+        seen[names[module], runs.get(names[module], 0)] = (given, output)
+        runs[names[module]] = runs.get(names[module], 0) + 1
 
-def _blocks(vit: nn.Module, stack: Stack) -> list[nn.Module]:
-    """The blocks as modules, first block first: of the modules round each attention, the outermost with no other."""
-    paths = [call.module for call in (*stack.calls, *([stack.pool] if stack.pool else []))]
-
-    def block(path: str) -> nn.Module:
-        parts = path.split(".")
-        outer = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
-        alone = [name for name in outer if sum(f"{other}.".startswith(f"{name}.") for other in paths) == 1]
-        return vit.get_submodule(alone[0])
-
-    blocks = [block(call.module) for call in stack.calls]
-    if len(blocks) == 1:
-        blocks = [stack.entry]
-    if blocks[0] is not stack.entry or blocks[-1] is not stack.exit:
-        raise ValueError(
-            f"Expected the blocks of {type(vit).__name__} to be modules that are called one after another, so that the "
-            f"logit of each can be had, but they are not. {_CURE}"
-        )
-    return blocks
-
-
-@contextmanager
-def _noting(blocks: Sequence[nn.Module], outputs: list[Any]) -> Iterator[None]:
-    """Note what each block gives, in order."""
-    handles = [block.register_forward_hook(lambda _module, _args, output: outputs.append(output)) for block in blocks]
+    names = {module: name for name, module in subject.vit.named_modules() if module._modules}
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in names]
     try:
-        yield
+        with AttentionRecorder(subject.vit, True, subject.twin.state) as recorder, subject.fed(True):
+            logits = subject.logits(images)
     finally:
         for handle in handles:
             handle.remove()
+    return logits, recorder.calls, seen
+
+
+def _blocks(vit: nn.Module, calls: Sequence[AttentionCall], seen: Seen) -> list[tuple[str, int]]:
+    """The blocks as calls of modules, first block first: the outermost round each attention with no other in it."""
+    steps = [step for call in calls for step in call.trail]
+    alone = [[step for step in call.trail if steps.count(step) == 1 and step in seen] for call in calls]
+    if not all(alone):
+        raise ValueError(_not_modules(vit))
+    if len(calls) > 1:
+        return [those[0] for those in alone]
+    # Of a single block all modules round it hold one attention: it is the first that tokens of its output's size enter.
+    shaped = [step for step in alone[0] if _is_block(seen[step], calls[0])]
+    if not shaped:
+        raise ValueError(_not_modules(vit))
+    return shaped[:1]
+
+
+def _is_block(seen: tuple[Tensor | None, Any], call: AttentionCall) -> bool:
+    given, output = seen
+    output = output[0] if isinstance(output, tuple) else output
+    return (
+        given is not None
+        and isinstance(output, Tensor)
+        and given.shape == output.shape
+        and given.ndim == 3
+        and given.shape[:2] == (call.shape[0], call.shape[2])
+    )
+
+
+def _check_chain(vit: nn.Module, blocks: Sequence[tuple[str, int]], seen: Seen, images: Tensor, stack: Stack) -> None:
+    """Refuse blocks of which one is not given what the one before gave."""
+    for before, after in pairwise(blocks):
+        given, output = seen[after][0], _tokens_of(before, seen[before][1], len(images), stack.tokens)
+        if given is None or given.shape != output.shape or not given.equal(output):
+            raise ValueError(_not_modules(vit))
+
+
+def _not_modules(vit: nn.Module) -> str:
+    return (
+        f"Expected the blocks of {type(vit).__name__} to be modules that are called one after another, so that the "
+        f"logit of each can be had, but they are not. {_CURE}"
+    )
 
 
 @contextmanager
-def _skipping(blocks: Sequence[nn.Module], outputs: Sequence[Any], tokens: Tensor) -> Iterator[None]:
+def _skipping(
+    vit: nn.Module, blocks: Sequence[tuple[str, int]], outputs: Sequence[Any], tokens: Tensor
+) -> Iterator[None]:
     """Compute no block: each gives what it gave before, and the last one other tokens, (B, N, D)."""
     last = (tokens, *outputs[-1][1:]) if isinstance(outputs[-1], tuple) else tokens
-    forwards = [vars(block).get("forward") for block in blocks]
+    given: dict[str, list[Any]] = {}
+    for (path, _), output in zip(blocks, [*outputs[:-1], last], strict=True):
+        given.setdefault(path, []).append(output)
+    modules = {path: vit.get_submodule(path) for path in given}
+    forwards = {path: vars(module).get("forward") for path, module in modules.items()}
     try:
-        for block, output in zip(blocks, [*outputs[:-1], last], strict=True):
-            vars(block)["forward"] = partial(_given, output)
+        for path, module in modules.items():
+            vars(module)["forward"] = partial(_next_of, iter(given[path]))
         yield
     finally:
-        for block, forward in zip(blocks, forwards, strict=True):
-            del vars(block)["forward"]
-            if forward is not None:
-                vars(block)["forward"] = forward
+        for path, module in modules.items():
+            del vars(module)["forward"]
+            if forwards[path] is not None:
+                vars(module)["forward"] = forwards[path]
 
 
-def _given(output: Any, *_args: Any, **_kwargs: Any) -> Any:
-    return output
+def _next_of(outputs: Iterator[Any], *_args: Any, **_kwargs: Any) -> Any:
+    return next(outputs)
 
 
-def _tokens_of(block: nn.Module, output: Any, images: int, tokens: int) -> Tensor:
+def _tokens_of(block: tuple[str, int], output: Any, images: int, tokens: int) -> Tensor:
     """The tokens (B, N, D) that a block gives."""
     found = output[0] if isinstance(output, tuple) else output
     if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[:2] != (images, tokens):
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(
-            f"Expected tokens of shape ({images}, {tokens}, D) from {type(block).__name__}, so that the logit of the "
+            f"Expected tokens of shape ({images}, {tokens}, D) from `{block[0]}`, so that the logit of the "
             f"block can be had, but got {got}. {_CURE}"
         )
     return found

@@ -17,67 +17,35 @@ pass itself for less (`formed.py`), it is formed there instead, if that is allow
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from vit_explain_callback.vit._einsum import value_product
 from vit_explain_callback.vit._mha import MultiHeadParts, take_apart
+from vit_explain_callback.vit.calls import AttentionCall as AttentionCall
+from vit_explain_callback.vit.calls import explicit_call, fused_call, merged_call
 from vit_explain_callback.vit.copy_on_write import address
 from vit_explain_callback.vit.formed import formed_attention, forms
+from vit_explain_callback.vit.functions import SCALED_DOT_PRODUCT, named, original
+from vit_explain_callback.vit.weights import SAME, WeightsTracker
 
-_ALL = slice(None)
-_MATMULS = {"matmul", "__matmul__", "bmm"}
 _IN_PLACE = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}
-# What may stand between the softmax and the product with the values without changing the attention.
-_VALUE_PRESERVING = {"dropout", "to", "type_as", "float", "half", "bfloat16", "contiguous"}
-
-
-class PartOfAttention(Protocol):
-    """Gives the attention of some images, heads and query rows, (b, h, n, M)."""
-
-    def __call__(self, images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
-        """Compute it, in float32, or float64 where the model is float64."""
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One attention operation seen in a forward pass; its tensors are the model's own, not copies.
-
-    Attributes:
-        module: Path of the innermost module that ran it, seen from the recorded module.
-        output: O = A v as the model got it, (B, H, N, d) or (B, N, d), in the autograd graph if the forward built one.
-        value: v, (B, H, M, d).
-        attention: The attention of some images, heads and query rows.
-        shape: (B, H, N, M).
-    """
-
-    module: str
-    output: Tensor
-    value: Tensor
-    attention: PartOfAttention
-    shape: tuple[int, int, int, int]
-
-    def attention_gradient(self, output_gradient: Tensor, images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
-        """∂y/∂A = (∂y/∂O) vᵀ of a part of the attention, (b, h, n, M), from `output_gradient` ∂y/∂O, (B, H, N, d)."""
-        upstream = output_gradient.reshape(*self.shape[:3], -1)[images, heads, queries]
-        return _at_least_float32(upstream) @ _at_least_float32(self.value[images, heads]).mT
+_JOIN = {"cat", "concat", "concatenate", "stack"}
 
 
 class AttentionRecorder(TorchFunctionMode):
     """Context manager that records every attention operation a module runs inside it.
 
     Sees `torch.nn.functional.scaled_dot_product_attention`, the attention inside `torch.nn.MultiheadAttention`, and a
-    hand-written `softmax(…, dim=-1)`, of (B, H, N, M) or of (B, N, N) without heads, that is multiplied with the values
-    by `@`, `matmul`, `bmm` or `einsum`. Nothing of the module is changed; what is registered on entry is removed on
-    exit.
+    softmax over any dimension, written by hand, that is multiplied with the values by `@`, `matmul`, `bmm`, `baddbmm`
+    or `einsum`, whatever the order of the dimensions; heads that are computed one by one and concatenated are one
+    operation. Nothing of the module is changed; what is registered on entry is removed on exit.
 
     Args:
         module: Only attention that runs inside it, or inside one of its submodules, is recorded.
@@ -89,6 +57,8 @@ class AttentionRecorder(TorchFunctionMode):
             gradients are kept.
         forms: Whether attention may be formed in the open; outputs may then differ in the last bits from those of the
             fused kernel.
+        cut: Places among the calls whose output is a leaf of the autograd graph, and whose values stay in it: what
+            depends on what, other than through attention, can then be asked.
 
     Attributes:
         calls: The operations so far, in the order in which they ran.
@@ -109,17 +79,21 @@ class AttentionRecorder(TorchFunctionMode):
         state: Collection[int] = frozenset(),
         begins_graph: bool | None = None,
         forms: bool = False,
+        cut: Collection[int] = frozenset(),
     ) -> None:
         super().__init__()
         self._forms = forms
         self._through_no_grad = through_no_grad
         self._state = state
         self._begins_graph = through_no_grad if begins_graph is None else begins_graph
+        self._cut = cut
         self._switched_off = 0  # how many `torch.no_grad()` of the model's own the forward is in
         self.calls: list[AttentionCall] = []
         self._names = {child: name for name, child in module.named_modules()}
-        self._running: list[str] = []
-        self._softmaxes: dict[int, tuple[Tensor, Tensor, str]] = {}
+        self._running: list[tuple[str, int]] = []
+        self._runs: dict[str, int] = {}
+        self._weights = WeightsTracker()
+        self._outputs: dict[int, tuple[Tensor, AttentionCall]] = {}  # what the model goes on with, by its `id`
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> AttentionRecorder:
@@ -140,14 +114,12 @@ class AttentionRecorder(TorchFunctionMode):
     def changed_after_softmax(self) -> list[str]:
         """Modules that ran a softmax over token pairs whose result was never multiplied with values as it was."""
         consumed = {call.module for call in self.calls}
-        return [
-            module
-            for _, attention, module in self._softmaxes.values()
-            if attention.shape[-1] == attention.shape[-2] and module not in consumed
-        ]
+        return [softmax.module for softmax in self._weights.changed() if softmax.module not in consumed]
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
-        self._running.append(self._names[module])
+        name = self._names[module]
+        self._running.append((name, self._runs.get(name, 0)))
+        self._runs[name] = self._runs.get(name, 0) + 1
 
     def _leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         if self._running:
@@ -157,23 +129,24 @@ class AttentionRecorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._through_no_grad and getattr(func, "__name__", "") == "_set_grad_enabled":
+        name, func = named(func), original(func)
+        if self._through_no_grad and name == "_set_grad_enabled":
             self._switched_off = max(0, self._switched_off + (-1 if args[0] else 1))
             return None
-        if self._switched_off and self._writes_state(func, args, kwargs):
+        if self._switched_off and self._writes_state(name, args, kwargs):
             with torch.no_grad(), DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if not self._running:
             return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
+        if name == "scaled_dot_product_attention":
             return self._attend(*args, **kwargs)
-        if func is F.multi_head_attention_forward and (parts := take_apart(args, kwargs)):
+        if name == "multi_head_attention_forward" and (parts := take_apart(args, kwargs)):
             return self._multi_head(parts)
-        output = func(*args, **kwargs)
-        return self._observe(func, output, args, kwargs) if isinstance(output, Tensor) else output
+        if name in _JOIN and (joined := self._join(func, name, args, kwargs)) is not None:
+            return joined
+        return self._observe(name, func, args, kwargs)
 
-    def _writes_state(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        name = getattr(func, "__name__", "")
+    def _writes_state(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         written = kwargs.get("out", args[0] if in_place and args else None)
         return isinstance(written, Tensor) and address(written) in self._state
@@ -184,52 +157,78 @@ class AttentionRecorder(TorchFunctionMode):
             attention = formed_attention(query, key, kwargs.get("scale"))
             output = attention.to(value.dtype) @ value
             # Nothing of the tokens is kept that only a gradient would need.
-            self.calls.append(
-                _explicit_call(self._running[-1], output[..., :0].clone(), attention, value[..., :0].clone())
-            )
-            return output
-        output = self._in_graph(F.scaled_dot_product_attention(query, key, value, *args, **kwargs))
-        self.calls.append(_fused_call(self._running[-1], output, query, key, value, *args, **kwargs))
-        return output
+            call = explicit_call(self._path, output[..., :0].clone(), attention, value[..., :0].clone())
+            return self._note(call, output)
+        output = self._in_graph(SCALED_DOT_PRODUCT(query, key, value, *args, **kwargs))
+        return self._note(fused_call(self._path, output, query, key, value, *args, **kwargs), output)
 
     def _multi_head(self, parts: MultiHeadParts) -> tuple[Tensor, Tensor | None]:
         output = self._attend(parts.query, parts.key, parts.value, parts.mask)
         weights = None if parts.wants_weights is None else self.calls[-1].attention(slice(None), slice(None))
         return parts.finish(output), weights.mean(dim=1) if weights is not None and parts.wants_weights else weights
 
-    def _observe(
-        self, func: Callable[..., Any], output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Note an attention that is written by hand, and give the output that the model is to go on with."""
-        name = getattr(func, "__name__", "")
-        if name == "softmax" and _is_attention(output) and kwargs.get("dim", *args[1:2]) in (-1, output.ndim - 1):
-            self._softmaxes[id(output)] = (output, output, self._running[-1])
-        elif name in _VALUE_PRESERVING and id(args[0]) in self._softmaxes:
-            self._softmaxes[id(output)] = (output, *self._softmaxes[id(args[0])][1:])
-        elif name in _MATMULS and len(args) == 2 and id(args[0]) in self._softmaxes:
-            _, attention, module = self._softmaxes[id(args[0])]
-            output = self._in_graph(output)
-            self.calls.append(_explicit_call(module, output, attention, args[1]))
-        elif name == "einsum" and len(args) == 3:
-            return self._einsum(output, *args)
-        return output
-
-    def _einsum(self, output: Tensor, equation: Any, *operands: Any) -> Tensor:
-        place = next((place for place, operand in enumerate(operands) if id(operand) in self._softmaxes), None)
-        product = None if place is None else value_product(equation, place)
-        if place is None or product is None:
+    def _observe(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation; if it multiplies attention with values, note that, and give what the model goes on with."""
+        given = (*args, *(kwargs[key] for key in ("input", "other", "mat2") if key in kwargs))
+        found = self._weights.product(name, given)
+        if found is not None and name == "baddbmm":
+            scaled = kwargs.get("beta", 1) * args[0] if kwargs.get("beta", 1) else 0
+            return scaled + kwargs.get("alpha", 1) * self._observe("bmm", torch.bmm, args[1:], {})
+        output = func(*args, **kwargs)
+        if found is None:
+            self._weights.note(name, func, output, given, kwargs, self._path)
+            if name in SAME and given and id(given[0]) in self._outputs:
+                self._outputs[id(output)] = (output, self._outputs[id(given[0])][1])
             return output
-        _, attention, module = self._softmaxes[id(operands[place])]
+        weights, product, value = found
+        attention = weights.precise.permute(product.attention)
+        if attention.ndim == 3 and not (weights.softmax.among_tokens or attention.shape[1] == 1):
+            return output
+        weights.softmax.used = True
         # The gradient is asked for of the output in the order (B, H, N, d), so the model goes on with a view of that.
         ordered = self._in_graph(output.permute(product.output))
-        value = operands[1 - place].permute(product.value)
-        self.calls.append(_explicit_call(module, ordered, attention, value))
-        return ordered.permute([product.output.index(dim) for dim in range(output.ndim)])
+        call = explicit_call(self._path, ordered, attention, product.ordered_value(value, attention))
+        return self._note(call, ordered.permute([product.output.index(dim) for dim in range(output.ndim)]))
+
+    def _note(self, call: AttentionCall, output: Tensor) -> Tensor:
+        """Record a call; `output` is what the model goes on with."""
+        value = call.value if self._cut else call.value.detach()
+        self.calls.append(replace(call, value=value, trail=tuple(self._running)))
+        self._outputs[id(output)] = (output, self.calls[-1])
+        return output
+
+    def _join(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Join the outputs of heads that were computed one by one; None if it is anything else that is joined."""
+        parts = args[0] if args else kwargs.get("tensors", ())
+        found = [self._outputs.get(id(part)) for part in parts]
+        calls = [held[1] for held in found if held is not None]
+        if len(calls) < 2 or len(calls) != len(found) or len({id(call) for call in calls}) != len(calls):
+            return None
+        first, dim = calls[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        alike = all((call.shape[0], call.shape[2:]) == (first.shape[0], first.shape[2:]) for call in calls)
+        among = (
+            range(parts[0].ndim + 1) if name == "stack" else [parts[0].ndim - 1, *([1] if parts[0].ndim == 4 else [])]
+        )
+        if not alike or dim % (parts[0].ndim + (name == "stack")) not in among:
+            return None
+        places = [place for place, call in enumerate(self.calls) if any(call is one for one in calls)]
+        if places != list(range(places[0], places[0] + len(calls))):
+            return None
+        heads = [part.reshape(*call.shape[:3], -1) for part, call in zip(parts, calls, strict=True)]
+        del self.calls[places[0] : places[0] + len(calls)]
+        whole = self._in_graph(torch.cat(heads, dim=1))
+        self.calls.insert(places[0], merged_call(calls, whole))
+        heads = list(torch.split(whole, [call.shape[1] for call in calls], dim=1))
+        return func([head.reshape(part.shape) for head, part in zip(heads, parts, strict=True)], *args[1:], **kwargs)
 
     def _in_graph(self, output: Tensor) -> Tensor:
-        """The output, or where the graph has not begun yet, as with images in bytes, a leaf with which it begins."""
+        """The output; or a leaf where the graph is cut, or has not begun yet, as with images in bytes."""
         begins = self._begins_graph and not output.requires_grad
-        return output.detach().requires_grad_() if begins else output
+        return output.detach().requires_grad_() if begins or len(self.calls) in self._cut else output
+
+    @property
+    def _path(self) -> str:
+        return self._running[-1][0]
 
 
 def is_no_grad(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
@@ -240,52 +239,3 @@ def is_no_grad(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
 def _may_attend(module: nn.Module) -> bool:
     """Whether attention may run inside a module: not in torch's own layers without parts, as a linear one is."""
     return bool(module._modules) or not type(module).__module__.startswith("torch.nn.")
-
-
-def _is_attention(weights: Tensor) -> bool:
-    """Whether a softmax may be attention: with heads, or without them among the tokens of an image."""
-    return weights.ndim == 4 or (weights.ndim == 3 and weights.shape[1] == weights.shape[2])
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _fused_call(
-    module: str,
-    output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> AttentionCall:
-    # Without a head dimension there is one head.
-    query, key, value = (t.detach() if t.ndim == 4 else t.detach().unsqueeze(1) for t in (query, key, value))
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
-    if enable_gqa:
-        key, value = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
-    if is_causal:
-        attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
-    mask = None if attn_mask is None else attn_mask.detach().expand(batch, heads, queries, keys)
-
-    def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
-        part = None if mask is None else mask[images, heads, queries]
-        return formed_attention(query[images, heads, queries], key[images, heads], scale, part)
-
-    return AttentionCall(module, output, value, attention, (batch, heads, queries, keys))
-
-
-def _explicit_call(module: str, output: Tensor, weights: Tensor, value: Tensor) -> AttentionCall:
-    if weights.ndim == 3:  # one head
-        weights, value = weights.unsqueeze(1), value.unsqueeze(1)
-
-    def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
-        return _at_least_float32(weights.detach()[images, heads, queries])
-
-    batch, heads, queries, keys = weights.shape
-    return AttentionCall(module, output, value.detach(), attention, (batch, heads, queries, keys))

@@ -26,6 +26,8 @@ class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
         moved: Takes the memory that a parameter was given, by the address of what it had.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(
         self, parameters: Mapping[int, Sequence[nn.Parameter]], moved: dict[int, torch.UntypedStorage]
     ) -> None:
@@ -99,7 +101,8 @@ class _HandingOut(TorchFunctionMode):
 @functools.cache
 def _written(func: Any) -> frozenset[int | str]:
     """Places and names of the arguments that an operation writes to."""
-    arguments = enumerate(func._schema.arguments) if func._schema.is_mutable else ()
+    schema = getattr(func, "_schema", None)  # operators of a higher order have none
+    arguments = enumerate(schema.arguments) if schema is not None and schema.is_mutable else ()
     return frozenset(
         key
         for place, argument in arguments

@@ -47,13 +47,15 @@ def in_parts(
     Returns:
         What `work` gave for each part, in order.
     """
-    like = next((part for part in subject.vit.parameters() if part.is_floating_point()), images[:0])
+    weights = list(subject.vit.parameters())
+    device = next((part.device for part in weights), images.device)
+    dtype = next((part.dtype for part in weights if part.is_floating_point()), images.dtype)
     parts: list[T] = []
     start = 0
     while start < len(images):
         part = slice(start, start + size)
         own = images[part]
-        own = own.to(like, copy=True) if own.is_floating_point() else own.to(like.device, copy=True)
+        own = own.to(device, dtype if own.is_floating_point() else own.dtype, copy=True)
         try:
             found = work(replace(subject, first=first + start), part, own)
             too_large = _agreement.get()(False)

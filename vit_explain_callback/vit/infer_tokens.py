@@ -22,10 +22,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vit_explain_callback.vit.capture import is_no_grad
-from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout, entering, mean_of
+from vit_explain_callback.vit.flow import Ports
+from vit_explain_callback.vit.functions import named
+from vit_explain_callback.vit.sites import changing
+from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout, mean_of
 
 Forward = Callable[[Tensor], Tensor]
 
+DETACHED = (
+    "Expected finite logits that depend on the tokens out of the blocks, but they are detached or not finite, so that "
+    "nothing tells which tokens the classifier reads. Take `detach()` out of the model's forward."
+)
+NEEDS_NO_READOUT = (
+    "What a patch attends to needs no classifier: `query=(row, column)` with `rollout` or `attention`. A `MapFunction` "
+    "explains any classifier."
+)
 _CURE = "State it: `prefix_tokens=`, `grid_size=`."
 
 
@@ -37,48 +48,49 @@ class _Differentiable(TorchFunctionMode):
     ) -> Any:
         if is_no_grad(func, args):
             return None
-        if func is F.linear:
+        if named(func) == "linear":
             func = _linear
         return func(*args, **(kwargs or {}))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not weight.any():
+    # Of a subclass, as of quantised weights, nothing is asked: it need not know how to answer.
+    if type(weight) in (Tensor, nn.Parameter) and not weight.any():
         weight = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(weight)
     return F.linear(input, weight, bias)
 
 
 def observed_layout(
     forward: Forward,
-    first: nn.Module,
-    last: nn.Module,
+    vit: nn.Module,
+    ports: Ports,
     tokens: int,
     images: Tensor,
-    pooled: bool,
     stated: StatedLayout,
+    read: bool = True,
 ) -> TokenLayout:
     """The layout of a model, found with a few passes of its own forward in evaluation mode.
 
     Args:
         forward: Turns images into logits, (B, C).
-        first: The first block, whose input are the tokens.
-        last: The last block, whose output are the tokens.
+        vit: The module that `ports` are places in.
+        ports: Where the tokens enter the first block and leave the last one.
         tokens: N, as seen in the attention.
         images: Images of the size in question, (B, C, H, W).
         stated: What the user says of the tokens, which is then not asked for.
-        pooled: Whether there is an attention-pooling head, which may or may not be what the classifier reads.
+        read: Whether it matters what the classifier reads.
 
     Raises:
         ValueError: If the layout cannot be told with certainty.
     """
     noise = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
     stated_grid = stated.first_patch_and_grid(tokens, images.shape[2], images.shape[3])
-    first_patch, grid = stated_grid or _grid(forward, first, tokens, noise)
+    first_patch, grid = stated_grid or _grid(forward, vit, ports, tokens, noise)
     patches = range(first_patch, first_patch + grid[0] * grid[1])
     try:
-        readout = _readout(forward, first, last, tokens, noise[:1], patches)
+        readout = _readout(forward, vit, ports, tokens, noise[:1], patches)
     except ValueError:
-        if pooled:
+        if ports.pooled or not read:
             return TokenLayout(tokens, first_patch, grid, None, None, observed=True)
         raise
     most_read = int(readout.argmax())
@@ -86,7 +98,7 @@ def observed_layout(
     return TokenLayout(tokens, first_patch, grid, class_token, readout, observed=True)
 
 
-def tokens_read(forward: Forward, first: nn.Module, last: nn.Module, tokens: int, image: Tensor) -> list[int] | None:
+def tokens_read(forward: Forward, vit: nn.Module, ports: Ports, image: Tensor) -> list[int] | None:
     """Indices of the tokens out of the last block that the logits of one image, (1, C, H, W), depend on.
 
     None if nothing can be told, because the logits are detached from them or not finite.
@@ -95,46 +107,39 @@ def tokens_read(forward: Forward, first: nn.Module, last: nn.Module, tokens: int
         ValueError: If the logits depend on tokens before the last block in another way than through it.
     """
     leaves: list[Tensor] = []
-    entered: list[Tensor] = []
+    entering: list[Tensor] = []
 
-    def as_entering_leaf(tokens: Tensor) -> Tensor:
-        entered.append(tokens.detach().requires_grad_())
-        return entered[-1].clone()
+    def as_leaf_of(those: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        def as_leaf(tokens: Tensor) -> Tensor:
+            those.append(tokens.detach().requires_grad_())
+            return those[-1].clone()
 
-    def as_leaf(leaving: Tensor) -> Tensor:
-        leaves.append(leaving.detach().requires_grad_())
-        return leaves[-1]
+        return as_leaf
 
-    handle = first.register_forward_pre_hook(
-        lambda _, args, kwargs: entering(args, kwargs, as_entering_leaf), with_kwargs=True
-    )
-    try:
-        with torch.enable_grad():
-            logits = _logits_with(forward, last, tokens, image, as_leaf)
-            if not logits.requires_grad:
-                return None
-            probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
-            gradient, *past = torch.autograd.grad((logits * probe).sum(), [*leaves, *entered], allow_unused=True)
-    finally:
-        handle.remove()
+    with torch.enable_grad(), changing(vit, ports.entry, as_leaf_of(entering)):
+        logits = _logits_with(forward, vit, ports, image, as_leaf_of(leaves))
+        if not logits.requires_grad:
+            return None
+        probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+        gradient, *past = torch.autograd.grad((logits * probe).sum(), [*leaves, *entering], allow_unused=True)
     if any(around is not None for around in past):
         raise ValueError(
             "Expected the classifier to read what the last block gives, but it reads tokens of earlier blocks as well: "
             "no row of the rollout stands for its prediction. Explain with a head on the last block's tokens: "
-            "`forward=lambda module, images: …`."
+            f"`forward=lambda module, images: …`. {NEEDS_NO_READOUT}"
         )
     if gradient is None or not gradient.isfinite().all():
         return None
     return [index for index, norm in enumerate(gradient[0].abs().sum(dim=1).tolist()) if norm > 0]
 
 
-def _grid(forward: Forward, first: nn.Module, tokens: int, noise: Tensor) -> tuple[int, tuple[int, int]]:
+def _grid(forward: Forward, vit: nn.Module, ports: Ports, tokens: int, noise: Tensor) -> tuple[int, tuple[int, int]]:
     """Index of the first patch, and (grid_h, grid_w)."""
     changed = noise[:1].repeat(3, 1, 1, 1)
     changed[0, :, 0, 0] += 10
     changed[1, :, 0, -1] += 10
     changed[2, :, -1, 0] += 10
-    entering = _tokens_into(forward, first, tokens, torch.cat([noise, changed]))
+    entering = _tokens_into(forward, vit, ports, torch.cat([noise, changed]))
     is_patch = (entering[0] != entering[1]).any(dim=1)
     indices = is_patch.nonzero().flatten().tolist()
     count = len(indices)
@@ -144,10 +149,17 @@ def _grid(forward: Forward, first: nn.Module, tokens: int, noise: Tensor) -> tup
             f"image are {indices}: the grid cannot be told. {_CURE}"
         )
     differences = (entering[2:] - entering[0]).abs().sum(dim=2)[:, is_patch]
+    most = differences.amax(dim=1, keepdim=True)
+    if ((differences > 0.999 * most).sum(dim=1) > 1).any():
+        raise ValueError(
+            f"Expected each corner of the image in one of the {count} patches, but some are in several alike, as where "
+            f"they are tokens of a volume: the grid cannot be told. {_CURE} The slices of a volume stand below one "
+            "another."
+        )
     top_left, top_right, bottom_left = differences.argmax(dim=1).tolist()
     width = top_right + 1
     height = bottom_left // width + 1
-    if top_left != 0 or bottom_left % width or height * width != count or not (differences.amax(dim=1) > 0).all():
+    if top_left != 0 or bottom_left % width or height * width != count or not (most > 0).all():
         raise ValueError(
             f"Expected the {count} patches to follow one another row by row, but the corners of the image are patches "
             f"{top_left}, {top_right} and {bottom_left}: the grid cannot be told. {_CURE}"
@@ -155,20 +167,17 @@ def _grid(forward: Forward, first: nn.Module, tokens: int, noise: Tensor) -> tup
     return indices[0], (height, width)
 
 
-def _readout(forward: Forward, first: nn.Module, last: nn.Module, tokens: int, image: Tensor, patches: range) -> Tensor:
+def _readout(forward: Forward, vit: nn.Module, ports: Ports, tokens: int, image: Tensor, patches: range) -> Tensor:
     """(N,) weights of the tokens that the classifier reads."""
-    read = tokens_read(forward, first, last, tokens, image)
+    read = tokens_read(forward, vit, ports, image)
     if read is None:
-        raise ValueError(
-            "Expected finite logits that depend on the tokens out of the blocks, but they are detached or not finite, "
-            "so that nothing tells which tokens the classifier reads. Take `detach()` out of the model's forward."
-        )
+        raise ValueError(DETACHED)
     prefix = [index for index in read if index not in patches]
     if read and len(read) == len(prefix):
         return torch.zeros(tokens, dtype=torch.float64).index_fill(0, torch.tensor(read), 1 / len(read))
 
     def is_mean(group: list[int]) -> bool:
-        return _reads_mean(lambda change: _logits_with(forward, last, tokens, image, change), group)
+        return _reads_mean(lambda change: _logits_with(forward, vit, ports, image, change), group)
 
     if read == list(range(tokens)) and prefix and is_mean(read):
         return mean_of(range(tokens), tokens)
@@ -180,7 +189,7 @@ def _readout(forward: Forward, first: nn.Module, last: nn.Module, tokens: int, i
         return mean / 2 + torch.zeros_like(mean).index_fill(0, torch.tensor(prefix), 0.5 / len(prefix))
     raise ValueError(
         f"Expected the classifier to read prefix tokens, the mean of its tokens or both, but it reads {len(read)} of "
-        f"{tokens} tokens in another way: no row of the rollout stands for its prediction."
+        f"{tokens} tokens in another way: no row of the rollout stands for its prediction. {NEEDS_NO_READOUT}"
     )
 
 
@@ -206,49 +215,22 @@ def _reads_mean(logits_with: Callable[[Callable[[Tensor], Tensor]], Tensor], gro
     return any(bool((halves - candidate).abs().max() < tolerance) for candidate in candidates)
 
 
-def _tokens_into(forward: Forward, first: nn.Module, tokens: int, images: Tensor) -> Tensor:
+def _tokens_into(forward: Forward, vit: nn.Module, ports: Ports, images: Tensor) -> Tensor:
     """(B, N, D) tokens that enter the first block."""
     seen: list[Tensor] = []
 
-    def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        def note(given: Tensor) -> Tensor:
-            seen.append(_batch_first(given, len(images), tokens).detach())
-            return given
+    def look(tokens: Tensor) -> Tensor:
+        seen.append(tokens.detach().clone())
+        return tokens
 
-        entering(args, kwargs, note)
-
-    handle = first.register_forward_pre_hook(look, with_kwargs=True)
-    try:
+    with changing(vit, ports.entry, look):
         forward(images)
-    finally:
-        handle.remove()
     return seen[0]
 
 
 def _logits_with(
-    forward: Forward, last: nn.Module, tokens: int, image: Tensor, change: Callable[[Tensor], Tensor]
+    forward: Forward, vit: nn.Module, ports: Ports, image: Tensor, change: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Logits of one image if the tokens (1, N, D) that leave the last block are changed."""
-
-    def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
-        leaving = output[0] if isinstance(output, tuple) else output
-        moved = _batch_first(leaving, 1, tokens)
-        changed = change(moved)
-        changed = changed if moved.shape == leaving.shape else changed.transpose(0, 1)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    handle = last.register_forward_hook(replace)
-    try:
-        with _Differentiable():
-            return forward(image)
-    finally:
-        handle.remove()
-
-
-def _batch_first(given: Tensor, batch: int, tokens: int) -> Tensor:
-    """Tokens (B, N, D) or (N, B, D) as (B, N, D)."""
-    if given.ndim == 3 and given.shape[:2] == (batch, tokens):
-        return given
-    if given.ndim == 3 and given.shape[:2] == (tokens, batch):
-        return given.transpose(0, 1)
-    raise ValueError(f"Expected tokens of shape ({batch}, {tokens}, D) at the blocks, but got {tuple(given.shape)}.")
+    with _Differentiable(), changing(vit, ports.exit, change):
+        return forward(image)

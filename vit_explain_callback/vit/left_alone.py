@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -39,7 +39,7 @@ def left_alone(model: nn.Module) -> Iterator[list[str]]:
             part.requires_grad_(asks)
             part.grad = gradient
         for name, buffer, value in buffers:
-            if not ((buffer == value) | ((buffer != buffer) & (value != value))).all():
+            if not _equal(buffer, value):
                 changed.append(f"the buffer `{name}`")
                 with torch.no_grad():
                     buffer.copy_(value)
@@ -58,6 +58,13 @@ def _put_back_module(
             now.clear()
             now.update(before)
     return changed
+
+
+def _equal(buffer: Tensor, value: Tensor) -> bool:
+    """Whether two buffers are the same, NaN included; of a subclass it cannot be asked."""
+    if type(buffer) not in (Tensor, nn.Buffer):
+        return True
+    return bool(((buffer == value) | ((buffer != buffer) & (value != value))).all())
 
 
 def _note(changed: list[str], is_changed: bool, what: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from vit_explain_callback.vit.sites import Site
 from vit_explain_callback.vit.tokens import TokenLayout
 
 # What a module says of how it was built is of these types.
@@ -19,12 +20,12 @@ class Memory:
     Attributes:
         built: Says how the model was built.
         layouts: The tokens by the size of images and the number of tokens.
-        entries: Path of the module that the tokens enter, and the tokens, by the size of images.
+        entries: Where the tokens enter the first block, and the tokens, by the size of images.
     """
 
     built: object = None
     layouts: dict[tuple[int, ...], TokenLayout] = field(default_factory=dict)
-    entries: dict[tuple[int, ...], tuple[str, TokenLayout]] = field(default_factory=dict)
+    entries: dict[tuple[int, ...], tuple[Site, TokenLayout]] = field(default_factory=dict)
 
     def of(self, model: nn.Module) -> Memory:
         """This memory, emptied if `model` is built otherwise than what it is of."""
@@ -42,7 +43,11 @@ def _built(model: nn.Module) -> object:
         (
             name,
             type(module),
-            *[said for said in vars(module).items() if said[0][:1] != "_" and isinstance(said[1], _WORDS)],
+            *[
+                said
+                for said in vars(module).items()
+                if said[0][:1] != "_" and said[0] != "training" and isinstance(said[1], _WORDS)
+            ],
         )
         for name, module in model.named_modules()
     )

@@ -1,31 +1,37 @@
-"""The stack of blocks that recorded attention belongs to: every block once, all over the same tokens, or a refusal."""
+"""The stack of blocks that recorded attention belongs to: all over the same tokens, in the order in which they ran."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from vit_explain_callback.vit.capture import AttentionCall, AttentionRecorder
-
-ONLY_GLOBAL = "windowed, hierarchical and convolutional models have no global attention to roll out"
+from vit_explain_callback.vit.calls import AttentionCall
+from vit_explain_callback.vit.capture import AttentionRecorder
+from vit_explain_callback.vit.flow import SEEN, Ports
+from vit_explain_callback.vit.sites import Site
+from vit_explain_callback.vit.timm import ONLY_GLOBAL, is_timm_vit
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The attention that a model's blocks ran, and where their tokens come in and out.
+    """The attention that a model's blocks ran.
 
     Attributes:
-        entry: The module whose input are the tokens that enter the first block.
-        exit: The module whose output are the tokens that leave the last block, or those after a final norm.
         calls: The attention of each block, first block first, (B, H, N, N).
+        places: Of these among all that was recorded.
         pool: The attention of a pooling head that reads the tokens, (B, H, Q, M) with M keys, or None.
+        pool_place: Of that among all that was recorded.
+        ports: Where tokens enter and leave, if it is known from the names in a model of timm's; else it is to be found
+            by data flow, and the stack is not to be trusted before that.
     """
 
-    entry: nn.Module
-    exit: nn.Module
     calls: list[AttentionCall]
+    places: tuple[int, ...]
     pool: AttentionCall | None
+    ports: Ports | None
+    pool_place: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -34,7 +40,7 @@ class Stack:
 
 
 def find_stack(model: nn.Module, recorder: AttentionRecorder, images: int) -> Stack:
-    """Tell blocks from an attention pool among the recorded calls, and check that nothing is missing.
+    """Tell blocks from an attention pool among the recorded calls.
 
     Args:
         model: The recorded module.
@@ -42,8 +48,8 @@ def find_stack(model: nn.Module, recorder: AttentionRecorder, images: int) -> St
         images: B, the number of images in that pass.
 
     Raises:
-        ValueError: If a block's attention was not seen, was seen more than once, or is not over all tokens of an image;
-            if there is no attention, or several stacks of blocks.
+        ValueError: If a block's attention was not seen, or is not over all tokens of an image; if there is no
+            attention.
     """
     name = type(model).__name__
     if changed := recorder.changed_after_softmax():
@@ -51,99 +57,63 @@ def find_stack(model: nn.Module, recorder: AttentionRecorder, images: int) -> St
             f"Expected the softmax in `{changed[0]}` of {name} to be multiplied with the values as it is, but it is "
             "changed in between or not used as attention: its map would not be the model's attention."
         )
-    square = [call for call in recorder.calls if call.shape[2] == call.shape[3]]
-    if not square:
+    calls = list(recorder.calls)
+    places = tuple(place for place, call in enumerate(calls) if call.shape[2] == call.shape[3])
+    if not places:
         raise ValueError(
-            f"Expected attention among the tokens of an image in {name}, but saw none. Only "
-            "`scaled_dot_product_attention`, `nn.MultiheadAttention` and a plain softmax times the values can be seen; "
+            f"Expected attention among the tokens of an image in {name}, but saw none. Only {SEEN} can be seen; "
             f"{ONLY_GLOBAL}."
         )
-    container = _container(model, square)
-    blocks = _blocks(model, container, square)
-    calls = []
-    for path in blocks:
-        found = [call for call in square if f"{call.module}.".startswith(f"{path}.")]
-        if len(found) != 1:
-            raise ValueError(
-                f"Expected one attention operation in `{path}` of {name}, but captured {len(found)}. Only "
-                "`scaled_dot_product_attention`, `nn.MultiheadAttention` and a plain softmax times the values can be "
-                f"seen; {ONLY_GLOBAL}. Where the model runs its blocks several times, say which run counts: "
-                "`forward=lambda module, images: …`."
-            )
-        calls.append(found[0])
-    tokens = max(call.shape[2] for call in calls)
-    for call in calls:
-        if call.shape[0] != images and call.shape[1] == 1 and call.shape[0] % images == 0:
-            raise ValueError(
-                f"Expected the attention of `{call.module}` of {name} as (B, H, N, N) with {images} images, but got "
-                f"{(call.shape[0], *call.shape[2:])}. Where that is images times heads, give each a dimension of its "
-                "own before the softmax, as `reshape` does."
-            )
-        if call.shape[0] != images or call.shape[2] != tokens:
-            raise ValueError(
-                f"Expected `{call.module}` of {name} to attend over all {tokens} tokens of each of {images} images, "
-                f"but its attention is (B, H, N, N) = {call.shape}: {ONLY_GLOBAL}."
-            )
-    others = [call for call in recorder.calls if call.shape[2] != call.shape[3]]
+    plain = _check_blocks(model, [calls[place] for place in places]) if is_timm_vit(model) else False
+    tokens = max(calls[place].shape[2] for place in places)
+    blocks = [_of_all_tokens(name, calls[place], images, tokens) for place in places]
+    # Fewer keys than half the tokens are no pool over these, but a gate, or a few tokens of something else.
+    others = [call for call in calls if call.shape[2] != call.shape[3] and 2 * call.shape[3] > tokens]
     if len(others) > 1 or any(call.shape[0] != images for call in others):
         raise ValueError(
-            f"Expected no attention of {name} outside `{container}` but that of one pooling head over its tokens, but "
+            f"Expected no attention of {name} beside its blocks but that of one pooling head over its tokens, but "
             f"captured {[(call.module, call.shape) for call in others]}."
         )
-    first, *_, last = [*blocks.values()] * 2
-    if isinstance(first, nn.ModuleList):  # a block that is only a list is never called itself
-        first, last = next(iter(first)), model.get_submodule(container.rpartition(".")[0])
-    return Stack(first, last, calls, others[0] if others else None)
+    trusted = plain and len(others) + len(places) == len(calls) and _is_known(model, blocks)
+    ports = _ports_by_name(model, bool(others)) if trusted else None
+    if not others:
+        return Stack(blocks, places, None, ports)
+    return Stack(blocks, places, others[0], ports, next(place for place, c in enumerate(calls) if c is others[0]))
 
 
-def _blocks(model: nn.Module, container: str, calls: list[AttentionCall]) -> dict[str, nn.Module]:
-    """The blocks in a list by their path; those of lists in it, where it holds blocks in chunks."""
-    prefix = f"{container}." if container else ""
-    blocks: dict[str, nn.Module] = {}
-    for name, child in model.get_submodule(container).named_children():
-        attending = {
-            call.module.removeprefix(f"{prefix}{name}.").partition(".")[0]
-            for call in calls
-            if call.module.startswith(f"{prefix}{name}.")
-        }
-        parts = dict(child.named_children()) if isinstance(child, nn.ModuleList | nn.Sequential) else {}
-        others = [part for part_name, part in parts.items() if part_name not in attending]
-        if (
-            attending <= set(parts)
-            and parts
-            and (len(attending) > 1 or all(isinstance(o, nn.Identity) for o in others))
-        ):
-            blocks |= {f"{prefix}{name}.{part}": parts[part] for part in parts if part in attending}
-        else:
-            blocks[f"{prefix}{name}"] = child
-    return blocks
-
-
-def _container(model: nn.Module, calls: list[AttentionCall]) -> str:
-    """Path of the list of blocks: the outermost one of which several elements attend, or else the innermost."""
-    lists_of: list[list[tuple[str, str]]] = []  # for each call, from outside in: path of a list, and element in it
-    for call in calls:
-        parts = call.module.split(".") if call.module else []
-        paths = [".".join(parts[:depth]) for depth in range(len(parts))]
-        is_list = [isinstance(model.get_submodule(path), nn.ModuleList | nn.Sequential) for path in paths]
-        lists_of.append([(path, parts[depth]) for depth, path in enumerate(paths) if is_list[depth]])
-    elements: dict[str, set[str]] = {}
-    for lists in lists_of:
-        for path, element in lists:
-            elements.setdefault(path, set()).add(element)
-    chosen = set()
-    for call, lists in zip(calls, lists_of, strict=True):
-        if not lists:
-            raise ValueError(
-                f"Expected the blocks of {type(model).__name__} in a `ModuleList` or `Sequential`, but "
-                f"`{call.module}`, which attends, is in none."
-            )
-        chosen.add(next((path for path, _ in lists if len(elements[path]) > 1), lists[-1][0]))
-    if len(chosen) > 1:
-        example = min(chosen)
+def _of_all_tokens(name: str, call: AttentionCall, images: int, tokens: int) -> AttentionCall:
+    """A block's attention, with heads of its own where they were folded into the batch."""
+    if call.shape[0] != images and call.shape[1] == 1 and call.shape[0] % images == 0 and call.shape[2] == tokens:
+        return call.with_heads(images)
+    if call.shape[0] != images or call.shape[2] != tokens:
         raise ValueError(
-            f"Expected one stack of blocks in {type(model).__name__}, but found {', '.join(sorted(chosen))}; "
-            f"{ONLY_GLOBAL}. Where it holds several models, name the one to explain, as in "
-            f"`vit={example.rpartition('.')[0]!r}`."
+            f"Expected `{call.module}` of {name} to attend over all {tokens} tokens of each of {images} images, "
+            f"but its attention is (B, H, N, N) = {call.shape}: {ONLY_GLOBAL}."
         )
-    return chosen.pop()
+    return call
+
+
+def _check_blocks(model: nn.Module, calls: Sequence[AttentionCall]) -> bool:
+    """Whether each of timm's blocks attended once; a block that did not attend at all is refused."""
+    blocks = dict(model.blocks.named_children())  # type: ignore[union-attr]
+    counts = [sum(f"{call.module}.".startswith(f"blocks.{block}.") for call in calls) for block in blocks]
+    if 0 in counts:
+        raise ValueError(
+            f"Expected one attention operation in `blocks.{list(blocks)[counts.index(0)]}` of {type(model).__name__}, "
+            f"but captured 0. Only {SEEN} can be seen; {ONLY_GLOBAL}."
+        )
+    return set(counts) == {1} and len(calls) == len(counts)
+
+
+def _is_known(model: nn.Module, calls: Sequence[AttentionCall]) -> bool:
+    """Whether timm wrote the attention: of its own it is known that rows are tokens, and heads heads."""
+    return all(type(model.get_submodule(call.module)).__module__.startswith("timm.") for call in calls)
+
+
+def _ports_by_name(model: nn.Module, pooled: bool) -> Ports:
+    names = [name for name, _ in model.blocks.named_children()]  # type: ignore[union-attr]
+    return Ports(
+        Site(f"blocks.{names[0]}", 0, 1, "input", 0),
+        Site(f"blocks.{names[-1]}", 0, 1, "output", 0),
+        pooled,
+    )

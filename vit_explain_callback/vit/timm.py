@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from vit_explain_callback.vit.stack import ONLY_GLOBAL
 from vit_explain_callback.vit.tokens import TokenLayout, mean_of
+
+ONLY_GLOBAL = "windowed, hierarchical and convolutional models have no global attention to roll out"
 
 Normalisation: TypeAlias = tuple[Sequence[float], Sequence[float]] | None
 """Mean and standard deviation of each channel, or None where nothing says them."""
@@ -40,16 +41,17 @@ def find_vit(model: nn.Module, path: str | None = None) -> nn.Module:
         )
     if found_at:
         return next(iter(found_at.values()))
-    if not any(isinstance(child, nn.ModuleList | nn.Sequential) and _nested(child) for child in model.modules()):
+    if not any(_may_attend(module) for module in model.modules()):
         raise ValueError(
             f"Expected {'the model' if path is None else f'`vit={path!r}`'} to be or hold a Vision Transformer, but "
-            f"{type(model).__name__} has no list of blocks."
+            f"nothing in {type(model).__name__} can attend."
         )
     return model
 
 
-def _nested(blocks: nn.Module) -> bool:
-    return any(True for block in blocks.children() for _ in block.children())
+def _may_attend(module: nn.Module) -> bool:
+    """Whether a module can attend, for all that can be seen: not torch's own layers, but for those that do."""
+    return isinstance(module, nn.MultiheadAttention) or type(module).__module__.split(".")[:2] != ["torch", "nn"]
 
 
 def is_timm_vit(module: nn.Module) -> bool:
@@ -112,7 +114,8 @@ def timm_layout(vit: nn.Module, image_shape: Sequence[int], own_head: bool = Tru
         else:
             raise ValueError(
                 f"Expected {name} to read its class token, the mean of its tokens or an attention pool, but its "
-                f"`global_pool` is {pooling!r}: no single row of the rollout stands for its prediction."
+                f"`global_pool` is {pooling!r}: no single row of the rollout stands for its prediction. "
+                "A `MapFunction` explains any classifier."
             )
     return TokenLayout(tokens, prefix, (height, width), class_token, readout)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,29 +91,3 @@ def mean_of(rows: range, tokens: int) -> Tensor:
     readout = torch.zeros(tokens, dtype=torch.float64)
     readout[rows.start : rows.stop] = 1 / len(rows)
     return readout
-
-
-def entering(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a block is called with, its tokens changed: the first tensor, given by place or by name."""
-    given = [*args, *kwargs.values()]
-    place = next(place for place, value in enumerate(given) if isinstance(value, Tensor))
-    given[place] = change(given[place])
-    return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
-
-
-def chosen(tokens: Tensor, index: Tensor, count: int) -> Tensor:
-    """Some of `count` N tokens, (B, N, D) or (N, B, D), by their index in each image, (B, n).
-
-    Raises:
-        ValueError: If the tokens are of another shape.
-    """
-    if tokens.ndim == 3 and tokens.shape[:2] == (len(index), count):
-        return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
-    if tokens.ndim == 3 and tokens.shape[:2] == (count, len(index)):
-        return tokens.gather(0, index.t()[..., None].expand(-1, -1, tokens.shape[2]))
-    raise ValueError(
-        f"Expected tokens of shape ({len(index)}, {count}, D) at the blocks, but got {tuple(tokens.shape)}: paint "
-        "patches over instead, with `removal='mean_colour'`."
-    )

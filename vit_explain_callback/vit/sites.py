@@ -1,0 +1,140 @@
+"""Places in a forward pass where tokens go by: before a module, after it, or between two operations of its forward.
+
+Shapes: B images, N tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a tensor goes by.
+
+    Attributes:
+        module: Path of the module; None for what runs in none.
+        call: Which of the module's calls in a forward pass it is, counted from 0.
+        calls: How often a forward pass calls the module.
+        kind: "input" or "output" of the module, or "operation" in its forward.
+        key: Position or name of the input, position of the output, or number of the operation among those that give
+            three dimensions.
+        batch_first: Whether the tokens are (B, N, D) there, and not (N, B, D).
+    """
+
+    module: str | None
+    call: int
+    calls: int
+    kind: str
+    key: int | str
+    batch_first: bool = True
+
+    def tokens(self, given: Tensor) -> Tensor:
+        """What goes by as (B, N, D), or (B, N, D) as it goes by."""
+        return given if self.batch_first else given.transpose(0, 1)
+
+
+class SiteVisitor(TorchFunctionMode):
+    """Context manager that shows every tensor which goes by in a module, and may put another in its place.
+
+    Enter it after other modes: it then counts the model's operations, and not theirs.
+
+    Args:
+        module: The module; sites are named as seen from it.
+        visit: Given a site, whose `calls` is 0, and the tensor; returns what the model is to go on with.
+    """
+
+    visiting: ClassVar[bool] = False  # whether what runs is a `visit`, of any visitor, and not the model
+
+    def __init__(self, module: nn.Module, visit: Callable[[Site, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._names = {child: name for name, child in module.named_modules()}
+        self._visit = visit
+        self._running: list[tuple[str | None, int]] = [(None, 0)]
+        self._operations = [0]
+        self._handles: list[RemovableHandle] = []
+        self.calls: dict[str | None, int] = {}
+
+    def __enter__(self) -> SiteVisitor:
+        for module in self._names:
+            self._handles.append(module.register_forward_pre_hook(self._enter_module, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave_module))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
+    ) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if SiteVisitor.visiting or not isinstance(output, Tensor) or output.ndim != 3:
+            return output  # uncounted, as what is done to images differs between passes
+        self._operations[-1] += 1
+        return self._shown("operation", self._operations[-1], output)
+
+    def _enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = self._names[module]
+        self._running.append((name, self.calls.get(name, 0)))
+        self._operations.append(0)
+        self.calls[name] = self.calls.get(name, 0) + 1
+        given = tuple(self._shown("input", place, part) for place, part in enumerate(args))
+        return given, {key: self._shown("input", key, part) for key, part in kwargs.items()}
+
+    def _leave_module(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, tuple) and type(output) is tuple:
+            output = tuple(self._shown("output", place, part) for place, part in enumerate(output))
+        else:
+            output = self._shown("output", 0, output)
+        self._running.pop()
+        self._operations.pop()
+        return output
+
+    def _shown(self, kind: str, key: int | str, part: Any) -> Any:
+        if not isinstance(part, Tensor) or not part.is_floating_point():
+            return part
+        name, call = self._running[-1]
+        SiteVisitor.visiting = True
+        try:
+            return self._visit(Site(name, call, 0, kind, key), part)
+        finally:
+            SiteVisitor.visiting = False
+
+
+@contextmanager
+def changing(module: nn.Module, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Put `change` of the tokens, (B, N, D), in the place of those that go by at a site of a module.
+
+    Raises:
+        ValueError: If nothing went by there.
+    """
+    reached = False
+
+    def visit(here: Site, given: Tensor) -> Tensor:
+        nonlocal reached
+        if replace(here, call=here.call % site.calls, calls=site.calls, batch_first=site.batch_first) != site:
+            return given
+        reached = True
+        return site.tokens(change(site.tokens(given)))
+
+    with SiteVisitor(module, visit):
+        yield
+    if not reached:
+        raise ValueError(
+            f"Expected the forward of {type(module).__name__} to run the same operations in every pass, but what "
+            f"{site.module or 'it'!r} computes in one pass it does not in another. Say what runs: "
+            "`forward=lambda model, images: …`."
+        )
