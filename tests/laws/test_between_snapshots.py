@@ -115,7 +115,7 @@ def difference(one: Counter[Any], other: Counter[Any]) -> dict[Any, int]:
 
 
 def test_only_a_glance_at_the_step_runs_between_snapshots(tmp_path: Path) -> None:
-    """Three calls of ours and one reading of `trainer.global_step`: with Lightning 2.6, eleven Python calls a step."""
+    """Five calls of ours and one reading of `trainer.global_step`: with Lightning 2.6, thirteen Python calls a step."""
     callback = ViTExplainCallback(every_n_steps=1000, num_images=2, on_error="raise")
     with_callback, without = watch(callback, tmp_path / "with"), watch(pl.Callback(), tmp_path / "without")
     assert len(callback.state_dict()["snapshots"]) == 2  # the baseline and the end of fit
@@ -124,6 +124,8 @@ def test_only_a_glance_at_the_step_runs_between_snapshots(tmp_path: Path) -> Non
         {
             ("lightning/callback.py", "on_train_batch_end"): STEPS,
             ("lightning/fit.py", "after_step"): STEPS,
+            ("lightning/hooks.py", "attempt"): STEPS,
+            ("tracking/guard.py", "attempt"): STEPS,
             ("lightning/settings.py", "steps_passed"): STEPS,
         }
     )
@@ -134,7 +136,7 @@ def test_only_a_glance_at_the_step_runs_between_snapshots(tmp_path: Path) -> Non
     expected["lightning/callback.py", "state_key"] = names  # by which Lightning calls a callback
     expected["callbacks/callback.py", "state_key"] = -names
     assert difference(with_callback.calls, without.calls) == expected
-    assert sum(expected.values()) <= 11 * STEPS
+    assert sum(expected.values()) <= 13 * STEPS
 
 
 class Careless(pl.Callback):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import sys
-import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,7 +205,8 @@ def test_one_line_at_the_start_and_the_summary_at_the_end_are_all_that_is_printe
     text = Path(trainer.log_dir or "", "explanations", "summary.txt").read_text(encoding="utf-8")
     first, *rest = capsys.readouterr().out.removeprefix(without).splitlines()
     assert first == (
-        "ViTExplainCallback watches VisionTransformer at `net`: rollout, grad_rollout of 16 images of 5 classes, with "
+        "ViTExplainCallback watches VisionTransformer at `net` (logits of 5 classes, from the cross-entropy of "
+        "`training_step`): rollout, grad_rollout of 16 images of 5 classes, with "
         f"each validation; to see them: tensorboard --logdir {tmp_path} or vit-explain report "
         f"{trainer.log_dir}/explanations"
     )
@@ -241,12 +242,23 @@ def test_a_refusal_is_all_that_is_said(tmp_path: Path, capsys: pytest.CaptureFix
 def test_images_that_could_not_be_chosen_are_said_to_be_the_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Locked(Pictures):
+    class Bound(Pictures):
+        """Can be read in the process alone in which it was made."""
+
         def __init__(self) -> None:
             super().__init__()
-            self.lock, self.labels = threading.Lock(), self.labels * 0
+            self.process, self.labels = os.getpid(), self.labels * 0
 
-    fit(ViTExplainCallback(["rollout"]), tmp_path, validation=loader(Locked(), 8), num_sanity_val_steps=2, max_epochs=1)
+        def __getitem__(self, index: int) -> Any:
+            assert os.getpid() == self.process
+            return super().__getitem__(index)
+
+        def __reduce__(self) -> Any:
+            raise TypeError("not to be copied")
+
+    options: dict[str, Any] = {"num_sanity_val_steps": 2, "max_epochs": 1}
+    with pytest.warns(UserWarning, match="others than the first validation images"):
+        fit(ViTExplainCallback(["rollout"]), tmp_path, validation=loader(Bound(), 8), **options)
     text = "of 16 images of 1 class (the first that validation gave; `images=` takes others), with each validation"
     assert text in capsys.readouterr().out
 
@@ -343,10 +355,13 @@ def test_nothing_is_shown_of_what_is_quick(
 
 def test_a_run_that_ends_without_a_snapshot_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Broken(Classifier):
-        def forward(self, images: torch.Tensor) -> Any:
-            if not self.net.training:
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.register_forward_pre_hook(self.fail)
+
+        def fail(self, net: torch.nn.Module, _args: Any) -> None:
+            if not net.training:
                 raise RuntimeError("broken")
-            return super().forward(images)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -148,6 +148,9 @@ KNOW_NONE: dict[str, Callable[[], nn.Module]] = {
     "bfloat16": lambda: tiny_vit(depth=12).bfloat16(),
 }
 
+MIXED = ("convolution over the row", "convolution over the grid", "a shift by one", "a mean over the tokens")
+MIXING = {name: make for name, make in {**KNOW_POSITIONS, **KNOW_NONE}.items() if name in MIXED}
+
 
 def can_leave_out(model: Any) -> bool | None:
     explainer = Explainer(model, ["rollout"])
@@ -157,12 +160,18 @@ def can_leave_out(model: Any) -> bool | None:
     return explainer.can_leave_out_tokens(images, (grid[0], grid[1]))
 
 
-@pytest.mark.parametrize("name", KNOW_POSITIONS)
+@pytest.mark.parametrize("name", [name for name in KNOW_POSITIONS if name not in MIXING])
 def test_blocks_that_know_positions_keep_their_tokens(name: str) -> None:
     assert not can_leave_out(KNOW_POSITIONS[name]())
 
 
-@pytest.mark.parametrize("name", KNOW_NONE)
+@pytest.mark.parametrize("name", MIXING)
+def test_blocks_that_mix_tokens_by_more_than_attention_are_not_explained_at_all(name: str) -> None:
+    with pytest.raises(ValueError, match="Expected attention alone to mix the tokens"):
+        can_leave_out(MIXING[name]())
+
+
+@pytest.mark.parametrize("name", [name for name in KNOW_NONE if name not in MIXING])
 def test_blocks_that_know_none_do_without_tokens(name: str) -> None:
     assert can_leave_out(KNOW_NONE[name]())
 

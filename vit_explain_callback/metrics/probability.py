@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -17,8 +16,12 @@ def class_probabilities(logits: Tensor, multilabel: bool = False) -> Tensor:
         (…, C), in [0, 1].
 
     Example:
+        >>> import torch
         >>> class_probabilities(torch.zeros(1, 4))[0, 0].item()
         0.25
     """
-    exact = (logits.cpu() if logits.device.type == "mps" else logits).to(torch.float64)
+    try:
+        exact = logits.double()
+    except TypeError:  # MPS has none
+        exact = logits.cpu().double()
     return exact.sigmoid() if multilabel else exact.softmax(dim=-1)
