@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from vit_explain_callback.lightning._compat import LightningModule, Trainer
 from vit_explain_callback.lightning.batches import picked
 from vit_explain_callback.lightning.evaluation import StepName, evaluating, run_step
-from vit_explain_callback.lightning.trace import leaves_of
+from vit_explain_callback.lightning.stand_in import unheard
+from vit_explain_callback.lightning.trace import leaves_of, says_more
 from vit_explain_callback.vit.adapter import LogitsOf
 from vit_explain_callback.vit.losses import IMAGES, LossRecorder, Task
-from vit_explain_callback.vit.sources import Flow
 from vit_explain_callback.vit.twin import Twin
 
 _WORDS = {"cross_entropy": "cross-entropy", "nll_loss": "negative log-likelihood", "mse_loss": "squared error"}
@@ -90,7 +91,7 @@ class LightningAdapter:
         if self.forward is not None:
             return self.forward(twin, images)
         rows = [(first + place) % max(self.count, 1) for place in range(len(images))]
-        with self._feeding(twin, images):
+        with self._feeding(twin, images), redirect_stdout(io.StringIO()), unheard():
             if not self.parts:
                 return self.of_step(twin, rows, images)
             return self.of_parts(twin, images if self.inputs is None else self.inputs[rows].to(images.device))
@@ -109,9 +110,12 @@ class LightningAdapter:
             ValueError: If it computes no loss of outputs with a row for each image.
         """
         batch = picked(self.batch, rows, self.count, self.rows)
-        flow = Flow()
-        flow.mark([images, *(leaf for leaf in leaves_of(batch) if leaf.ndim > 2)], IMAGES)
-        with LossRecorder(flow) as recorder:
+        recorder, leaves = LossRecorder(), leaves_of(batch)
+        flow = recorder.flow
+        flow.mark(images, IMAGES)
+        recorder.give(leaves)
+        recorder.needs_labels = not says_more(batch)
+        with recorder:
             try:
                 recorder.returned |= flow.of(run_step(twin, self.step, batch))
             except Exception:
@@ -124,8 +128,7 @@ class LightningAdapter:
                 f"each of {len(rows)} images, but it did not. Give the outputs yourself: `forward=lambda module, "
                 "images: …`."
             )
-        outputs: Tensor = loss.outputs
-        return outputs
+        return loss.values
 
     @contextmanager
     def _feeding(self, twin: nn.Module, images: Tensor) -> Iterator[None]:

@@ -75,7 +75,7 @@ class Steps:
             if training:
                 twin.module.train()
             own = cloned(batch)
-            recorder = StepRecorder(twin.module, own, rows=None)
+            recorder = StepRecorder(twin.module, own, None, self._module)
             returned: object = None
             error: Exception | None = None
             with recorder.watching():

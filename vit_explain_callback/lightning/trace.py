@@ -13,7 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode as current_mode
 
-from vit_explain_callback.vit.losses import BUFFERS, IMAGES, WEIGHTS, LossRecorder, Reading, Task
+from vit_explain_callback.vit.losses import BUFFERS, IMAGES, TRAINED, WEIGHTS, LossRecorder, Reading, Task
 from vit_explain_callback.vit.sources import tensors_in
 
 ROWS = 4
@@ -82,9 +82,10 @@ class StepRecorder:
         module: A LightningModule, or its twin.
         batch: What its step is going to be given.
         rows: Images whose pixels and outputs are kept; None keeps all.
+        source: What the module is a twin of.
     """
 
-    def __init__(self, module: nn.Module, batch: Any, rows: int | None = ROWS) -> None:
+    def __init__(self, module: nn.Module, batch: Any, rows: int | None = ROWS, source: nn.Module | None = None) -> None:
         self._rows = slice(0, rows)
         self._recorder = LossRecorder()
         self._flow = self._recorder.flow
@@ -94,13 +95,15 @@ class StepRecorder:
         self._entries = 0
         self._leaves = leaves_of(batch)
         self._first_rows = [leaf[self._rows].clone() if leaf.ndim == 4 else None for leaf in self._leaves]
-        self._of_leaf: list[int] = []
-        for leaf in self._leaves:
-            if leaf.ndim > 2:
-                self._flow.mark(leaf, IMAGES)
-            self._of_leaf.append(self._flow.name(leaf))
-        self._flow.mark(list(module.parameters()), WEIGHTS)
-        self._flow.mark(list(module.buffers()), BUFFERS)
+        self._recorder.give(self._leaves)
+        self._of_leaf = [self._flow.name(leaf) for leaf in self._leaves]
+        self._recorder.needs_labels = not says_more(batch)
+        self._flow.mark_lasting(module.parameters(), WEIGHTS)
+        own = {name for name, weight in (source or module).named_parameters() if weight.requires_grad}
+        self._flow.mark_lasting((weight for name, weight in module.named_parameters() if name in own), TRAINED)
+        self._recorder.needs_training = bool(own)
+        self._recorder.lets_out = source is not None
+        self._flow.mark_lasting(module.buffers(), BUFFERS)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -118,7 +121,9 @@ class StepRecorder:
             with self._recorder:
                 yield
         finally:
-            nn.Module.__call__ = ordinary  # type: ignore[method-assign]
+            self._paths.clear()  # so that nothing is seen where the user has put something round this
+            if nn.Module.__call__ is call:
+                nn.Module.__call__ = ordinary  # type: ignore[method-assign]
 
     def _call(self, path: str, module: nn.Module, ordinary: Any, args: Any, kwargs: Any) -> Any:
         call: _Call | None = None
@@ -129,7 +134,7 @@ class StepRecorder:
             call, sources = self._entered(path, args, kwargs), self._flow.of(args, kwargs)
 
         def note_exit() -> None:
-            self._flow.mark(_tensors_of(output), sources | (WEIGHTS if is_opaque else 0))
+            self._flow.mark(_tensors_of(output), sources | (WEIGHTS | TRAINED if is_opaque else 0))
             if call is not None:
                 call.gave = frozenset(map(self._flow.name, tensors_in(getattr(output, "logits", output))))
                 self._calls.append(call)
@@ -200,7 +205,7 @@ class StepRecorder:
             reading="classes" if loss is None else loss.reading,
             parts=tuple(call.path for call in parts),
             inputs=None if start is None or start.images is None else _plain(start.images),
-            outputs=None if loss is None else _plain(loss.outputs[self._rows]),
+            outputs=None if loss is None else _plain(loss.values[self._rows]),
             labels=None if loss is None or loss.labels is None else _plain(loss.labels),
             count=0 if start is None else start.count,
             image_leaf=None if start is None else start.leaf,
@@ -238,6 +243,24 @@ def leaves_of(batch: Any) -> list[Tensor]:
     found: list[Tensor] = []
     apply_to_collection(batch, Tensor, lambda part: found.append(part))
     return found
+
+
+def says_more(batch: Any) -> bool:
+    """Whether a batch holds more than tensors, of which labels may be made: names, numbers, objects."""
+    found: list[Any] = []
+
+    def look(part: Any) -> None:
+        if isinstance(part, Mapping):
+            for value in part.values():
+                look(value)
+        elif isinstance(part, list | tuple):
+            for value in part:
+                look(value)
+        elif part is not None and not isinstance(part, Tensor):
+            found.append(part)
+
+    look(batch)
+    return bool(found)
 
 
 def _tensors_of(value: object) -> list[Tensor]:

@@ -24,13 +24,15 @@ class StepWatch:
     def __init__(self) -> None:
         self.trace: StepTrace | None = None
         self.failure: Exception | None = None
+        self._own: Any = None
+        self._before: Any = None
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Watch the step that comes next, unless one was watched, or watching would change what it computes."""
         if self.trace is not None or self.failure is not None or not _is_neutral(module):
             return
         strategy = trainer.strategy
-        step = strategy.validation_step
+        step, self._before = strategy.validation_step, vars(strategy).get(_STEP)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.end(trainer)
@@ -42,11 +44,16 @@ class StepWatch:
             self._conclude(recorder, returned)
             return returned
 
-        vars(strategy)[_STEP] = watched
+        vars(strategy)[_STEP] = self._own = watched
 
     def end(self, trainer: Trainer) -> None:
-        """Watch no longer, if the step did not come."""
-        vars(trainer.strategy).pop(_STEP, None)
+        """Watch no longer, and put back what stood there before."""
+        own = vars(trainer.strategy)
+        if self._own is not None and own.get(_STEP) is self._own:
+            del own[_STEP]
+            if self._before is not None:
+                own[_STEP] = self._before
+        self._own = self._before = None
 
     def _recorder(self, module: LightningModule, args: tuple[Any, ...]) -> StepRecorder | None:
         try:

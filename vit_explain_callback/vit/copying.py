@@ -12,8 +12,11 @@ import struct
 import sys
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from multiprocessing.managers import BaseProxy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +39,7 @@ _LEFT_OUT = BACKWARD | NO_ONE
 _BOOKKEEPING = {name: type(part) for name, part in vars(nn.Module()).items() if isinstance(part, dict | set)}
 # Objects of these libraries reach far beyond the module, and a forward pass does not change them.
 _LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning"}
+_COPIED = ("torch.distributions.", "torch.quasirandom", "torch.utils.weak")  # but these hold what may be changed
 _POINTER, _MANAGED_WEAKREF, _MANAGED_DICT = struct.calcsize("P"), 1 << 3, 1 << 4
 _SLACK = 1 << 20  # bytes of memory around a tensor that are copied with it, for the sake of other views of them
 
@@ -58,12 +62,14 @@ def module_way(twin: Twin, value: nn.Module) -> Any:
     # Empty ones are made anew, as there are thousands in a model.
     state = {name: part for name, part in own.items() if name not in _LEFT_OUT and (name not in _BOOKKEEPING or part)}
     state |= {name: twin.stand_in(twin, own[name]) for name in NO_ONE if name in own}
-    return object.__new__, (type(value),), state, None, None, _fill_module
+    slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+    return object.__new__, (type(value),), (state, slots), None, None, _fill_module
 
 
-def _fill_module(twin: Twin, made: nn.Module, state: dict[str, Any]) -> None:
+def _fill_module(twin: Twin, made: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
     own = vars(made)
-    own.update(state)
+    own.update(state[0])
+    _fill(twin, made, state[1])
     for name, kind in _BOOKKEEPING.items():
         if name not in own:
             own[name] = kind()
@@ -203,24 +209,30 @@ def _refer_by_proxy(twin: Twin, target: Any) -> Any:
 def object_way(twin: Twin, value: Any) -> Any:
     """An object by its attributes where it is no more than these, or else as it is pickled."""
     kind: Any = type(value)
-    if kind.__module__.partition(".")[0] in _LIBRARIES and not isinstance(value, tuple | dict | RemovableHandle):
+    of_library = kind.__module__.partition(".")[0] in _LIBRARIES and not kind.__module__.startswith(_COPIED)
+    if of_library and not isinstance(value, tuple | dict | RemovableHandle):
         return _shared(twin, value)
     if isinstance(getattr(kind, "__del__", None), types.FunctionType):
         return _refused(twin, value)  # what it does at its end, a copy would do before
     if not _is_plain(kind):
         return _reduced(twin, value)
     state = dict(getattr(value, "__dict__", ()))
-    for name in copyreg._slotnames(kind):  # type: ignore[attr-defined]
+    for name in _slots(kind):
         if name not in state and hasattr(value, name):
             state[name] = getattr(value, name)
     return object.__new__, (kind,), state, None, None, _fill
+
+
+def _slots(kind: type) -> list[str]:
+    names: list[str] = copyreg._slotnames(kind)  # type: ignore[attr-defined]
+    return names
 
 
 def _is_plain(kind: Any) -> bool:
     """Whether an object is no more than its attributes and slots, as pickle tells it, and has no way of its own."""
     if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
         return False
-    size: int = object.__basicsize__ + _POINTER * len(copyreg._slotnames(kind))  # type: ignore[attr-defined]
+    size: int = object.__basicsize__ + _POINTER * len(_slots(kind))
     size += _POINTER * (kind.__dictoffset__ != 0 and not kind.__flags__ & _MANAGED_DICT)
     size += _POINTER * (kind.__weakrefoffset__ != 0 and not kind.__flags__ & _MANAGED_WEAKREF)
     return kind not in copyreg.dispatch_table and kind.__basicsize__ <= size and kind.__itemsize__ == 0
@@ -235,7 +247,10 @@ def _reduced(twin: Twin, value: Any) -> Any:
     """In the object's own way, as it is pickled."""
     try:
         way = copyreg.dispatch_table.get(type(value))
-        reduced = value.__reduce_ex__(pickle.HIGHEST_PROTOCOL) if way is None else way(value)
+        with warnings.catch_warnings() if type(value).__module__ == "itertools" else nullcontext():
+            if type(value).__module__ == "itertools":
+                warnings.simplefilter("ignore")  # later Pythons do not copy iterators
+            reduced = value.__reduce_ex__(pickle.HIGHEST_PROTOCOL) if way is None else way(value)
     except Exception:  # as open files, sockets and running generators
         return _refused(twin, value)
     return _shared(twin, value) if isinstance(reduced, str) else reduced
@@ -264,6 +279,14 @@ def _is_global(value: Any) -> bool:
 # Those that make copies are told the twin, and are found by their name.
 OURS = {_cached_again, _fill, _fill_cell, _fill_function, _fill_module, _function_like, _same, taken}
 OURS |= {_refer, _refer_by_proxy}
+_BEYOND: tuple[type, ...] = (
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.utils.data.DataLoader,
+    torch.utils.data.dataloader._BaseDataLoaderIter,
+    torch.profiler.profile,
+    BaseProxy,
+)
 _LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
 WAYS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
     (nn.Module, module_way),
@@ -279,5 +302,6 @@ WAYS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
     (torch.Generator, _torch_generator),
     (_LOCK, lambda twin, value: twin.take(value, threading.Lock())),
     (_RLOCK, lambda twin, value: twin.take(value, threading.RLock())),
-    ((torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.utils.data.DataLoader), _refused),
+    (torch.UntypedStorage, lambda twin, value: twin.take(value, value.clone())),
+    (_BEYOND, _refused),
 ]

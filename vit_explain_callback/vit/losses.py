@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -15,10 +15,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vit_explain_callback.vit.sources import Flow
 
 Task: TypeAlias = Literal["classification", "multilabel", "regression"]
-Reading: TypeAlias = Literal["classes", "distribution", "yes_or_no", "numbers"]
+Reading: TypeAlias = Literal["classes", "distribution", "yes_or_no", "signs", "numbers"]
 
-IMAGES, WEIGHTS, BUFFERS, FIRST_FREE = 1, 2, 4, 8
-"""Sources: the images, weights and buffers of the model, and the first that has no meaning yet."""
+IMAGES, WEIGHTS, BUFFERS, TRAINED, FIRST_FREE = 1, 2, 4, 8, 16
+"""Sources: images; weights and buffers of the model, weights that are trained; the first that has no meaning yet."""
 
 _OF_CLASSES = {F.cross_entropy, F.nll_loss, F.multi_margin_loss, F.kl_div}
 _BINARY = {
@@ -29,6 +29,7 @@ _BINARY = {
 }
 _OF_QUANTITIES = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.gaussian_nll_loss}
 _OUT_OF_TORCH = {"numpy", "__array__", "__float__", "__int__", "__complex__"}
+_TO_PYTHON = {"tolist", "item", "__index__", "__bool__", "__contains__", "__iter__"}
 _SOFTMAX, _SIGMOID = {"log_softmax", "softmax", "logsumexp"}, {"sigmoid", "logsigmoid", "log_sigmoid"}
 _DIFFERENCE = {"sub", "__sub__", "subtract", "rsub", "__rsub__", "__isub__", "sub_"}
 _PRODUCT = {"mul", "__mul__", "__rmul__", "multiply", "mul_", "__imul__", "where", "einsum"}
@@ -47,9 +48,10 @@ class Loss:
         task: What the outputs are.
         reading: How labels are read off what the outputs were compared with.
         target: What the outputs were compared with, (B,) or (B, C); None for other shapes.
-        counts: Whether the outputs depend on the images, and what they were compared with depends neither on these nor
-            on weights, as labels do not.
+        counts: Whether the outputs depend on the images and not on their labels, and what they were compared with
+            depends on labels and neither on images nor on weights.
         source: Of what is computed of this loss.
+        kept: A copy of the outputs, in the autograd graph if there is one; None of pictures.
     """
 
     name: str
@@ -60,6 +62,12 @@ class Loss:
     target: Tensor | None = None
     counts: bool = True
     source: int = 0
+    kept: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """The outputs as the loss was given them, whatever was written to them afterwards."""
+        return self.outputs if self.kept is None else self.kept
 
     @property
     def regression(self) -> bool:
@@ -84,6 +92,9 @@ class LossRecorder(TorchFunctionMode):
         losses: In the order of the calls.
         returned: Sources of what was differentiated, or is returned by the step.
         failure: What kept something from being noted, if anything did.
+        lets_out: Whether numbers may leave torch where gradients are on, as in a validation step, which has none.
+        needs_training: Whether outputs count only if weights that are trained have a share in them.
+        needs_labels: Whether labels count only if they are made of what was `given`.
     """
 
     def __init__(self, flow: Flow | None = None) -> None:
@@ -92,6 +103,11 @@ class LossRecorder(TorchFunctionMode):
         self.losses: list[Loss] = []
         self.returned = 0
         self.failure: Exception | None = None
+        self.lets_out = True
+        self.needs_training = False
+        self.needs_labels = False
+        self._given = 0
+        self._left_torch = 0
         self._next_source = FIRST_FREE
         self._logits: Any = WeakIdKeyDictionary()  # by what was computed of them, element by element
         self._binary: Any = WeakIdKeyDictionary()
@@ -101,8 +117,12 @@ class LossRecorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _OUT_OF_TORCH and torch.is_grad_enabled():  # allowed in a validation step, which has no gradients
+        if (
+            self.lets_out and name in _OUT_OF_TORCH and torch.is_grad_enabled()
+        ):  # allowed in a validation step, which has no gradients
             args = (args[0].detach(), *args[1:])
+        if name in _OUT_OF_TORCH or name in _TO_PYTHON:
+            self._left_torch |= self.flow.of(args)
         if name == "backward":
             self.returned |= self.flow.of(args)
         result = func(*args, **kwargs)
@@ -123,6 +143,16 @@ class LossRecorder(TorchFunctionMode):
                 note()
             except Exception as error:
                 self.failure = error
+
+    def give(self, leaves: Sequence[Tensor]) -> None:
+        """Let tensors of the batch be known: images by their dimensions, of others each by itself."""
+        for leaf in leaves:
+            if leaf.ndim > 2:
+                self.flow.mark(leaf, IMAGES)
+            else:
+                self.flow.mark(leaf, self._next_source)
+                self._given |= self._next_source
+                self._next_source <<= 1
 
     def best(self, images: int) -> tuple[list[Loss], Loss | None]:
         """The losses that the step returns and that have labels, those of classes first, and the one that counts.
@@ -153,7 +183,7 @@ class LossRecorder(TorchFunctionMode):
 
     def _note_loss(self, func: Callable[..., Any], name: str, outputs: Tensor, target: Tensor, result: Tensor) -> None:
         logits = self._logits.get(outputs, outputs)
-        if func in _OF_QUANTITIES and logits is outputs:
+        if func in _OF_QUANTITIES and (logits is outputs or _are_numbers(target)):
             self._add(name, outputs, "numbers", target, result)
         elif func in _OF_CLASSES:
             self._add(name, logits, "classes", target, result)
@@ -161,7 +191,7 @@ class LossRecorder(TorchFunctionMode):
             if func is F.binary_cross_entropy and logits is outputs:
                 logits = torch.logit(outputs)
                 self.flow.mark(logits, self.flow.of(outputs))
-            self._add(name, logits, "yes_or_no", target, result)
+            self._add(name, logits, "signs" if func is F.soft_margin_loss else "yes_or_no", target, result)
 
     def _note_by_hand(self, name: str, given: list[Any], result: Tensor) -> None:
         """Where outputs meet labels in a loss that is written by hand."""
@@ -185,7 +215,10 @@ class LossRecorder(TorchFunctionMode):
         if name in _PICKING and met is not None and not (picks_rows and met.dtype != torch.bool):
             self._note_picked(name, logits, met, result)
         elif name in _PRODUCT | _DIFFERENCE and met is not None and met.shape == logits.shape and met.numel() > 1:
-            self._add(name, logits, "yes_or_no" if binary else "distribution", met, result)
+            if name in _DIFFERENCE and _are_numbers(met):
+                self._add(name, next(part for part in given if part in self._logits), "numbers", met, result)
+            else:
+                self._add(name, logits, "yes_or_no" if binary else "distribution", met, result)
         if result.shape == logits.shape:  # element by element
             self._logits[result], self._binary[result] = logits, binary
 
@@ -206,12 +239,18 @@ class LossRecorder(TorchFunctionMode):
         self.flow.mark(result, source)
         # A buffer may say how labels are counted, but numbers of one are those of a centre.
         of_model = IMAGES | WEIGHTS | (BUFFERS if reading == "numbers" else 0)
-        of_labels = not self.flow.of(target) & of_model
-        counts = of_labels and bool(self.flow.of(outputs) & IMAGES)
+        made_of, computed_of = self.flow.of(target), self.flow.of(outputs)
+        of_labels = not made_of & of_model
+        if self.needs_labels and not made_of & self._given:  # made of Python's numbers, if of anything
+            of_labels = not made_of and bool(self._left_torch & self._given) and not self._left_torch & IMAGES
+        is_trained = bool(computed_of & TRAINED) or not self.needs_training
+        # Where labels have a share in the outputs, as margins do, they are not what the model says of an image.
+        counts = of_labels and is_trained and bool(computed_of & IMAGES) and not computed_of & made_of & self._given
         if outputs.ndim > 2:  # nothing is kept of pictures
             outputs = outputs.new_empty((0, *outputs.shape[1:]))
         target_or_none = target if target.ndim <= 2 else None
-        self.losses.append(Loss(name, outputs, labels, task, reading, target_or_none, counts, source))
+        kept = outputs.clone() if outputs.ndim <= 2 else None
+        self.losses.append(Loss(name, outputs, labels, task, reading, target_or_none, counts, source, kept))
 
 
 def _flat(values: list[Any]) -> list[Any]:
@@ -232,14 +271,19 @@ def read_labels(reading: Reading, target: Tensor, columns: int) -> tuple[Tensor 
     target = target.detach()
     if reading == "numbers":
         return None, "regression"
-    if reading == "yes_or_no":
-        return _yes_or_no(target)
+    if reading in ("yes_or_no", "signs"):
+        return _yes_or_no((target > 0).float() if reading == "signs" else target)
     if target.ndim == 2 and target.shape[1] == columns > 1:
         return _of_distribution(target), "classification"
     if target.is_floating_point() or target.numel() != len(target):
         return None, "classification"
     classes = target.reshape(-1).long()
     return torch.where((classes >= 0) & (classes < max(columns, 2)), classes, -1), "classification"
+
+
+def _are_numbers(target: Tensor) -> bool:
+    """Whether targets, one an image, are of many values: neither yes nor no, nor these two smoothed."""
+    return target.numel() == len(target) and len(set(target.detach().flatten().tolist())) > 2 + bool((target < 0).any())
 
 
 def _of_distribution(target: Tensor) -> Tensor | None:
@@ -255,6 +299,8 @@ def _yes_or_no(target: Tensor) -> tuple[Tensor | None, Task]:
 
     Where an image has several, or none, the questions are asked one by one, and no class is the label.
     """
+    if _are_numbers(target):
+        return None, "regression"
     if target.ndim == 1 or (target.ndim == 2 and target.shape[1] == 1):
         flat = target.reshape(-1).float()
         return torch.where((flat >= 0) & (flat <= 1), (flat > 0.5).long(), -1), "classification"

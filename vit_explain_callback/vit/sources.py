@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,9 @@ _SAME_VALUES = {
     *("to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "clone", "detach", "cpu", "cuda", "long"),
     *("squeeze", "unsqueeze", "view", "view_as", "reshape", "flatten", "unflatten", "as_subclass"),
 }
+# They take shape and precision of a tensor, and none of its values.
+_ONLY_LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}
+_ONLY_LIKE |= {"new_zeros", "new_ones", "new_full", "new_empty", "size", "dim", "numel"}
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 
 
@@ -25,6 +28,7 @@ class Flow:
 
     def __init__(self) -> None:
         self._sources: Any = WeakIdKeyDictionary()
+        self._lasting: dict[int, int] = {}  # of weights, by `id`: a weak reference would keep them from being swapped
         self._names: Any = WeakIdKeyDictionary()
         self._numbers = itertools.count(1)
 
@@ -32,13 +36,22 @@ class Flow:
         """Add sources to every tensor in a value of any form."""
         if sources:
             for tensor in tensors_in(value):
-                self._sources[tensor] = self._sources.get(tensor, 0) | sources
+                if id(tensor) in self._lasting:
+                    self._lasting[id(tensor)] |= sources
+                else:
+                    self._sources[tensor] = self._sources.get(tensor, 0) | sources
+
+    def mark_lasting(self, tensors: Iterable[Tensor], sources: int) -> None:
+        """Add sources to tensors that are kept alive by others as long as this is asked."""
+        for tensor in tensors:
+            self._lasting[id(tensor)] = self._lasting.get(id(tensor), 0) | sources
 
     def of(self, *values: object) -> int:
         """The sources of all tensors in some values."""
         found = 0
         for tensor in tensors_in(values):
-            found |= self._sources.get(tensor, 0)
+            lasting = self._lasting.get(id(tensor))
+            found |= self._sources.get(tensor, 0) if lasting is None else lasting
         return found
 
     def name(self, tensor: Tensor) -> int:
@@ -49,6 +62,8 @@ class Flow:
 
     def computed(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
         """Note that a function of torch gave a result."""
+        if getattr(function, "__name__", "") in _ONLY_LIKE:
+            return
         sources = self.of(args, kwargs)
         self.mark(result, sources)
         first = args[0] if args and isinstance(args[0], Tensor) else None
@@ -57,7 +72,8 @@ class Flow:
             return
         if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
             self.mark(first, sources)
-            self._names.pop(first, None)
+            if id(first) not in self._lasting:
+                self._names.pop(first, None)
         elif isinstance(result, Tensor) and result.numel() == first.numel() and _keeps_values(name, args):
             self._names[result] = self.name(first)
 

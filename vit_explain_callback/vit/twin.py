@@ -15,8 +15,8 @@ import functools
 import io
 import pickle
 import types
-import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -81,7 +81,7 @@ class Twin:
         """A copy of any object; of what was copied before, the same one.
 
         Raises:
-            TypeError: If an object in it has a way of its own of being copied, and that fails.
+            RuntimeError: If an object in it has a way of its own of being copied, and that fails.
         """
         if type(value) in ATOMS:
             return value
@@ -89,14 +89,12 @@ class Twin:
         self._stream.truncate()
         before = len(self.modules)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of iterators, which later Pythons do not copy
-                self._pickler.dump(value)
-                self._stream.seek(0)
-                made = self._unpickler.load()
+            self._pickler.dump(value)
+            self._stream.seek(0)
+            made = self._unpickler.load()
             self._evaluate(self.modules[before:])
         except Exception as error:
-            raise TypeError(
+            raise RuntimeError(
                 f"Expected an object that can be copied, but copying {type(value).__name__} failed: {error!r}."
             ) from error
         return made
@@ -111,7 +109,8 @@ class Twin:
         """Let go of all copies, so that none waits for Python's collector; no `__del__` of the user's is run."""
         for module in self.modules:
             if hasattr(type(module), "__del__"):
-                module.__class__ = nn.Module
+                with suppress(TypeError):  # one with slots
+                    object.__setattr__(module, "__class__", nn.Module)
         for kept in (self.modules, self.alive, self.made, self.functions):
             kept.clear()
         del self._pickler, self._unpickler
