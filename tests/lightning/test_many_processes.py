@@ -20,8 +20,9 @@ from vit_explain_callback.tracking.distributed import Ranks
 
 SECONDS = 240
 IMAGES = 5
-# Each process learns from the user's step how the model is run, and tries whether it can be called alone.
-LEARNT = [IMAGES, IMAGES]
+# Each process learns from the user's step how the model is run, tries whether its parts give the same, of one image
+# alone too, and looks for the ViT in them.
+LEARNT = [IMAGES, IMAGES, 1, IMAGES]
 
 
 def start(folder: Path, *options: str, devices: int = 2) -> list[subprocess.CompletedProcess[str]]:

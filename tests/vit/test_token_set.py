@@ -177,7 +177,7 @@ def test_blocks_that_know_none_do_without_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["positions in every block", "convolution over the row", "layer scale by position"])
+@pytest.mark.parametrize("name", ["positions in every block", "layer scale by position"])
 def test_they_are_found_in_any_precision(name: str, dtype: torch.dtype) -> None:
     model = KNOW_POSITIONS[name]().to(dtype)
     parts: Any = model.parts

@@ -64,9 +64,9 @@ def treats_tokens_as_set(subject: Subject, images: Tensor, layout: TokenLayout, 
 def _logits(subject: Subject, images: Tensor, index: Tensor | None) -> Tensor:
     with torch.no_grad(), preserved_random_state(seed=0):
         if index is None:
-            return subject.logits(images.clone()).double().cpu()
+            return subject.logits(images.clone()).cpu().double().cpu()
         with subject.entered_by(images, index.to(images.device)):
-            return subject.logits(images.clone()).double().cpu()
+            return subject.logits(images.clone()).cpu().double().cpu()
 
 
 def _taken(none: Tensor, counts: Sequence[int], generator: torch.Generator) -> Iterator[Tensor]:
