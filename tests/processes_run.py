@@ -36,13 +36,16 @@ def counting(net: nn.Module) -> None:
 class Faulty(Classifier):
     """Under explanation, one process only fails at step 2, and is short of memory at step 3."""
 
-    def forward(self, images: Tensor) -> Any:
-        if not self.net.training and torch.distributed.get_rank() == 1:
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.register_forward_pre_hook(self.fail)
+
+    def fail(self, net: nn.Module, args: tuple[Tensor]) -> None:
+        if not net.training and torch.distributed.get_rank() == 1:
             if self.global_step == 2:
                 raise RuntimeError("this process cannot")
-            if self.global_step == 3 and len(images) > 2:
+            if self.global_step == 3 and len(args[0]) > 2:
                 raise torch.OutOfMemoryError("out of memory")
-        return super().forward(images)
 
 
 class Talking(Classifier):

@@ -229,14 +229,13 @@ def test_a_validation_loader_that_dies(tmp_path: Path) -> None:
 
 def test_ctrl_c_in_the_middle_of_a_snapshot(tmp_path: Path) -> None:
     class Interrupted(Classifier):
-        def forward(self, images: Tensor) -> Any:
-            if not self.net.training and self.global_step == 4:
-                self.net.blocks[0].register_forward_hook(interrupt)
-            return super().forward(images)
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.blocks[0].register_forward_hook(self.interrupt)
 
-    def interrupt(block: nn.Module, *_: Any) -> None:
-        block._forward_hooks.clear()
-        raise KeyboardInterrupt
+        def interrupt(self, block: nn.Module, *_: Any) -> None:
+            if not block.training and self.global_step == 4:
+                raise KeyboardInterrupt
 
     module, plain = Interrupted(), Classifier()
     fit(None, tmp_path / "plain", plain, max_epochs=1)

@@ -196,7 +196,7 @@ def test_a_function_that_fails_is_said_in_a_sentence_and_training_goes_on(tmp_pa
             prepared(), tmp_path / "with", [MapFunction("mine", counted)], every_n_steps=1, more_callbacks=[Kept()]
         )
     told = [text for text in messages(caught) if "mine" in text]
-    assert len(told) == 1, told
+    assert 1 <= len(told) <= 2, told  # of a snapshot, and of its noise
     assert said in told[0]
     assert trainer.global_step == 8
     assert differing(without, outcome) == []

@@ -55,6 +55,7 @@ VALUES: dict[str, list[Any]] = {
     "target": [*NUMBERS, *GOOD, None, "lable", "prediction", "0", CLASSES, torch.tensor([0, 1])],
     **dict.fromkeys(("block_statistics", "save_maps", "report", "margin_charts"), FLAGS),
     **dict.fromkeys(("detail", "on_error", "removal"), WORDS),
+    "task": WORDS,
     "max_pictures_mb": [*NUMBERS, *GOOD, 0.5, np.float32(0.5), None],
     "methods": [*SEQUENCES, None, "rollout", "rolout", [3], ["rollout", "rollout"], nn.Identity(), {"rollout"}],
     "metrics": [*SEQUENCES, None, "spearman", "pearson", [odd_metric], DriftMetric("odd", odd_metric, 0)],

@@ -124,12 +124,13 @@ class Discovery:
         base = LightningAdapter(self._module, self._trainer, self._vit, task, step=step, batch=batch, count=count)
         adapter = self._confirmed(base, trace)
         if adapter is None:
-            if not is_probe:  # the step that was watched had other images
+            if not is_probe:  # the step that was watched had other images, and may have changed the module
                 trace = self._steps.run(batch, step)
                 if trace.loss is None or trace.outputs is None or trace.inputs is None:
                     raise self._steps.failed(trace.error) if trace.error is not None else self._unconfirmed(step, trace)
                 inputs = trace.inputs
-            adapter = self._by_step(base, _known(trace)[1], trace.label_leaf)
+                adapter = self._confirmed(base, trace)
+            adapter = adapter or self._by_step(base, _known(trace)[1], trace.label_leaf)
         return self._finished(adapter, trace, inputs, labels)
 
     def of_images(self, images: Tensor, labels: Tensor | None, trace: StepTrace) -> Discovered:
@@ -177,7 +178,9 @@ class Discovery:
         """Whether copies of the parts give the outputs that went by, and of an image alone what they give of it."""
         low = str(self._trainer.precision) not in ("32-true", "64-true")
         same = partial(torch.allclose, rtol=5e-2, atol=5e-2) if low else partial(torch.allclose, rtol=1e-3, atol=1e-4)
-        for rows in (slice(None), slice(0, 1)):
+        # As many outputs as images may be those of the images against each other.
+        square = outputs.ndim == 2 and outputs.shape[1] == trace.count
+        for rows in (slice(None), slice(0, 1))[: 1 + square]:
             with adapter.evaluating() as twin, torch.no_grad():
                 own = inputs[rows].to(self._module.device, copy=True)
                 try:
@@ -275,6 +278,11 @@ class Discovery:
         return None
 
     def _unconfirmed(self, step: StepName, trace: StepTrace) -> ValueError:
+        if trace.inputs is None:
+            what = "a Vision Transformer" if self._needs_vit else "a module of its own"
+            return ValueError(
+                f"Expected `{step}` of {type(self._module).__name__} to give images to {what}, but none did. {CURE}"
+            )
         seen = f"only {', '.join(trace.seen)} of other things" if trace.seen else "no such loss"
         return ValueError(
             f"Expected `{step}` of {type(self._module).__name__} to compare outputs, a row for each image, with labels "
