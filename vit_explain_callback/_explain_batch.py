@@ -55,7 +55,7 @@ def explain_batch(
     gradients = _gradients(logits, stack, targets)
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
     logits = logits.detach()
-    layout = subject.layout(stack, fed, query is None)
+    layout = own = subject.layout(stack, fed, query is None)
     if query is not None:
         check_query(query, methods, layout.grid)
         layout = _read_by(query, layout)
@@ -65,7 +65,8 @@ def explain_batch(
     _check_tokens(stack, layout)
     if _weighted(methods):
         _check_reached(stack, gradients[0])
-    meter = _meter(stack, layout, fed) if block_statistics else None
+    read = own if own.readout is not None else layout  # what blocks attend to does not hang on the query
+    meter = _meter(stack, read, fed) if block_statistics else None
     own_logits = _block_logits(subject, stack, images, targets, methods)
     # Attention is computed again here, in full precision whatever the forward pass ran in.
     with torch.autocast(logits.device.type, enabled=False):

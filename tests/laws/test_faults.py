@@ -237,7 +237,7 @@ def test_ctrl_c_in_the_middle_of_a_snapshot(tmp_path: Path) -> None:
             if not block.training and self.global_step == 4:
                 raise KeyboardInterrupt
 
-    module, plain = Interrupted(), Classifier()
+    module, plain = Interrupted(), Interrupted()
     fit(None, tmp_path / "plain", plain, max_epochs=1)
     before = traces(plain)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
