@@ -435,7 +435,7 @@ class NoHead(pl.LightningModule):
     ("arguments", "run", "message"),
     [
         ({}, {"module": Swin}, "SwinTransformer, which is not a stack of blocks"),
-        ({}, {"module": NoHead}, "compute a loss of logits .* but no such loss was seen"),
+        ({}, {"module": NoHead}, "compare outputs, a row for each image, with labels in a loss, but saw no such loss"),
         ({"vit": "head"}, {}, "'head'"),
         ({}, {"validation": None}, "Expected a validation loader .* Give the images yourself"),
         ({"methods": [Rollout(start_layer=4)]}, {}, r"`start_layer` in 1 … 3"),
