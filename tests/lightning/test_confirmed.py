@@ -326,7 +326,7 @@ def test_images_without_a_label_are_left_out_where_the_step_fails_on_them(
     labels = [0, 1, 2, 3, 4, *[unlabelled, 0, 1, unlabelled, 2] * 3]
     callback = ViTExplainCallback(num_images=8)
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=r"`num_images=8`, but of the 17 in the validation set [67] can be explained"):
+    with pytest.warns(UserWarning, match=r"`num_images=8`, but of the 20 in the validation set [67] can be explained"):
         trained(callback, tmp_path, Fussy(), labels, num_sanity_val_steps=sanity, limit_val_batches=1)
     assert callback.tracker is not None
     known = callback.tracker.probe.labels
