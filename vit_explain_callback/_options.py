@@ -45,6 +45,13 @@ class Rule:
         return Rule(f"{self.expected} or {other.expected}", read)
 
 
+class _PartRefused(Exception):
+    """One part of an option, at `place` in it, is refused for what it is."""
+
+    def __init__(self, kind: type[Exception], place: str, expected: str, value: object) -> None:
+        super().__init__(kind, place, expected, value)
+
+
 def checked(name: str, value: Any) -> Any:
     """The value of an option, converted to what is used: tuples for lists, integers of Python for those of numpy.
 
@@ -57,13 +64,17 @@ def checked(name: str, value: Any) -> Any:
         (4, 4)
     """
     rule = OPTIONS[name]
+    kind: type[Exception]
+    kind, place, expected = TypeError, "", rule.expected
     try:
         return rule.read(value)
+    except _PartRefused as refused:
+        kind, place, expected, value = refused.args
     except ValueError:
-        kind: type[Exception] = ValueError
-    except Exception:  # also what a value of the user's raises when it is looked at
-        kind = TypeError
-    raise kind(f"Expected `{name}` to be {rule.expected}, but got {_in_words(value)}.")
+        kind = ValueError
+    except Exception:  # what a value of the user's raises when it is looked at
+        pass
+    raise kind(f"Expected `{name}{place}` to be {expected}, but got {_in_words(value)}.")
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,10 +213,12 @@ def _regions(value: Any) -> dict[str, Tensor]:
     if not isinstance(value, Mapping):
         raise TypeError
     for name, masks in value.items():
-        if not isinstance(name, str) or not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+        if not isinstance(name, str):
             raise TypeError
+        if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+            raise _PartRefused(TypeError, f"[{name!r}]", "a boolean tensor (B, H, W)", masks)
         if not name.strip() or masks.ndim != 3 or not masks.numel():
-            raise ValueError
+            raise _PartRefused(ValueError, f"[{name!r}]", "masks (B, H, W) under a name", masks)
     return dict(value)
 
 

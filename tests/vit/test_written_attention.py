@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from tests.models import random_images, tiny_vit
 from tests.plain_vits import HEADS, SIZE, WIDTH, Attention, PlainViT, Product, built, check, matrices
 from vit_explain_callback import explain
 from vit_explain_callback.vit import functions
-from vit_explain_callback.vit.twin import Twin
 
 sdpa: Any = F.scaled_dot_product_attention
 
@@ -299,13 +297,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "linear attention": (of(linear_attention), UNSEEN),
     "windows": (with_attention(Windows), "one attention operation in `blocks.0` of PlainViT, but captured 2"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _unguarded(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Copy on write knows no higher-order operator, such as `flex_attention`."""
-    if "flex" in request.node.name:
-        monkeypatch.setattr(Twin, "owning_what_it_writes", lambda _: nullcontext())
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention.*")

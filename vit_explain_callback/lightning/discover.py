@@ -203,17 +203,31 @@ class Discovery:
             ways.append(frozenset(images | {label_leaf}))
         for rows in ways:
             adapter = replace(base, parts=(), rows=rows)
-            alone: object = None
-            with adapter.evaluating() as twin, torch.no_grad(), suppress(ValueError, IndexError, RuntimeError):
-                alone = adapter.of_step(twin.module, [0])
-            if isinstance(alone, Tensor) and alone.numel() == outputs[:1].numel():
+            with adapter.evaluating() as twin, torch.no_grad():
+                try:
+                    alone = adapter.of_step(twin.module, [0])
+                except Exception:  # its loss may be of more rows than one
+                    continue
+            if alone.numel() == outputs[:1].numel():
                 alone = alone.reshape(outputs[:1].shape).float().cpu()
                 if torch.allclose(alone, outputs[:1].float(), rtol=1e-2, atol=1e-3):
                     return adapter
+        if (failed := self._failure_of_step(replace(base, parts=()))) is not None:
+            raise self._steps.failed(failed) from failed
         raise ValueError(
             f"Expected the outputs of `{base.step}` of {type(self._module).__name__} for an image to depend on it "
             f"alone, but they depend on the rest of the batch, as those of a contrastive loss do. {CURE}"
         )
+
+    @staticmethod
+    def _failure_of_step(adapter: LightningAdapter) -> Exception | None:
+        """What the step raises with the whole batch, as one may that runs in training mode alone."""
+        with adapter.evaluating() as twin, torch.no_grad():
+            try:
+                adapter.of_step(twin.module, list(range(adapter.count)))
+            except Exception as error:
+                return error
+        return None
 
     def _look(self, adapter: LightningAdapter, inputs: Tensor) -> Look:
         """The ViT behind the outputs, in one of the parts, and what reaches it, seen on a twin with gradients."""

@@ -45,7 +45,7 @@ class Steps:
                 trace = self.run(batch, name, training=True)
             failure = failure or trace.error
             shown = trace.inputs if shown is None else shown
-            found = (name, trace) if found is None or trace.loss is not None else found
+            found = (name, trace) if found is None or trace.loss is not None or not found[1].seen else found
             if trace.loss is not None:
                 break
         if found is None or (found[1].loss is None and failure is not None):

@@ -134,7 +134,11 @@ class StepRecorder:
             call, sources = self._entered(path, args, kwargs), self._flow.of(args, kwargs)
 
         def note_exit() -> None:
-            self._flow.mark(_tensors_of(output), sources | (WEIGHTS | TRAINED if is_opaque else 0))
+            for tensor in _tensors_of(output):
+                if is_opaque:
+                    self._flow.mark(tensor, sources | WEIGHTS | TRAINED)
+                elif not self._flow.of(tensor) & IMAGES:  # made where torch does not see it, or of labels alone
+                    self._flow.mark(tensor, sources)
             if call is not None:
                 call.gave = frozenset(map(self._flow.name, tensors_in(getattr(output, "logits", output))))
                 self._calls.append(call)
