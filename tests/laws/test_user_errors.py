@@ -26,13 +26,13 @@ class WarmingUp(Project):
     def __init__(self) -> None:
         super().__init__()
         self.steps = 0
+        self.vit.register_forward_pre_hook(self.warm)
 
-    def forward(self, images: Tensor) -> Any:
-        if self.training:
+    def warm(self, vit: nn.Module, _: Any) -> None:
+        if vit.training:
             self.steps += 1
         elif self.steps == 0:
             raise ValueError("the prototypes are not there yet")
-        return self.vit(images)
 
 
 class OpenSet(Project):
