@@ -335,6 +335,46 @@ def test_images_without_a_label_are_left_out_where_the_step_fails_on_them(
     assert (known < CLASSES).all()
 
 
+class MaskedRows(Embedding):
+    """Leaves images without a label out of the loss."""
+
+    def step(self, batch: Any) -> Tensor:
+        images, labels = batch
+        logits, known = self.head(self.vit(images)), labels >= 0
+        return F.cross_entropy(logits[known], labels[known])
+
+
+class MaskedImages(Embedding):
+    """Leaves images without a label out before the model is run."""
+
+    def step(self, batch: Any) -> Tensor:
+        images, labels = batch
+        known = labels >= 0
+        return F.cross_entropy(self.head(self.vit(images[known])), labels[known])
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+@pytest.mark.parametrize("project", [MaskedRows, MaskedImages])
+def test_images_that_the_step_leaves_out_have_no_label(project: Any, sanity: int, tmp_path: Path) -> None:
+    """Without a step that was watched, they are left out here too, as the loss is known of the others alone."""
+    labels = [0, 1, 2, 3, 4, *[-1, 0, 1, -1, 2] * 3]
+    callback = ViTExplainCallback(num_images=8)
+    torch.manual_seed(0)
+    module = project()
+    fewer = pytest.warns(UserWarning, match=r"of the 20 in the validation set [67] can be explained")
+    with contextlib.nullcontext() if sanity else fewer:
+        trained(callback, tmp_path, module, labels, num_sanity_val_steps=sanity)
+    assert callback.tracker is not None
+    known = callback.tracker.probe.labels
+    assert known is not None
+    assert len(known) == 8 if sanity else (known >= 0).all()
+    with torch.no_grad():
+        expected = module.eval().head(module.vit(callback.tracker.probe.images))
+    now = callback.tracker.history.now
+    torch.testing.assert_close(now.logits, expected)
+    assert now.target.equal(known.where(known >= 0, expected.argmax(dim=1)))
+
+
 class Featured(Project):
     """`forward` gives features; the step knows their classes, or their ages."""
 

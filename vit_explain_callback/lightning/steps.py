@@ -53,19 +53,19 @@ class Steps:
         return batch, *found, shown
 
     def run_on_labelled(self, batch: Any, step: StepName) -> tuple[Any, StepTrace]:
-        """Run a step; where it fails, on the images alone that have a label."""
+        """Run a step; where it fails or leaves images out, on the images alone that have a label."""
         trace = self.run(batch, step)
         count = images_in(batch)
         labels = [leaf for leaf in leaves_of(batch) if leaf.shape == (count,) and not leaf.is_floating_point()]
         for absent in ((-1, -100), (-1, -100, 255)):
             unlabelled = [torch.isin(each.cpu(), torch.tensor(absent)) for each in labels if each.dtype != torch.bool]
-            if trace.error is None or not unlabelled:
+            if (trace.loss is not None and trace.error is None) or not unlabelled:
                 break
             rows = (~torch.stack(unlabelled).any(dim=0)).nonzero().flatten().tolist()
             if 0 < len(rows) < count:
                 fewer = picked(batch, rows, count)
                 again = self.run(fewer, step)
-                if again.error is None:
+                if again.error is None and (again.loss is not None or trace.error is not None):
                     return fewer, again
         return batch, trace
 

@@ -108,6 +108,7 @@ class LossRecorder(TorchFunctionMode):
         self.needs_labels = False
         self._given = 0
         self._left_torch = 0
+        self._inside = 0  # sources of what looked like a loss, and went into the logits of another
         self._next_source = FIRST_FREE
         self._logits: Any = WeakIdKeyDictionary()  # by what was computed of them, element by element
         self._binary: Any = WeakIdKeyDictionary()
@@ -161,7 +162,7 @@ class LossRecorder(TorchFunctionMode):
         """
         returned = [loss for loss in self.losses if loss.source & self.returned] or self.losses
         ranked = sorted(
-            (loss for loss in returned if loss.counts),
+            (loss for loss in returned if loss.counts and not loss.source & self._inside),
             key=lambda loss: ("classification", "multilabel", "regression").index(loss.task),
         )
         usable = [loss for loss in ranked if loss.is_of(images)]
@@ -240,6 +241,8 @@ class LossRecorder(TorchFunctionMode):
         # A buffer may say how labels are counted, but numbers of one are those of a centre.
         of_model = IMAGES | WEIGHTS | (BUFFERS if reading == "numbers" else 0)
         made_of, computed_of = self.flow.of(target), self.flow.of(outputs)
+        if reading != "numbers":
+            self._inside |= computed_of
         of_labels = not made_of & of_model
         if self.needs_labels and not made_of & self._given:  # made of Python's numbers, if of anything
             of_labels = not made_of and bool(self._left_torch & self._given) and not self._left_torch & IMAGES
