@@ -185,6 +185,16 @@ def test_they_are_found_in_any_precision(name: str, dtype: torch.dtype) -> None:
     assert not can_leave_out(model)
 
 
+@pytest.mark.parametrize("offset", [1.0, 4.0, 16.0])
+def test_rounding_is_not_taken_for_positions(offset: float) -> None:
+    """Tokens change these logits by not much more than bfloat16 rounds them by."""
+    model = tiny_vit(depth=12)
+    with torch.no_grad():
+        model.head.bias += offset
+    assert can_leave_out(model) is True
+    assert can_leave_out(model.bfloat16()) is not False
+
+
 def test_of_logits_that_do_not_depend_on_tokens_nothing_is_told() -> None:
     for value in (0.0, math.nan):
         model = tiny_vit()

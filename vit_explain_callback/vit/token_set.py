@@ -23,7 +23,7 @@ from vit_explain_callback.vit.tokens import TokenLayout
 _SHARE = 0.01
 """Of what leaving tokens out changes: by so much may the order change the logits."""
 _ROUNDINGS = 8
-"""The same, in roundings of the model's precision; more than `_SHARE` in half precision alone."""
+"""Of the model's precision: the same in half precision, of what leaving out changes; of the logits, nothing is told."""
 _ORDERS = 2
 
 
@@ -35,7 +35,7 @@ def treats_tokens_as_set(subject: Subject, images: Tensor, layout: TokenLayout, 
 
     Returns:
         None where it cannot be told: the logits are not finite, or do not depend on the tokens, as with a classifier
-        that is all zero.
+        that is all zero, or the order changes them by no more than rounding does.
 
     Raises:
         Exception: What the model raised of whole images, and where memory does not suffice.
@@ -57,16 +57,19 @@ def treats_tokens_as_set(subject: Subject, images: Tensor, layout: TokenLayout, 
         return False  # blocks that take only as many tokens as there are patches
     if max(changes) == 0:
         return None
-    share = max(_SHARE, _ROUNDINGS * torch.finfo(images.dtype).eps) if images.is_floating_point() else _SHARE
-    return all(error <= share * max(changes) for error in errors)  # not so for NaN
+    rounding = _ROUNDINGS * torch.finfo(whole.dtype).eps
+    if all(error <= max(_SHARE, rounding) * max(changes) for error in errors):  # not so for NaN
+        return True
+    return None if all(error <= rounding * whole.double().pow(2).mean().sqrt() for error in errors) else False
 
 
 def _logits(subject: Subject, images: Tensor, index: Tensor | None) -> Tensor:
+    """(B, C) in the precision of the model."""
     with torch.no_grad(), preserved_random_state(seed=0):
         if index is None:
-            return subject.logits(images.clone()).cpu().double().cpu()
+            return subject.logits(images.clone()).cpu()
         with subject.entered_by(images, index.to(images.device)):
-            return subject.logits(images.clone()).cpu().double().cpu()
+            return subject.logits(images.clone()).cpu()
 
 
 def _taken(none: Tensor, counts: Sequence[int], generator: torch.Generator) -> Iterator[Tensor]:
@@ -90,4 +93,4 @@ def _shuffled(layout: TokenLayout, taken: Tensor, generator: torch.Generator) ->
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    return (one - other).pow(2).mean().sqrt().item()
+    return (one.double() - other.double()).pow(2).mean().sqrt().item()
