@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import sqlite3
 import tempfile
@@ -278,3 +279,91 @@ def test_no_features_are_kept_of_a_watched_step(tmp_path: Path, monkeypatch: pyt
     with torch.no_grad():
         expected = module.eval().vit(module.stem(callback.tracker.probe.images))
     torch.testing.assert_close(callback.tracker.history.now.logits, expected)
+
+
+class Swapping(Project):
+    """Puts other tensors in the place of its weights, as some conversions of torch do."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        weight = self.vit.head.weight
+        torch.utils.swap_tensors(weight, nn.Parameter(weight.detach().clone()))
+        return self.step(batch)
+
+
+def test_weights_can_be_swapped_in_a_watched_step(tmp_path: Path) -> None:
+    values = []
+    for callback in (None, ViTExplainCallback(num_images=5)):
+        torch.manual_seed(0)
+        module, seen = Swapping(), list[float]()
+        trained(callback, tmp_path / str(callback is None), module, more_callbacks=[Seen(seen)])
+        values.append((seen, module.vit.head.weight.tolist()))
+    assert values[0] == values[1]
+
+
+class Wrapping(pl.Callback):
+    """Wraps the strategy's step and the call of every module, before the callback does."""
+
+    def __init__(self) -> None:
+        self.steps = self.calls = 0
+        self.call = nn.Module.__call__
+
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        step = trainer.strategy.validation_step
+
+        def counted_step(*args: Any, **kwargs: Any) -> Any:
+            self.steps += 1
+            return step(*args, **kwargs)
+
+        def counted_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return self.call(module, *args, **kwargs)
+
+        trainer.strategy.validation_step = counted_step
+        nn.Module.__call__ = counted_call  # type: ignore[method-assign]
+
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+        nn.Module.__call__ = self.call  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_what_the_user_has_wrapped_stays_so(is_first: bool, tmp_path: Path) -> None:
+    counts = []
+    for callback in (None, ViTExplainCallback(num_images=5)):
+        torch.manual_seed(0)
+        wrapping = Wrapping()
+        others = [] if callback is None else [callback]
+        more = [wrapping, *others] if is_first else [*others, wrapping]
+        trainer = trained(None, tmp_path / str(callback is None), Project(), more_callbacks=more)
+        assert trainer.strategy.validation_step.__name__ == "counted_step"
+        assert nn.Module.__call__ is wrapping.call
+        counts.append((wrapping.steps, wrapping.calls))
+    assert counts[0] == counts[1]
+    assert min(counts[0]) > 1
+
+
+class Talking(Project):
+    """Its parts print and log, in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit.head.register_forward_hook(self.talk)
+
+    def talk(self, *_: Any) -> None:
+        print("said by the head")
+        LOG.warning("logged by the head")
+
+
+LOG = logging.getLogger("user")
+
+
+def test_what_parts_print_and_log_in_a_snapshot_is_not_heard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    heard = []
+    for callback in (None, ViTExplainCallback(num_images=5)):
+        torch.manual_seed(0)
+        trained(callback, tmp_path / str(callback is None), Talking())
+        heard.append((capsys.readouterr().out.count("said by the head"), caplog.text.count("logged by the head")))
+        caplog.clear()
+    assert heard[0] == heard[1]
+    assert min(heard[0]) > 1

@@ -17,12 +17,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from vit_explain_callback.vit.isolation import undisturbed
 from vit_explain_callback.vit.twin import Twin
@@ -92,6 +93,22 @@ class Context:
 def entered(held: Context) -> int:
     with held:
         return held.depth
+
+
+class Named:
+    def __init__(self) -> None:
+        self.held = {"count": 0}
+
+
+class Weakly:
+    def __init__(self) -> None:
+        self.named = Named()
+        self.weak = weakref.WeakValueDictionary({"a": self.named})
+
+    def step(self) -> int:
+        assert self.weak["a"] is self.named
+        self.named.held["count"] += 1
+        return self.weak["a"].held["count"]
 
 
 def closing() -> Callable[[], int]:
@@ -196,6 +213,12 @@ RIGHT: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[Any
     ),
     "a lock": (threading.Lock, lambda held: held.acquire(blocking=False), lambda held: held.locked()),
     "an event": (threading.Event, lambda held: held.set() or held.is_set(), lambda held: held.is_set()),
+    "Sobol's engine": (
+        lambda: torch.quasirandom.SobolEngine(1, scramble=True, seed=0),
+        lambda held: held.draw(1),
+        lambda held: (held.num_generated, held.quasi.tolist()),
+    ),
+    "weak values": (Weakly, lambda held: held.step(), lambda held: dict(held.weak["a"].held)),
     "nested": (
         lambda: SimpleNamespace(a={"b": [SimpleNamespace(c=0)]}),
         lambda held: increased(held.a["b"][0], "c"),
@@ -238,6 +261,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "a shared number": (lambda: multiprocessing.Value("i", 3), lambda held: increased(held, "value")),
     "a pipe": (lambda: multiprocessing.Pipe()[1], lambda held: held.send(1) or 1),
     "what belongs to a thread": (threading.local, lambda held: increased(held, "a")),
+    "a loader's iterator": (lambda: iter(DataLoader(TensorDataset(torch.ones(3)))), next),
+    "a profiler": (lambda: torch.profiler.profile(), lambda held: held.step() or 1),
     "an optimizer": (lambda: torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), lambda held: held.step() or 1),
     "an object with a __del__": (
         type("Deleting", (), {"__del__": lambda self: None, "count": 0}),
@@ -424,10 +449,6 @@ def test_a_write_to_a_parameter_in_a_later_pass_is_the_twins_own(call: int) -> N
     torch.testing.assert_close(found[-1], torch.full((2,), 0.5**0.5))
 
 
-class Outer:
-    """What a module lies in, as its LightningModule."""
-
-
 def test_only_what_is_asked_for_is_copied_of_what_is_borrowed() -> None:
     class Root(nn.Module):
         scale = 2.0
@@ -467,3 +488,73 @@ def test_only_what_is_asked_for_is_copied_of_what_is_borrowed() -> None:
     assert "file" not in vars(made)
     root.file.close()
     other.file.close()
+
+
+class Slotted(nn.Module):
+    __slots__ = ("seen",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.seen = [0]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen[0] += 1
+        return inputs + self.weight * self.seen[0]
+
+
+class Frozen(nn.Module):
+    """May not be changed once it is made, and cleans up at its end."""
+
+    deleted: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.is_made = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "is_made", False) and name != "training":
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+    def __del__(self) -> None:
+        self.deleted.append(1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + self.weight
+
+
+@pytest.mark.parametrize("kind", [Slotted, Frozen])
+def test_a_module_may_keep_its_attributes_in_another_way(kind: Any) -> None:
+    module, other = kind(), kind()
+    with undisturbed(module) as twin, torch.no_grad():
+        found = twin.module(torch.zeros(2))
+    del twin
+    assert found.equal(other(torch.zeros(2)))
+    assert getattr(module, "seen", [0]) == [0]
+    assert Frozen.deleted == []
+
+
+class Sampling(nn.Module):
+    """Holds a distribution of its own weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.ones(2))
+        self.noise = torch.distributions.Normal(self.mean, torch.ones(2))
+
+    def forward(self, inputs: Tensor) -> Any:
+        return inputs + self.noise.mean + self.noise.sample()
+
+
+def test_a_distribution_is_one_of_the_twins_weights() -> None:
+    module = Sampling()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        expected = module(torch.zeros(2))
+    torch.manual_seed(3)
+    with undisturbed(module) as twin, torch.no_grad():
+        found = twin.module(torch.zeros(2))
+        assert twin.module.noise.loc is twin.module.mean
+    assert found.equal(expected)

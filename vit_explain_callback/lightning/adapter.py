@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +88,10 @@ class LightningAdapter:
     def outputs(self, twin: nn.Module, images: Tensor, first: int) -> object:
         """What the twin makes of images, (B, C, H, W), of which the first is image `first` of the batch."""
         if self.forward is not None:
-            return self.forward(twin, images)
+            with unheard():
+                return self.forward(twin, images)
         rows = [(first + place) % max(self.count, 1) for place in range(len(images))]
-        with self._feeding(twin, images), redirect_stdout(io.StringIO()), unheard():
+        with self._feeding(twin, images):
             if not self.parts:
                 return self.of_step(twin, rows, images)
             return self.of_parts(twin, images if self.inputs is None else self.inputs[rows].to(images.device))
@@ -99,8 +99,9 @@ class LightningAdapter:
     def of_parts(self, twin: nn.Module, inputs: Tensor) -> Any:
         """What the parts make of what the first of them is called with."""
         found: Any = inputs
-        for path in self.parts:
-            found = twin.get_submodule(path)(found)
+        with unheard():
+            for path in self.parts:
+                found = twin.get_submodule(path)(found)
         return getattr(found, "logits", found)
 
     def of_step(self, twin: nn.Module, rows: list[int], images: Tensor | None = None) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import io
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -38,7 +37,7 @@ def transferred(module: LightningModule, trainer: Trainer, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     if not any(is_overridden(name, owner) for name in _TRANSFERS for owner in (module, data) if owner is not None):
         return trainer.strategy.batch_to_device(batch, module.device, 0)
-    with evaluating(module, trainer) as twin, torch.no_grad(), unheard(), redirect_stdout(io.StringIO()):
+    with evaluating(module, trainer) as twin, torch.no_grad(), unheard():
         for name in _TRANSFERS:
             owner = data if data is not None and is_overridden(name, data) else module
             given = (module.device, 0) if name == "transfer_batch_to_device" else (0,)
@@ -57,5 +56,5 @@ def run_step(twin: Any, step: StepName, batch: Any) -> Any:
     index_of_batch = len(places) > 1 or places[-1].kind == kinds.VAR_POSITIONAL
     more = [one for one in places[2:] if one.kind != kinds.VAR_POSITIONAL]
     index_of_loader = bool(more) and (more[0].name == "dataloader_idx" or more[0].default is kinds.empty)
-    with redirect_stdout(io.StringIO()), unheard():
+    with unheard():
         return function(batch, *[0] * (index_of_batch + index_of_loader))

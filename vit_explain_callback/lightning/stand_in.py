@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -155,7 +156,7 @@ class _Alone:
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """What code inside says to Python's log, or to a tracker of experiments such as `wandb.log`, goes nowhere."""
+    """What code inside prints, or says to Python's log or to a tracker such as `wandb.log`, goes nowhere."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     said = []
@@ -166,7 +167,8 @@ def unheard() -> Iterator[None]:
     try:
         for patch in said:
             patch.start()
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         for patch in reversed(said):
             patch.stop()

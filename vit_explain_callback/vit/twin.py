@@ -15,12 +15,14 @@ import functools
 import io
 import pickle
 import types
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch._C import _len_torch_function_stack
+from torch.overrides import _pop_mode_temporarily
 
 from vit_explain_callback.vit import copying
 from vit_explain_callback.vit.borrowed import Borrowed
@@ -89,9 +91,10 @@ class Twin:
         self._stream.truncate()
         before = len(self.modules)
         try:
-            self._pickler.dump(value)
-            self._stream.seek(0)
-            made = self._unpickler.load()
+            with _without_function_modes():  # which would note what is copied as computed
+                self._pickler.dump(value)
+                self._stream.seek(0)
+                made = self._unpickler.load()
             self._evaluate(self.modules[before:])
         except Exception as error:
             raise RuntimeError(
@@ -156,6 +159,14 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         return functools.partial(getattr(copying, name), self._twin)
+
+
+@contextmanager
+def _without_function_modes() -> Iterator[None]:
+    with ExitStack() as stack:
+        for _ in range(_len_torch_function_stack()):
+            stack.enter_context(_pop_mode_temporarily())
+        yield
 
 
 def _sets_more_than_flags(kind: type[nn.Module]) -> bool:
