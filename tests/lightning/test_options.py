@@ -115,7 +115,8 @@ def with_what_belongs_to_it(name: str, value: Any) -> dict[str, Any]:
         more = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     if name == "every_n_steps":
         more = {"every_n_epochs": "auto"}
-    return {"num_images": 2, "num_shown": 1, "methods": ["rollout"]} | more | {name: value}
+    checked = {} if name in ("removal", "batch_size") else {"check_every_n_snapshots": None}  # checks take most time
+    return {"num_images": 2, "num_shown": 1, "methods": ["rollout"]} | checked | more | {name: value}
 
 
 def test_there_are_many_and_every_option_has_some() -> None:
