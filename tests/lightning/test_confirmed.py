@@ -391,12 +391,15 @@ class Featured(Project):
 
 
 @pytest.mark.filterwarnings("ignore:ViTExplainCallback. `forward` gives other outputs")
+@pytest.mark.parametrize("sanity", [0, 1])
 @pytest.mark.parametrize("regression", [False, True])
-def test_images_of_the_users_own_are_explained_as_the_loss_has_them(regression: bool, tmp_path: Path) -> None:
+def test_images_of_the_users_own_are_explained_as_the_loss_has_them(
+    regression: bool, sanity: int, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     module, images = Featured(regression), pictures(seed=8, count=5)
     callback = ViTExplainCallback(images=images)
-    trained(callback, tmp_path, module, num_sanity_val_steps=1)
+    trained(callback, tmp_path, module, num_sanity_val_steps=sanity)
     assert callback.tracker is not None
     assert callback.tracker.probe.images is not None
     assert callback.tracker.probe.images.equal(images)
@@ -406,11 +409,12 @@ def test_images_of_the_users_own_are_explained_as_the_loss_has_them(regression: 
     torch.testing.assert_close(callback.tracker.history.now.logits, expected)
 
 
-def test_images_of_the_users_own_do_not_make_an_embedding_classes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_images_of_the_users_own_do_not_make_an_embedding_classes(sanity: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     callback = ViTExplainCallback(images=pictures(seed=8, count=5))
     with pytest.raises(ValueError, match="an embedding is not the logits of classes"):
-        trained(callback, tmp_path, NTXent(), num_sanity_val_steps=1)
+        trained(callback, tmp_path, NTXent(), num_sanity_val_steps=sanity)
 
 
 class Twice(Project):

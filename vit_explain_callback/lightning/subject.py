@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from vit_explain_callback.lightning.data import class_names, probe_batch, valida
 from vit_explain_callback.lightning.discover import Discovery
 from vit_explain_callback.lightning.evaluation import transferred
 from vit_explain_callback.lightning.settings import Settings
+from vit_explain_callback.lightning.steps import Steps
 from vit_explain_callback.lightning.strategy import explained_module, forward_of
 from vit_explain_callback.lightning.trace import StepTrace
 from vit_explain_callback.tracking.distributed import Ranks
@@ -25,6 +27,9 @@ from vit_explain_callback.tracking.warning import warn
 from vit_explain_callback.vit.adapter import Adapter, PlainAdapter
 from vit_explain_callback.vit.timm import find_vit, normalisation, refuse_other_timm_models
 from vit_explain_callback.vit.wrappers import is_sharded
+
+_FEW = 16
+"""Validation images that a step is run with, where its loss is all that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,11 @@ class Subject:
         discovery = Discovery(module, trainer, vit, settings.needs_vit, settings.task)
         if settings.given is not None:
             images, labels = settings.given
-            first: StepTrace | None = ranks.together(lambda: trace)[0]
-            if first is not None and first.seen and not settings.model.get("forward") and not is_sharded(module):
+            itself = settings.model.get("forward") is not None or is_sharded(module)
+            first: StepTrace | None = None if itself else ranks.together(lambda: trace)[0]
+            if first is None and not itself:
+                first = _seen_on_a_copy(trainer, module, ranks)
+            if first is not None and first.seen:
                 seen = ranks.alike(lambda: discovery.of_images(images, labels, first))
                 return replace(
                     cls._made(settings, trainer, module, seen.adapter, seen.images, labels), words=seen.words
@@ -150,6 +158,26 @@ def _collected(trainer: Trainer, num_images: int, watched: Watched) -> tuple[Any
         )
         batch = None
     return (watched.batch, True) if batch is None else (batch, False)
+
+
+def _seen_on_a_copy(trainer: Trainer, module: LightningModule, ranks: Ranks) -> StepTrace | None:
+    """What a step computes its loss of with validation images; None where there are none, or none of its own accord."""
+
+    def read() -> Any:
+        with suppress(RuntimeError):  # what cannot be read is not needed: the images are given
+            return probe_batch(trainer, _FEW)
+
+    batch = ranks.together(lambda: read() if ranks.rank == 0 else None)[0]
+    if batch is None:
+        return None
+
+    def run() -> StepTrace | None:
+        with suppress(Exception):  # nor is a step that runs
+            seen = Steps(module, trainer).first_with_loss(transferred(module, trainer, batch))[2]
+            return replace(seen, error=None)
+        return None
+
+    return ranks.together(run)[0]
 
 
 def _given(trainer: Trainer, used: int) -> str:
