@@ -440,6 +440,7 @@ class NoHead(pl.LightningModule):
         ({}, {"validation": None}, "Expected a validation loader .* Give the images yourself"),
         ({"methods": [Rollout(start_layer=4)]}, {}, r"`start_layer` in 1 … 3"),
         ({"images": torch.zeros(1, 3, 40, 32)}, {}, "images of 32x32 pixels .* but got 40x32"),
+        ({"images": torch.zeros(1, 3, 40, 32)}, {"sanity": 1}, "images of 32x32 pixels .* but got 40x32"),
         ({"target": 5}, {"starts": True}, r"`target` classes in 0 … 4"),
     ],
 )
@@ -449,7 +450,14 @@ def test_a_configuration_that_cannot_work_stops_before_training(
     module = run.get("module", Classifier)()
     before = [parameter.clone() for parameter in module.parameters()]
     with pytest.raises(ValueError, match=message):
-        fit(ViTExplainCallback(**arguments), tmp_path, module, run.get("validation", "same"))
+        sanity = run.get("sanity", 0)
+        fit(
+            ViTExplainCallback(**arguments),
+            tmp_path,
+            module,
+            run.get("validation", "same"),
+            num_sanity_val_steps=sanity,
+        )
     assert all(one.equal(other) for one, other in zip(before, module.parameters(), strict=True))
 
 

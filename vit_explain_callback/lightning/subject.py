@@ -22,6 +22,7 @@ from vit_explain_callback.lightning.steps import Steps
 from vit_explain_callback.lightning.strategy import explained_module, forward_of
 from vit_explain_callback.lightning.trace import StepTrace
 from vit_explain_callback.tracking.distributed import Ranks
+from vit_explain_callback.tracking.guard import is_refusal
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.warning import warn
 from vit_explain_callback.vit.adapter import Adapter, PlainAdapter
@@ -70,17 +71,7 @@ class Subject:
             refuse_other_timm_models(module if vit is None else find_vit(module, vit))
         discovery = Discovery(module, trainer, vit, settings.needs_vit, settings.task)
         if settings.given is not None:
-            images, labels = settings.given
-            itself = settings.model.get("forward") is not None or is_sharded(module)
-            first: StepTrace | None = None if itself else ranks.together(lambda: trace)[0]
-            if first is None and not itself:
-                first = _seen_on_a_copy(trainer, module, ranks)
-            if first is not None and first.seen:
-                seen = ranks.alike(lambda: discovery.of_images(images, labels, first))
-                return replace(
-                    cls._made(settings, trainer, module, seen.adapter, seen.images, labels), words=seen.words
-                )
-            return cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
+            return cls._of_given(settings, trainer, module, ranks, discovery, trace)
         # The first process collects, and gives the images to all.
         work = partial(_collected, trainer, settings.num_images, watched)
         gathered = ranks.together(lambda: (*work(), trace) if ranks.rank == 0 else (None, False, None))
@@ -101,6 +92,32 @@ class Subject:
             warn(seen.notice)
         made = cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels, is_first=is_ready)
         return replace(made, words=seen.words)
+
+    @classmethod
+    def _of_given(
+        cls,
+        settings: Settings,
+        trainer: Trainer,
+        module: LightningModule,
+        ranks: Ranks,
+        discovery: Discovery,
+        trace: StepTrace | None,
+    ) -> Subject:
+        assert settings.given is not None
+        images, labels = settings.given
+        first: StepTrace | None = None
+        if settings.model.get("forward") is None and not is_sharded(module):
+            first = ranks.together(lambda: trace)[0] or _seen_on_a_copy(trainer, module, ranks)
+        if first is not None and first.seen:
+            try:
+                seen = ranks.alike(lambda: discovery.of_images(images, labels, first))
+                made = cls._made(settings, trainer, module, seen.adapter, seen.images, labels)
+                return replace(made, words=seen.words)
+            except Exception as error:
+                if is_refusal(error):
+                    raise
+        # Or the module's parts do not take these images: it may itself, and else says what it takes.
+        return cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
 
     @classmethod
     def _made(
