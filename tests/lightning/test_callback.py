@@ -449,15 +449,9 @@ def test_a_configuration_that_cannot_work_stops_before_training(
 ) -> None:
     module = run.get("module", Classifier)()
     before = [parameter.clone() for parameter in module.parameters()]
+    callback, validation, sanity = ViTExplainCallback(**arguments), run.get("validation", "same"), run.get("sanity", 0)
     with pytest.raises(ValueError, match=message):
-        sanity = run.get("sanity", 0)
-        fit(
-            ViTExplainCallback(**arguments),
-            tmp_path,
-            module,
-            run.get("validation", "same"),
-            num_sanity_val_steps=sanity,
-        )
+        fit(callback, tmp_path, module, validation, num_sanity_val_steps=sanity)
     assert all(one.equal(other) for one, other in zip(before, module.parameters(), strict=True))
 
 
