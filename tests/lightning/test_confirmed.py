@@ -356,23 +356,56 @@ class MaskedImages(Embedding):
 @pytest.mark.parametrize("sanity", [0, 1])
 @pytest.mark.parametrize("project", [MaskedRows, MaskedImages])
 def test_images_that_the_step_leaves_out_have_no_label(project: Any, sanity: int, tmp_path: Path) -> None:
-    """Without a step that was watched, they are left out here too, as the loss is known of the others alone."""
+    """Where no step was watched, images that the model is not given are left out here too."""
     labels = [0, 1, 2, 3, 4, *[-1, 0, 1, -1, 2] * 3]
     callback = ViTExplainCallback(num_images=8)
     torch.manual_seed(0)
     module = project()
+    is_fewer = project is MaskedImages and not sanity
     fewer = pytest.warns(UserWarning, match=r"of the 20 in the validation set [67] can be explained")
-    with contextlib.nullcontext() if sanity else fewer:
+    with fewer if is_fewer else contextlib.nullcontext():
         trained(callback, tmp_path, module, labels, num_sanity_val_steps=sanity)
     assert callback.tracker is not None
     known = callback.tracker.probe.labels
     assert known is not None
-    assert len(known) == 8 if sanity else (known >= 0).all()
+    assert (known >= 0).all() if is_fewer else len(known) == 8
     with torch.no_grad():
         expected = module.eval().head(module.vit(callback.tracker.probe.images))
     now = callback.tracker.history.now
     torch.testing.assert_close(now.logits, expected)
     assert now.target.equal(known.where(known >= 0, expected.argmax(dim=1)))
+
+
+class Mixed(Embedding):
+    """Mixes images and their labels in training, and measures accuracy alone in validation."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        shares = F.one_hot(labels, CLASSES).float()
+        mixed = self.share * images + (1 - self.share) * images.flip(0)
+        shares = self.share * shares + (1 - self.share) * shares.flip(0)
+        return -(shares * self.head(self.vit(mixed)).log_softmax(dim=1)).sum(dim=1).mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("accuracy", (self.head(self.vit(batch[0])).argmax(dim=1) == batch[1]).float().mean())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_labels_of_mixed_images_are_not_those_of_the_probe(share: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, callback = Mixed(share), ViTExplainCallback(num_images=5)
+    labels = [index * 3 % CLASSES for index in range(20)]
+    trained(callback, tmp_path, module, labels, num_sanity_val_steps=1)
+    assert callback.tracker is not None
+    probe = callback.tracker.probe
+    assert probe.images is not None
+    assert probe.labels is not None
+    places = [int((pictures() == image).flatten(1).all(dim=1).nonzero()) for image in probe.images]
+    assert probe.labels.tolist() == [labels[place] for place in places]
 
 
 class Featured(Project):

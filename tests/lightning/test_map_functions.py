@@ -207,8 +207,12 @@ def test_a_function_that_fails_is_said_in_a_sentence_and_training_goes_on(tmp_pa
         load_run(str(trainer.log_dir))
 
 
-def test_given_images_need_to_know_how_logits_come_about(tmp_path: Path) -> None:
+def test_given_images_need_to_know_how_logits_come_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step says it, or the user does where none can be run."""
     images = IMAGES[:3]
+    trainer, _, _ = run(tiny_resnet(), tmp_path / "step", [SALIENCY], images=images)
+    assert load_run(str(trainer.log_dir)).maps["saliency"].shape == (3, 3, 64, 64)
+    monkeypatch.setattr("vit_explain_callback.lightning.subject.probe_batch", lambda *_, **__: None)
     with pytest.raises(ValueError, match=r"Expected Net to define `forward\(images\)`, returning logits") as error:
         run(tiny_resnet(), tmp_path, [SALIENCY], images=images)
     assert "forward=lambda module, images: module.model(images)" in str(error.value)

@@ -157,3 +157,11 @@ def test_outputs_are_kept_as_the_loss_was_given_them() -> None:
     found = recorded(step)
     assert found is not None
     assert found.values.equal(IMAGES.flatten(1) @ HEAD)
+
+
+def test_rows_that_a_mask_of_labels_picks_are_rows_of_all_outputs() -> None:
+    found = recorded(lambda logits, labels: F.cross_entropy(logits[labels != 1], labels[labels != 1]))
+    assert found is not None
+    assert found.outputs.equal(IMAGES.flatten(1) @ HEAD)
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 2, -1, 2, 0]

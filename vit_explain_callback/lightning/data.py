@@ -24,11 +24,16 @@ _given_up: weakref.WeakSet[Trainer] = weakref.WeakSet()  # so that a data set th
 _made: list[Any] = []  # by a forked process, which ends without finalising it
 
 
-def probe_batch(trainer: Trainer, num_images: int) -> Any:
+def probe_batch(trainer: Trainer, num_images: int, or_training: bool = False) -> Any:
     """A batch of validation items, spread over the data and over its classes, as the loader would collate it.
 
     They are read in a forked process, which is the user's own project as it stands and cannot reach this one. Where
     there is no fork, in a new process if the loader has such workers itself, or else here, from a copy of the data.
+
+    Args:
+        trainer: Its loaders are asked.
+        num_images: Items.
+        or_training: Whether training items serve where there are none to validate.
 
     Returns:
         The batch, before any transfer hook. None for streams and loaders of another kind, for data that can neither be
@@ -41,7 +46,7 @@ def probe_batch(trainer: Trainer, num_images: int) -> Any:
     if trainer in _given_up:
         return None
     try:
-        return _read(trainer, num_images)
+        return _read(trainer, num_images, or_training)
     except Lost as error:
         _given_up.add(trainer)
         warn(
@@ -79,11 +84,11 @@ def validation_size(trainer: Trainer) -> int | None:
     return len(loader.dataset) if is_batched and isinstance(loader.dataset, Sized) else None
 
 
-def _read(trainer: Trainer, num_images: int) -> Any:
+def _read(trainer: Trainer, num_images: int, or_training: bool) -> Any:
     if can_fork():
         with contextlib.suppress(OSError):
-            return in_fork(lambda beat: _read_own(Source.of(_loader(trainer, _asked)), num_images, beat))
-    loader = _loader(trainer, _asked_of_copy)
+            return in_fork(lambda beat: _read_own(Source.of(_loader(trainer, _asked, or_training)), num_images, beat))
+    loader = _loader(trainer, _asked_of_copy, or_training)
     source = Source.of(loader)
     if source is None:
         return None
@@ -118,17 +123,20 @@ def _spawns_workers(loader: DataLoader[Any]) -> bool:
     return loader.num_workers > 0 and context.get_start_method(allow_none=True) != "fork"
 
 
-def _loader(trainer: Trainer, ask: Callable[[Any], Any]) -> Any:
+def _loader(trainer: Trainer, ask: Callable[[Any], Any], or_training: bool = False) -> Any:
     """The validation loader, the first if there are several; None if there is none.
 
     Args:
         trainer: Lightning makes its loaders in the first epoch that is validated.
         ask: Calls the hook `val_dataloader` if there are none yet.
+        or_training: Whether the training loader serves where there is none.
     """
     loaders = trainer.val_dataloaders
     if loaders is None and trainer.enable_validation:
         source = trainer.fit_loop.epoch_loop.val_loop._data_source
         loaders = ask(source) if source.is_module() else source.instance
+    if loaders is None and or_training:
+        loaders = trainer.train_dataloader
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     return loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders

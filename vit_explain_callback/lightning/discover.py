@@ -86,6 +86,8 @@ class Discovery:
             inputs, labels = trace.inputs, trace.labels
             if shown is not None and inputs is not None and shown.shape == inputs.shape and not shown.equal(inputs):
                 inputs, labels = shown, self._steps.sure_labels(batch, step, trace)
+            if step == "training_step" and trace.mixes:
+                labels = None  # they are of images that are mixed anew in each step
         if trace.loss is None or inputs is None:
             raise self._unconfirmed(step, trace)
         if labels is None and trace.task == "classification":
@@ -144,7 +146,8 @@ class Discovery:
         if trace.loss is not None and trace.inputs is not None and trace.outputs is not None:
             adapter = self._confirmed(base, trace)
         if adapter is None:
-            raise self._unconfirmed("validation_step", trace)
+            step: StepName = "validation_step" if is_overridden("validation_step", self._module) else "training_step"
+            raise self._unconfirmed(step, trace)
         return self._finished(adapter, trace, images, labels)
 
     def _finished(
@@ -174,9 +177,12 @@ class Discovery:
         if trace.parts != ("",) and is_overridden("forward", self._module):
             yield base
 
-    def _gives(self, adapter: LightningAdapter, inputs: Tensor, outputs: Tensor, trace: StepTrace) -> bool:
-        """Whether copies of the parts give the outputs that went by, and of an image alone what they give of it."""
-        low = str(self._trainer.precision) not in ("32-true", "64-true")
+    def _gives(self, adapter: LightningAdapter, inputs: Tensor, outputs: Tensor, trace: StepTrace) -> bool | None:
+        """Whether copies of the parts give the outputs that went by, and of an image alone what they give of it.
+
+        None where they take something else than images.
+        """
+        low = str(self._trainer.precision) not in ("32-true", "64-true") or outputs.dtype.itemsize < 4
         same = partial(torch.allclose, rtol=5e-2, atol=5e-2) if low else partial(torch.allclose, rtol=1e-3, atol=1e-4)
         # As many outputs as images may be those of the images against each other.
         square = outputs.ndim == 2 and outputs.shape[1] == trace.count
@@ -185,8 +191,8 @@ class Discovery:
                 own = inputs[rows].to(self._module.device, copy=True)
                 try:
                     found = adapter.of_parts(twin.module, own)
-                except Exception:  # it takes something else than images
-                    return False
+                except Exception:
+                    return None
             if not isinstance(found, Tensor) or found.numel() != outputs[rows].numel():
                 return False
             if trace.is_exact and not same(found.flatten().float().cpu(), outputs[rows].flatten().float()):
@@ -284,7 +290,7 @@ class Discovery:
             )
         itself = replace(adapter, parts=("",), feed=None, inputs=None)
         is_other = adapter.parts != ("",) and not trace.called and is_overridden("forward", self._module)
-        if is_other and not self._gives(itself, *_known(trace), trace):
+        if is_other and self._gives(itself, *_known(trace), trace) is False:
             return (
                 f"`forward` gives other outputs than the loss of `{adapter.step}` is computed of; the loss's are "
                 "explained. `forward=lambda module, images: module(images)` explains the others."

@@ -30,7 +30,7 @@ from vit_explain_callback.vit.timm import find_vit, normalisation, refuse_other_
 from vit_explain_callback.vit.wrappers import is_sharded
 
 _FEW = 16
-"""Validation images that a step is run with, where its loss is all that is asked for."""
+"""Images that a step is run with, where its loss is all that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,10 @@ class Subject:
         images, labels = settings.given
         first: StepTrace | None = None
         if settings.model.get("forward") is None and not is_sharded(module):
-            first = ranks.together(lambda: trace)[0] or _seen_on_a_copy(trainer, module, ranks)
-        if first is not None and first.seen:
+            first = ranks.together(lambda: trace)[0]
+            if first is None or not first.seen:
+                first = _seen_on_a_copy(trainer, module, ranks)
+        if first is not None:
             try:
                 seen = ranks.alike(lambda: discovery.of_images(images, labels, first))
                 made = cls._made(settings, trainer, module, seen.adapter, seen.images, labels)
@@ -178,11 +180,11 @@ def _collected(trainer: Trainer, num_images: int, watched: Watched) -> tuple[Any
 
 
 def _seen_on_a_copy(trainer: Trainer, module: LightningModule, ranks: Ranks) -> StepTrace | None:
-    """What a step computes its loss of with validation images; None where there are none, or none of its own accord."""
+    """What a step computes its loss of with images of the data; None where that cannot be seen."""
 
     def read() -> Any:
         with suppress(RuntimeError):  # what cannot be read is not needed: the images are given
-            return probe_batch(trainer, _FEW)
+            return probe_batch(trainer, _FEW, or_training=True)
 
     batch = ranks.together(lambda: read() if ranks.rank == 0 else None)[0]
     if batch is None:

@@ -40,6 +40,7 @@ class StepTrace:
         count: B, images in the step.
         image_leaf: Which tensor of the batch the inputs are, None where the step changes them before.
         label_leaf: Which tensor of the batch the loss compares the outputs with, None where that is made in the step.
+        mixes: Whether the step may mix images and their labels: it makes both, and labels are shares of classes.
         leaves: Number of tensors in the batch.
         called: Whether the module itself was called with images.
         error: What stopped the step, if anything did.
@@ -58,6 +59,7 @@ class StepTrace:
     count: int
     image_leaf: int | None
     label_leaf: int | None
+    mixes: bool
     leaves: int
     called: bool
     error: Exception | None = None
@@ -214,6 +216,10 @@ class StepRecorder:
             count=0 if start is None else start.count,
             image_leaf=None if start is None else start.leaf,
             label_leaf=label_leaf,
+            mixes=loss is not None
+            and loss.reading in ("distribution", "yes_or_no")
+            and label_leaf is None
+            and (start is None or start.leaf is None),
             leaves=len(self._leaves),
             called=itself is not None,
             error=error,

@@ -121,8 +121,8 @@ def _vit(
     innermost = [path for path in owners if not any(other != path and _within(other, path) for other in owners)]
     if len(innermost) > 1:
         raise ValueError(
-            f"Expected the outputs of {type(model).__name__} to come from one Vision Transformer, but they come from "
-            f"{len(innermost)}: {', '.join(innermost)}. Name the one to explain, as in `vit={innermost[0]!r}`."
+            f"Expected the outputs of {model.__class__.__name__} to come from one Vision Transformer, but they come "
+            f"from {len(innermost)}: {', '.join(innermost)}. Name the one to explain, as in `vit={innermost[0]!r}`."
         )
     return innermost[0] or None if innermost else None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vit_explain_callback.vit.sources import Flow
+from vit_explain_callback.vit.sources import Flow, is_mask_of_rows
 
 Task: TypeAlias = Literal["classification", "multilabel", "regression"]
 Reading: TypeAlias = Literal["classes", "distribution", "yes_or_no", "signs", "numbers"]
@@ -112,6 +112,7 @@ class LossRecorder(TorchFunctionMode):
         self._next_source = FIRST_FREE
         self._logits: Any = WeakIdKeyDictionary()  # by what was computed of them, element by element
         self._binary: Any = WeakIdKeyDictionary()
+        self._masked: Any = WeakIdKeyDictionary()  # by rows of some outputs: all of them, and which rows these are
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -171,6 +172,8 @@ class LossRecorder(TorchFunctionMode):
 
     def _note(self, func: Callable[..., Any], name: str, given: list[Any], result: Tensor) -> None:
         first = given[0]
+        if name == "__getitem__" and is_mask_of_rows(given[1]) and isinstance(first, Tensor) and first.ndim in (1, 2):
+            self._masked[result] = (first, given[1])
         if func in _OF_CLASSES | _BINARY | _OF_QUANTITIES:
             if len(given) > 1 and isinstance(first, Tensor) and isinstance(given[1], Tensor):
                 self._note_loss(func, name, first, given[1], result)
@@ -187,7 +190,7 @@ class LossRecorder(TorchFunctionMode):
         if func in _OF_QUANTITIES and (logits is outputs or _are_numbers(target)):
             self._add(name, outputs, "numbers", target, result)
         elif func in _OF_CLASSES:
-            self._add(name, logits, "classes", target, result)
+            self._add(name, logits, "distribution" if target.shape == logits.shape else "classes", target, result)
         else:
             if func is F.binary_cross_entropy and logits is outputs:
                 logits = torch.logit(outputs)
@@ -235,6 +238,10 @@ class LossRecorder(TorchFunctionMode):
 
     def _add(self, name: str, outputs: Tensor, reading: Reading, target: Tensor, result: Tensor) -> None:
         labels, task = read_labels(reading, target, outputs.shape[1] if outputs.ndim > 1 else 1)
+        if outputs in self._masked:
+            outputs, mask = self._masked[outputs]
+            if labels is not None:
+                labels = labels.new_full((len(mask),), -1).masked_scatter(mask.to(labels.device), labels)
         source = self._next_source
         self._next_source <<= 1
         self.flow.mark(result, source)

@@ -68,7 +68,7 @@ class Flow:
         name = getattr(function, "__name__", "")
         if name in _ONLY_LIKE:
             return
-        sources = self.of(args[0]) if name == "__getitem__" and _is_mask_of_rows(args[1]) else self.of(args, kwargs)
+        sources = self.of(args[0]) if name == "__getitem__" and is_mask_of_rows(args[1]) else self.of(args, kwargs)
         self.mark(result, sources)
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if first is None:
@@ -85,13 +85,13 @@ def _keeps_values(name: str, args: tuple[Any, ...]) -> bool:
     """Whether a function gives the values that it is given, in their order."""
     if name != "__getitem__":
         return name in _SAME_VALUES
-    if _is_mask_of_rows(args[1]):
+    if is_mask_of_rows(args[1]):
         return True  # it leaves none out, as there are as many values
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     return all(part is None or part is ... or isinstance(part, int | slice) for part in index)
 
 
-def _is_mask_of_rows(index: object) -> bool:
+def is_mask_of_rows(index: object) -> bool:
     """Whether an index says which rows are kept, and nothing of what is in them."""
     return isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim == 1
 
