@@ -210,6 +210,6 @@ def _check_reached(stack: Stack, gradients: Sequence[Tensor | None]) -> None:
         if gradient is None:
             raise ValueError(
                 f"Expected gradients to reach `{call.module}`, but its output is cut off from the logits. Take "
-                "`detach()` out of the model's forward (freeze parameters with `requires_grad` instead), or leave out "
-                "the methods that depend on the class."
+                "`detach()` and `torch.inference_mode()` out of the model's forward (freeze parameters with "
+                "`requires_grad` instead), or leave out the methods that depend on the class."
             )
