@@ -24,7 +24,7 @@ _given_up: weakref.WeakSet[Trainer] = weakref.WeakSet()  # so that a data set th
 _made: list[Any] = []  # by a forked process, which ends without finalising it
 
 
-def probe_batch(trainer: Trainer, num_images: int, or_training: bool = False) -> Any:
+def probe_batch(trainer: Trainer, num_images: int, any_items: bool = False) -> Any:
     """A batch of validation items, spread over the data and over its classes, as the loader would collate it.
 
     They are read in a forked process, which is the user's own project as it stands and cannot reach this one. Where
@@ -33,7 +33,8 @@ def probe_batch(trainer: Trainer, num_images: int, or_training: bool = False) ->
     Args:
         trainer: Its loaders are asked.
         num_images: Items.
-        or_training: Whether training items serve where there are none to validate.
+        any_items: Whether any items serve, also training ones where there are none to validate, and nothing is said
+            where reading hangs.
 
     Returns:
         The batch, before any transfer hook. None for streams and loaders of another kind, for data that can neither be
@@ -46,13 +47,14 @@ def probe_batch(trainer: Trainer, num_images: int, or_training: bool = False) ->
     if trainer in _given_up:
         return None
     try:
-        return _read(trainer, num_images, or_training)
+        return _read(trainer, num_images, any_items)
     except Lost as error:
         _given_up.add(trainer)
-        warn(
-            "give `images=(images, labels)` to explain others than the first validation images, as reading them in a "
-            f"process of its own was given up: {error}."
-        )
+        if not any_items:
+            warn(
+                "give `images=(images, labels)` to explain others than the first validation images, as reading them in "
+                f"a process of its own was given up: {error}."
+            )
         return None
     except Exception as error:
         raise RuntimeError(
@@ -84,11 +86,11 @@ def validation_size(trainer: Trainer) -> int | None:
     return len(loader.dataset) if is_batched and isinstance(loader.dataset, Sized) else None
 
 
-def _read(trainer: Trainer, num_images: int, or_training: bool) -> Any:
+def _read(trainer: Trainer, num_images: int, any_items: bool) -> Any:
     if can_fork():
         with contextlib.suppress(OSError):
-            return in_fork(lambda beat: _read_own(Source.of(_loader(trainer, _asked, or_training)), num_images, beat))
-    loader = _loader(trainer, _asked_of_copy, or_training)
+            return in_fork(lambda beat: _read_own(Source.of(_loader(trainer, _asked, any_items)), num_images, beat))
+    loader = _loader(trainer, _asked_of_copy, any_items)
     source = Source.of(loader)
     if source is None:
         return None
@@ -123,19 +125,19 @@ def _spawns_workers(loader: DataLoader[Any]) -> bool:
     return loader.num_workers > 0 and context.get_start_method(allow_none=True) != "fork"
 
 
-def _loader(trainer: Trainer, ask: Callable[[Any], Any], or_training: bool = False) -> Any:
+def _loader(trainer: Trainer, ask: Callable[[Any], Any], any_items: bool = False) -> Any:
     """The validation loader, the first if there are several; None if there is none.
 
     Args:
         trainer: Lightning makes its loaders in the first epoch that is validated.
         ask: Calls the hook `val_dataloader` if there are none yet.
-        or_training: Whether the training loader serves where there is none.
+        any_items: Whether the training loader serves where there is none.
     """
     loaders = trainer.val_dataloaders
     if loaders is None and trainer.enable_validation:
         source = trainer.fit_loop.epoch_loop.val_loop._data_source
         loaders = ask(source) if source.is_module() else source.instance
-    if loaders is None and or_training:
+    if loaders is None and any_items:
         loaders = trainer.train_dataloader
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())

@@ -184,7 +184,7 @@ def _seen_on_a_copy(trainer: Trainer, module: LightningModule, ranks: Ranks) -> 
 
     def read() -> Any:
         with suppress(RuntimeError):  # what cannot be read is not needed: the images are given
-            return probe_batch(trainer, _FEW, or_training=True)
+            return probe_batch(trainer, _FEW, any_items=True)
 
     batch = ranks.together(lambda: read() if ranks.rank == 0 else None)[0]
     if batch is None:
