@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vit_explain_callback.vit.losses import TRAINED, WEIGHTS, Loss, LossRecorder
 
@@ -157,6 +158,16 @@ def test_outputs_are_kept_as_the_loss_was_given_them() -> None:
     found = recorded(step)
     assert found is not None
     assert found.values.equal(IMAGES.flatten(1) @ HEAD)
+
+
+@pytest.mark.parametrize("same", [Tensor.float, Tensor.contiguous, Tensor.detach, lambda w: w.to(torch.float32)])
+def test_no_weak_reference_to_a_weight_is_left(same: Callable[[Tensor], Tensor]) -> None:
+    """It would keep `swap_tensors` from working, also where an operation gives the weight itself back."""
+    recorder, weight = LossRecorder(), nn.Parameter(torch.ones(3))
+    recorder.flow.mark_lasting([weight], WEIGHTS)
+    with recorder:
+        same(weight)
+    assert weakref.getweakrefs(weight) == []
 
 
 def test_rows_that_a_mask_of_labels_picks_are_rows_of_all_outputs() -> None:

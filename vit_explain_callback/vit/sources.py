@@ -77,7 +77,12 @@ class Flow:
             self.mark(first, sources)
             if id(first) not in self._lasting:
                 self._names.pop(first, None)
-        elif isinstance(result, Tensor) and result.numel() == first.numel() and _keeps_values(name, args):
+        elif (
+            isinstance(result, Tensor)
+            and id(result) not in self._lasting  # as `weight.float()` may be the weight itself
+            and result.numel() == first.numel()
+            and _keeps_values(name, args)
+        ):
             self._names[result] = self.name(first)
 
 
