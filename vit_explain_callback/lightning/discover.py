@@ -155,9 +155,7 @@ class Discovery:
     ) -> Discovered:
         found = self._look(adapter, inputs)
         if found.fed is None:
-            what = "a Vision Transformer" if self._needs_vit else "a module of its own"
-            step = f"`{adapter.step}` of {type(self._module).__name__}"
-            raise ValueError(f"Expected {step} to give images to {what}. {CURE}")
+            raise self._imageless(adapter.step)
         images = _plain(found.fed)
         if not adapter.parts or images.shape != inputs.shape or not images.equal(inputs.to(images.dtype)):
             adapter = replace(adapter, feed=found.feed, inputs=inputs if adapter.parts else None)
@@ -209,31 +207,27 @@ class Discovery:
             ways.append(frozenset(images | {label_leaf}))
         for rows in ways:
             adapter = replace(base, parts=(), rows=rows)
-            with adapter.evaluating() as twin, torch.no_grad():
-                try:
-                    alone = adapter.of_step(twin.module, [0])
-                except Exception:  # its loss may be of more rows than one
-                    continue
-            if alone.numel() == outputs[:1].numel():
+            alone = self._stepped(adapter, [0])
+            if isinstance(alone, Tensor) and alone.numel() == outputs[:1].numel():
                 alone = alone.reshape(outputs[:1].shape).float().cpu()
                 if torch.allclose(alone, outputs[:1].float(), rtol=1e-2, atol=1e-3):
                     return adapter
-        if (failed := self._failure_of_step(replace(base, parts=()))) is not None:
-            raise self._steps.failed(failed) from failed
+        whole = self._stepped(replace(base, parts=()), list(range(base.count)))
+        if isinstance(whole, Exception):  # as of a step that runs in training mode alone
+            raise self._steps.failed(whole) from whole
         raise ValueError(
             f"Expected the outputs of `{base.step}` of {type(self._module).__name__} for an image to depend on it "
             f"alone, but they depend on the rest of the batch, as those of a contrastive loss do. {CURE}"
         )
 
     @staticmethod
-    def _failure_of_step(adapter: LightningAdapter) -> Exception | None:
-        """What the step raises with the whole batch, as one may that runs in training mode alone."""
+    def _stepped(adapter: LightningAdapter, rows: list[int]) -> Tensor | Exception:
+        """The outputs of some images, by the step; what it raises where its loss is of more rows, or it fails."""
         with adapter.evaluating() as twin, torch.no_grad():
             try:
-                adapter.of_step(twin.module, list(range(adapter.count)))
+                return adapter.of_step(twin.module, rows)
             except Exception as error:
                 return error
-        return None
 
     def _look(self, adapter: LightningAdapter, inputs: Tensor) -> Look:
         """The ViT behind the outputs, in one of the parts, and what reaches it, seen on a twin with gradients."""
@@ -297,12 +291,15 @@ class Discovery:
             )
         return None
 
+    def _imageless(self, step: StepName) -> ValueError:
+        what = "a Vision Transformer" if self._needs_vit else "a module of its own"
+        return ValueError(
+            f"Expected `{step}` of {type(self._module).__name__} to give images to {what}, but none did. {CURE}"
+        )
+
     def _unconfirmed(self, step: StepName, trace: StepTrace) -> ValueError:
         if trace.inputs is None:
-            what = "a Vision Transformer" if self._needs_vit else "a module of its own"
-            return ValueError(
-                f"Expected `{step}` of {type(self._module).__name__} to give images to {what}, but none did. {CURE}"
-            )
+            return self._imageless(step)
         seen = f"only {', '.join(trace.seen)} of other things" if trace.seen else "no such loss"
         return ValueError(
             f"Expected `{step}` of {type(self._module).__name__} to compare outputs, a row for each image, with labels "

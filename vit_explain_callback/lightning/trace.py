@@ -257,20 +257,11 @@ def leaves_of(batch: Any) -> list[Tensor]:
 
 def says_more(batch: Any) -> bool:
     """Whether a batch holds more than tensors, of which labels may be made: names, numbers, objects."""
-    found: list[Any] = []
-
-    def look(part: Any) -> None:
-        if isinstance(part, Mapping):
-            for value in part.values():
-                look(value)
-        elif isinstance(part, list | tuple):
-            for value in part:
-                look(value)
-        elif part is not None and not isinstance(part, Tensor):
-            found.append(part)
-
-    look(batch)
-    return bool(found)
+    if isinstance(batch, Mapping):
+        return any(map(says_more, batch.values()))
+    if isinstance(batch, list | tuple):
+        return any(map(says_more, batch))
+    return batch is not None and not isinstance(batch, Tensor)
 
 
 def _tensors_of(value: object) -> list[Tensor]:

@@ -119,9 +119,8 @@ class LossRecorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if (
-            self.lets_out and name in _OUT_OF_TORCH and torch.is_grad_enabled()
-        ):  # allowed in a validation step, which has no gradients
+        # Allowed in a validation step, which has no gradients.
+        if self.lets_out and name in _OUT_OF_TORCH and torch.is_grad_enabled():
             args = (args[0].detach(), *args[1:])
         if name in _OUT_OF_TORCH or name in _TO_PYTHON:
             self._left_torch |= self.flow.of(args)
