@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from vit_explain_callback.tracking import warning
+from vit_explain_callback.tracking import errors as warning
 
 pytest.register_assert_rewrite("tests.laws.user_project", "tests.situations.check")
 

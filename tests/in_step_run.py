@@ -16,9 +16,9 @@ from torch.distributed import all_gather, all_reduce  # bound before anything co
 
 from tests.models import CLASSES, random_images, tiny_vit
 from vit_explain_callback.explainer import Explainer
+from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking.distributed import Ranks
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.tracking.tracker import ExplanationTracker
 
 PASSES: list[int] = []
 """Images in each forward pass; a list that a twin does not copy."""

@@ -17,7 +17,7 @@ from torch.overrides import _get_current_function_mode as current_mode
 from tests.models import FAMILIES, random_images, tiny_vit
 from vit_explain_callback import Explanation, explain, explain_targets
 from vit_explain_callback.explainer import Explainer
-from vit_explain_callback.methods import fold
+from vit_explain_callback.methods import engine as fold
 from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.visualization.overlay import colour_limit, overlay, unnormalise
 

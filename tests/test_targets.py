@@ -11,8 +11,8 @@ import torch
 from tests.models import random_images, tiny_vit
 from vit_explain_callback import ViTExplainCallback, explain
 from vit_explain_callback.explainer import Explainer
+from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.tracking.tracker import ExplanationTracker
 
 IMAGES = random_images(2)
 INTEGERS = [2, np.int64(2), np.uint8(2), np.array(2), torch.tensor(2), torch.tensor(2, dtype=torch.uint8)]

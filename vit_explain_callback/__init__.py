@@ -14,17 +14,18 @@ if TYPE_CHECKING:
     from vit_explain_callback.lightning.callback import ViTExplainCallback
     from vit_explain_callback.methods.attention import Attention
     from vit_explain_callback.methods.chefer import Chefer
-    from vit_explain_callback.methods.flow import AttentionFlow, attention_flow
+    from vit_explain_callback.methods.flow import AttentionFlow
+    from vit_explain_callback.methods.functional import attention_flow, attention_rollout, gradient_rollout
     from vit_explain_callback.methods.grad_attention import GradAttention
-    from vit_explain_callback.methods.grad_rollout import GradRollout, gradient_rollout
+    from vit_explain_callback.methods.grad_rollout import GradRollout
     from vit_explain_callback.methods.gradsam import GradSAM
     from vit_explain_callback.methods.legrad import LeGrad
     from vit_explain_callback.methods.map_function import MapFunction
-    from vit_explain_callback.methods.rollout import Rollout, attention_rollout
+    from vit_explain_callback.methods.rollout import Rollout
     from vit_explain_callback.metrics.drift import DriftMetric, MapDrift
+    from vit_explain_callback.tracker import ExplanationTracker
     from vit_explain_callback.tracking.probe import Probe
     from vit_explain_callback.tracking.run import Run, load_run
-    from vit_explain_callback.tracking.tracker import ExplanationTracker
     from vit_explain_callback.tracking.writers import Writer
 
 # Loaded at their first use: not everyone needs Lightning, and `vit-explain --help` needs nothing.
@@ -35,7 +36,7 @@ _HOME = {
     "DriftMetric": "metrics.drift",
     "Explainer": "explainer",
     "Explanation": "explanation",
-    "ExplanationTracker": "tracking.tracker",
+    "ExplanationTracker": "tracker",
     "GradAttention": "methods.grad_attention",
     "GradRollout": "methods.grad_rollout",
     "GradSAM": "methods.gradsam",
@@ -47,11 +48,11 @@ _HOME = {
     "Run": "tracking.run",
     "ViTExplainCallback": "lightning.callback",
     "Writer": "tracking.writers",
-    "attention_flow": "methods.flow",
-    "attention_rollout": "methods.rollout",
+    "attention_flow": "methods.functional",
+    "attention_rollout": "methods.functional",
     "explain": "explainer",
     "explain_targets": "explainer",
-    "gradient_rollout": "methods.grad_rollout",
+    "gradient_rollout": "methods.functional",
     "load_run": "tracking.run",
 }
 

@@ -1,7 +1,4 @@
-"""One batch through the model: a forward pass, a backward pass for each target, and the maps folded from both.
-
-Shapes: B images, C channels of the image or classes of the logits, N tokens, H heads.
-"""
+"""One batch through the model: a forward pass, a backward pass for each target, and the maps folded from both."""
 
 from __future__ import annotations
 
@@ -11,20 +8,50 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vit_explain_callback._checks import check_heads, check_layers, check_query, check_target
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.methods.base import Method
-from vit_explain_callback.methods.fold import Blocks, fold
+from vit_explain_callback.isolation.undisturbed import left_alone, preserved_random_state
+from vit_explain_callback.methods.base import Method, check_heads, check_layers
+from vit_explain_callback.methods.engine import Blocks, fold
 from vit_explain_callback.methods.map_function import MapFunction
 from vit_explain_callback.metrics.attention import BlockMeter
-from vit_explain_callback.vit.adapter import Subject
 from vit_explain_callback.vit.block_logits import BlockLogit, block_logits
+from vit_explain_callback.vit.blocks import Stack, find_stack
 from vit_explain_callback.vit.calls import AttentionCall
-from vit_explain_callback.vit.capture import AttentionRecorder
-from vit_explain_callback.vit.isolation import preserved_random_state
-from vit_explain_callback.vit.left_alone import left_alone
-from vit_explain_callback.vit.stack import Stack, find_stack
+from vit_explain_callback.vit.recorder import AttentionRecorder
+from vit_explain_callback.vit.session import Subject
 from vit_explain_callback.vit.tokens import TokenLayout, mean_of
+
+
+def check_query(query: tuple[int, int], methods: Sequence[Method], grid: tuple[int, int]) -> None:
+    """Refuse a query that is no patch, and methods that cannot start from a patch.
+
+    Raises:
+        ValueError: If `query`, (row, column) counted from 0, lies outside the grid, or a method needs a target.
+    """
+    if len(query) != 2 or not all(0 <= place < size for place, size in zip(query, grid, strict=True)):
+        raise ValueError(
+            f"Expected `query` to be a (row, column) in 0 … {grid[0] - 1} and 0 … {grid[1] - 1}, but got {query}."
+        )
+    of_target = [method.name for method in methods if method.needs_target]
+    if of_target:
+        raise ValueError(
+            f"Expected no `query` for {', '.join(of_target)}: gradients are of a class, and say nothing about what a "
+            "patch attends to. Ask for `attention` or `rollout`."
+        )
+
+
+def check_target(target: Tensor, classes: int) -> None:
+    """Refuse classes that the model's head does not have.
+
+    Raises:
+        ValueError: If an entry of `target`, (B,), lies outside 0 … classes - 1.
+    """
+    if ((target < 0) | (target >= classes)).any():
+        raise ValueError(
+            f"Expected `target` classes in 0 … {classes - 1} (the model's logits), but got {target.tolist()}. In the "
+            "callback, `target=` names one class or `'prediction'`, and `task=` says what the outputs are if they are "
+            "not the logits of classes."
+        )
 
 
 def explain_batch(

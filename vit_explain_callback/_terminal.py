@@ -1,4 +1,4 @@
-"""Print lines on a terminal that may be ascii, closed or full, and that no name must steer; secrets are left out."""
+"""Print lines and progress on a terminal that may be ascii, closed or full; no name steers it, no secret gets there."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
+
+from tqdm import tqdm
 
 _REDACTED = "***"
 _URL = r"(?i)\b([a-z][a-z0-9+.-]+:/{1,2}"  # `Path` makes one slash of two
@@ -71,3 +74,26 @@ def announce(text: str) -> None:
     with suppress(Exception), tqdm.external_write_mode(sys.stdout):
         for line in redacted(text).splitlines():
             print_line(line, sys.stdout)
+
+
+Advance = Callable[[], object]
+"""Notes that one unit of the work is done."""
+
+SECONDS = 2.0
+
+
+@contextmanager
+def progress(what: str, units: int, shown: bool) -> Iterator[Advance]:
+    """A bar for some units of work; gone at its end, and never there for work of less than two seconds.
+
+    Args:
+        what: Is done, in a few words.
+        units: Of work, such as passes.
+        shown: Whether to show it at all.
+    """
+    stream = sys.stderr
+    if not shown or stream is None or stream.closed:
+        yield lambda: None
+        return
+    with tqdm(total=units, desc=what, unit="pass", leave=False, delay=SECONDS, file=stream) as bar:
+        yield bar.update

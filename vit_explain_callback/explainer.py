@@ -14,25 +14,31 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from vit_explain_callback._checks import (
-    as_target,
-    check_classifier,
-    check_functions,
-    check_images,
-    check_vit_options,
-)
 from vit_explain_callback._explain_batch import explain_batch, function_maps
-from vit_explain_callback._options import checked, checked_options
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.methods.map_function import AnyMethod, MapFunction, of_attention, of_functions
+from vit_explain_callback.methods.map_function import (
+    AnyMethod,
+    MapFunction,
+    check_functions,
+    check_vit_options,
+    of_attention,
+    of_functions,
+)
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.faithfulness import removed_counts
-from vit_explain_callback.vit.adapter import Adapter, LogitsOf, PlainAdapter, Subject
-from vit_explain_callback.vit.in_parts import in_parts, is_out_of_memory
-from vit_explain_callback.vit.memory import Memory
-from vit_explain_callback.vit.timm import Normalisation, find_vit, normalisation, refuse_other_timm_models
+from vit_explain_callback.options.images import as_target, check_images
+from vit_explain_callback.options.rules import checked, checked_options
+from vit_explain_callback.vit.adapter import Adapter, LogitsOf, PlainAdapter
+from vit_explain_callback.vit.session import Subject, in_parts, is_out_of_memory
+from vit_explain_callback.vit.timm import (
+    Normalisation,
+    check_classifier,
+    find_vit,
+    normalisation,
+    refuse_other_timm_models,
+)
 from vit_explain_callback.vit.token_set import treats_tokens_as_set
-from vit_explain_callback.vit.tokens import StatedLayout
+from vit_explain_callback.vit.tokens import Memory, StatedLayout
 
 T = TypeVar("T")
 

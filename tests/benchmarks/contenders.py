@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_explain_callback.explainer import Explainer
-from vit_explain_callback.methods.base import Method
-from vit_explain_callback.methods.fused_method import FusedMethod
+from vit_explain_callback.methods.base import FusedMethod, Method
 from vit_explain_callback.methods.names import method_from_name
 
 Run: TypeAlias = Callable[[Tensor], object]

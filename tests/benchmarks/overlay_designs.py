@@ -44,9 +44,16 @@ from torchvision.transforms import v2
 
 from vit_explain_callback import explain
 from vit_explain_callback.cli.weights import Weights
-from vit_explain_callback.visualization.colours import backdrop, blend
 from vit_explain_callback.visualization.encode import jpeg
-from vit_explain_callback.visualization.overlay import Picture, colour_limit, resized, times_uniform, unnormalise
+from vit_explain_callback.visualization.overlay import (
+    Picture,
+    backdrop,
+    blend,
+    colour_limit,
+    resized,
+    times_uniform,
+    unnormalise,
+)
 from vit_explain_callback.visualization.text import with_strip
 
 Values: TypeAlias = NDArray[np.float64]

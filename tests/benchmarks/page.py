@@ -26,7 +26,7 @@ import torch
 from tests.benchmarks.snapshot import smooth_images
 from vit_explain_callback._files import write_text
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.tracking.html import page
+from vit_explain_callback.page.document import page
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run import Run
 from vit_explain_callback.tracking.snapshot import Snapshot

@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.runs import Classifier, fit
-from vit_explain_callback import ViTExplainCallback
-from vit_explain_callback.tracking import output, tracker
-from vit_explain_callback.tracking.checks import Checks
+from vit_explain_callback import ViTExplainCallback, tracker
+from vit_explain_callback.tracker import ExplanationTracker
+from vit_explain_callback.tracking import output
+from vit_explain_callback.tracking.reliability import Checks
 from vit_explain_callback.tracking.scalars import Detail
-from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.tracking.writers import TensorBoardWriter
 
 EPOCH_STEPS = 500

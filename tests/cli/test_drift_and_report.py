@@ -24,7 +24,7 @@ from vit_explain_callback.cli.classifier import timm_transform
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.drift import read_images
 from vit_explain_callback.cli.weights import Weights, with_weights
-from vit_explain_callback.tracking.html import page
+from vit_explain_callback.page.document import page
 from vit_explain_callback.tracking.run import load_run
 from vit_explain_callback.tracking.snapshot import Snapshot
 

@@ -27,7 +27,7 @@ from vit_explain_callback._terminal import printable
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.parser import HEAD_FUSIONS
 from vit_explain_callback.cli.terminal import shortened, table
-from vit_explain_callback.methods import fusion
+from vit_explain_callback.methods import heads as fusion
 
 ODD_NAMES = [word if word != "dog" else "dög → “Hund”" for word in OWN]
 LIGHT = """

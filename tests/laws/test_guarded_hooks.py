@@ -23,10 +23,9 @@ from tests.models import tiny_vit
 from tests.processes import python
 from tests.runs import Classifier, Pictures, fit, loader, messages, saved
 from vit_explain_callback import ViTExplainCallback
-from vit_explain_callback._checks import check_images
 from vit_explain_callback.lightning.fit import Fit
-from vit_explain_callback.tracking.guard import Guard, is_refusal, raised_by_us
-from vit_explain_callback.tracking.warning import warn
+from vit_explain_callback.options.images import check_images
+from vit_explain_callback.tracking.errors import Guard, is_refusal, raised_by_us, warn
 
 
 def short(**options: Any) -> ViTExplainCallback:
@@ -103,7 +102,7 @@ def test_only_a_raise_of_this_package_is_a_refusal() -> None:
         return error.value
 
     assert is_refusal(caught(lambda: check_images(torch.zeros(3))))
-    guest = dict(vars(sys.modules["vit_explain_callback._checks"]))
+    guest = dict(vars(sys.modules["vit_explain_callback.options.images"]))
     for source in ("int('x')", "len(3)", "Sized.__new__(Sized)", "{}['a']", "(lambda a: a)()", "(1, 2) | {}", "fail()"):
         space = {**guest, "Sized": Sized, "fail": lambda: exec("raise ValueError(1)", {"__name__": "of_the_user"})}
         error = caught(lambda source=source, space=space: exec(source, space))

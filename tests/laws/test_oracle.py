@@ -15,8 +15,8 @@ from torch.overrides import _get_current_function_mode as current_mode
 from tests import oracle
 from tests.models import CLASSES, FAMILIES, Family, random_images, tiny_vit
 from vit_explain_callback import GradRollout, Rollout, explain
-from vit_explain_callback.methods import fold
-from vit_explain_callback.methods.fold import CHUNK_ENTRIES
+from vit_explain_callback.methods import engine as fold
+from vit_explain_callback.methods.engine import CHUNK_ENTRIES
 
 VARIANTS = [
     kind(fusion, ratio, start)
@@ -100,8 +100,8 @@ def test_chunks_of_images_heads_and_queries_do_not_change_the_maps(monkeypatch: 
     assert CHUNK_ENTRIES > 3 * 3 * 17 * 17
     # A row, five rows, one head, two heads, one image at a time.
     for entries in (1, 5 * 17, 17 * 17, 2 * 17 * 17, 4 * 17 * 17):
-        monkeypatch.setattr("vit_explain_callback.methods.fold.CHUNK_ENTRIES", entries)
-        monkeypatch.setattr("vit_explain_callback.methods.fold.HEAD_ENTRIES", entries)
+        monkeypatch.setattr("vit_explain_callback.methods.engine.CHUNK_ENTRIES", entries)
+        monkeypatch.setattr("vit_explain_callback.methods.engine.HEAD_ENTRIES", entries)
         for key, maps in explain(model, images, VARIANTS).maps.items():
             torch.testing.assert_close(maps, whole.maps[key], rtol=1e-12, atol=0)
 

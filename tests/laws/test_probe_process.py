@@ -33,7 +33,7 @@ from tests.laws.test_user_data import NO_THREAD, RIGHT, Recording
 from tests.laws.user_project import Case, check, leave, of_user
 from tests.situations.project import COUNT, LABELS, Samples, loader, pictures, training
 from vit_explain_callback import ViTExplainCallback
-from vit_explain_callback.lightning import child
+from vit_explain_callback.isolation import child
 
 pytestmark = pytest.mark.skipif(not child.can_fork(), reason="needs fork")
 
@@ -488,6 +488,6 @@ def test_a_project_with_locks_and_threads(tmp_path: Path) -> None:
 
 
 def test_the_law_sees_a_reading_in_the_process_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vit_explain_callback.lightning.data.can_fork", lambda: False)
+    monkeypatch.setattr("vit_explain_callback.lightning.probe_batch.can_fork", lambda: False)
     with pytest.raises(AssertionError):
         check(noisy(generator=numpy_generator), tmp_path)

@@ -20,7 +20,7 @@ from tests.lightning.test_loggers import Spy
 from tests.models import random_images, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages
 from vit_explain_callback import Explainer, ExplanationTracker, Probe, ViTExplainCallback, load_run
-from vit_explain_callback.tracking.folder import RunFolder
+from vit_explain_callback.tracking.run_folder import RunFolder
 from vit_explain_callback.tracking.snapshot import Snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no logger of this run shows pictures")
@@ -150,7 +150,7 @@ def test_a_branch_whose_copies_fail_is_tried_again_in_the_same_folder(
         raise OSError("full")
 
     with monkeypatch.context() as context:
-        context.setattr("vit_explain_callback.tracking.folder.shutil.copyfile", full)
+        context.setattr("vit_explain_callback.tracking.run_folder.shutil.copyfile", full)
         for _ in range(2):
             with pytest.raises(OSError, match="full"):
                 _ = folder.path

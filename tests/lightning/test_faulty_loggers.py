@@ -19,7 +19,7 @@ from tests.lightning.test_loggers import Spy
 from tests.processes import python
 from tests.runs import Classifier, events, fit
 from vit_explain_callback import ViTExplainCallback
-from vit_explain_callback.tracking import space
+from vit_explain_callback.tracking import run_folder as space
 
 
 def short() -> ViTExplainCallback:

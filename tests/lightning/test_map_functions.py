@@ -20,7 +20,7 @@ from tests.models import CLASSES, random_images, tiny_vit
 from tests.other_models import grad_cam, saliency, tiny_resnet, tiny_swin
 from tests.runs import events, fit, messages, saved
 from vit_explain_callback import Explainer, ExplanationTracker, MapFunction, Probe, ViTExplainCallback, load_run
-from vit_explain_callback.tracking.html import page
+from vit_explain_callback.page.document import page
 
 IMAGES = random_images(16, (64, 64), seed=7)
 DATA: Any = [(image, index % CLASSES) for index, image in enumerate(IMAGES)]
@@ -212,7 +212,7 @@ def test_given_images_need_to_know_how_logits_come_about(tmp_path: Path, monkeyp
     images = IMAGES[:3]
     trainer, _, _ = run(tiny_resnet(), tmp_path / "step", [SALIENCY], images=images)
     assert load_run(str(trainer.log_dir)).maps["saliency"].shape == (3, 3, 64, 64)
-    monkeypatch.setattr("vit_explain_callback.lightning.subject.probe_batch", lambda *_, **__: None)
+    monkeypatch.setattr("vit_explain_callback.lightning.discover.probe_batch", lambda *_, **__: None)
     with pytest.raises(ValueError, match=r"Expected Net to define `forward\(images\)`, returning logits") as error:
         run(tiny_resnet(), tmp_path, [SALIENCY], images=images)
     assert "forward=lambda module, images: module.model(images)" in str(error.value)

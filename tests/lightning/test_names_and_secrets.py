@@ -19,7 +19,7 @@ from tests.runs import Classifier, Pictures, events, fit, loader, messages, save
 from vit_explain_callback import Probe, ViTExplainCallback, load_run
 from vit_explain_callback._terminal import redacted
 from vit_explain_callback.lightning.sample import sample
-from vit_explain_callback.tracking.html import page
+from vit_explain_callback.page.document import page
 
 SECRETS = [
     "https://me:S3CRET@host.org/runs",

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tests.models import CLASSES, random_images, tiny_vit
 from tests.runs import Classifier, Pictures, fit, loader
 from vit_explain_callback import Explainer, ExplanationTracker, Probe, ViTExplainCallback, explain
-from vit_explain_callback._options import OPTIONS, checked
 from vit_explain_callback.metrics.drift import DriftMetric
+from vit_explain_callback.options.rules import OPTIONS, checked
 
 IMAGES, LABELS = random_images(2), torch.tensor([0, 1])
 MASKS = torch.ones(2, 32, 32, dtype=torch.bool)

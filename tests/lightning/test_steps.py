@@ -95,7 +95,7 @@ class Gathering(Project):
 
 def test_what_is_gathered_has_the_form_that_it_has_in_the_run() -> None:
     """With several processes, a dimension of them comes first."""
-    from vit_explain_callback.lightning.stand_in import _Alone
+    from vit_explain_callback.lightning.read_only_trainer import _Alone
 
     logits = torch.randn(4, 5)
     assert _Alone(1).all_gather(logits).shape == (4, 5)

@@ -329,8 +329,8 @@ def test_the_bar_is_shown_where_the_trainers_is(
             done[self.desc] = (self.n, self.total)
             super().close()
 
-    monkeypatch.setattr("vit_explain_callback.tracking.progress.SECONDS", 0.0)
-    monkeypatch.setattr("vit_explain_callback.tracking.progress.tqdm", Noting)
+    monkeypatch.setattr("vit_explain_callback._terminal.SECONDS", 0.0)
+    monkeypatch.setattr("vit_explain_callback._terminal.tqdm", Noting)
     fit(ViTExplainCallback(["rollout"]), tmp_path)
     assert capsys.readouterr().err == ""
     assert done == {}
@@ -348,7 +348,7 @@ def test_the_bar_is_shown_where_the_trainers_is(
 def test_nothing_is_shown_of_what_is_quick(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vit_explain_callback.tracking.progress.SECONDS", 600.0)
+    monkeypatch.setattr("vit_explain_callback._terminal.SECONDS", 600.0)
     fit(ViTExplainCallback(["rollout"]), tmp_path, enable_progress_bar=True)
     assert "ViTExplainCallback" not in capsys.readouterr().err
 

@@ -10,7 +10,8 @@ from tests import oracle
 from tests.methods.agreement import assert_maps_equal, relative_error, start_row
 from tests.models import FAMILIES, Family, random_images, tiny_vit
 from vit_explain_callback import Attention, Rollout, explain
-from vit_explain_callback.methods import Method, fold
+from vit_explain_callback.methods import Method
+from vit_explain_callback.methods import engine as fold
 
 VARIANTS = [Attention(), Attention("max", 1), Attention("min", -2), Attention(block=2, head=3), Attention(head=1)]
 

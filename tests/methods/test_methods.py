@@ -14,7 +14,7 @@ from tests import oracle
 from tests.models import FAMILIES, random_images, tiny_vit
 from vit_explain_callback import Rollout, explain
 from vit_explain_callback.methods import Block, Fusion, Method
-from vit_explain_callback.vit.stack import find_stack
+from vit_explain_callback.vit.blocks import find_stack
 
 
 class Undefined(Method):

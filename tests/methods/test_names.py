@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from vit_explain_callback import Attention, AttentionFlow, Chefer, GradRollout, Rollout
 from vit_explain_callback.methods import Method, method_from_name, resolve_methods
+from vit_explain_callback.methods.base import OPTIONS
 from vit_explain_callback.methods.names import METHODS
-from vit_explain_callback.methods.options import OPTIONS
 
 BLOCK = st.one_of(st.integers(1, 100), st.integers(-100, -1))
 VALUES: dict[str, st.SearchStrategy[Any]] = {

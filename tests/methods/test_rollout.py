@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests import oracle
 from vit_explain_callback import attention_rollout, gradient_rollout
-from vit_explain_callback.methods.fusion import HeadFuser, discard_lowest, fuse_heads
+from vit_explain_callback.methods.heads import HeadFuser, discard_lowest, fuse_heads
 from vit_explain_callback.methods.rollout import rollout_step
 
 

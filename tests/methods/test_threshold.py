@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit_explain_callback.methods.fusion import _smallest_of_row
+from vit_explain_callback.methods.heads import _smallest_of_row
 
 
 @settings(deadline=None)

@@ -63,8 +63,8 @@ def test_statistics_equal_those_of_explicit_matrices(
     head = attentions[0][0, 0].numel()
     # All at once; an image and its heads, one head, ten rows, a row at a time.
     for entries in (2**25, 3 * head, head, 10 * attentions[0].shape[-1], 1):
-        monkeypatch.setattr("vit_explain_callback.methods.fold.CHUNK_ENTRIES", entries)
-        monkeypatch.setattr("vit_explain_callback.methods.fold.HEAD_ENTRIES", entries)
+        monkeypatch.setattr("vit_explain_callback.methods.engine.CHUNK_ENTRIES", entries)
+        monkeypatch.setattr("vit_explain_callback.methods.engine.HEAD_ENTRIES", entries)
         blocks = explain(model, images, methods, batch_size=2, block_statistics=True).blocks
         assert blocks is not None
         for block, attention in enumerate(attentions):

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from tests.models import random_images, tiny_vit
 from vit_explain_callback.explainer import Explainer
+from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run import load_run
 from vit_explain_callback.tracking.summary import summary
-from vit_explain_callback.tracking.tracker import ExplanationTracker
 
 WHOLE = Probe.of(
     random_images(3),

@@ -23,7 +23,7 @@ from vit_explain_callback import (
     load_run,
 )
 from vit_explain_callback.metrics.drift import METRICS, spearman
-from vit_explain_callback.tracking.html import page
+from vit_explain_callback.page.document import page
 
 
 def total(maps: Tensor, reference: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from vit_explain_callback.visualization.colours import NEGATIVE, POSITIVE
 from vit_explain_callback.visualization.overlay import (
+    NEGATIVE,
+    POSITIVE,
     Picture,
     colour_limit,
     difference,

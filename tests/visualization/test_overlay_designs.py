@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.benchmarks.overlay_designs import DESIGNS, SIDE, SIGHT, lab, main, seen, table
-from vit_explain_callback.visualization.colours import blend
+from vit_explain_callback.visualization.overlay import blend
 
 
 def test_lab_of_known_colours() -> None:

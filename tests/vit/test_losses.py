@@ -15,10 +15,10 @@ from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossE
 from torch import Tensor, nn
 
 from tests.models import random_images, tiny_vit
-from vit_explain_callback.vit.look import look
+from vit_explain_callback.isolation.twin import Twin
+from vit_explain_callback.vit.locate import look
 from vit_explain_callback.vit.losses import BUFFERS, IMAGES, WEIGHTS, Loss, LossRecorder
 from vit_explain_callback.vit.sources import Flow
-from vit_explain_callback.vit.twin import Twin
 
 LOGITS = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 3, 1, 4])

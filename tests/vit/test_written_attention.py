@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.models import random_images, tiny_vit
 from tests.plain_vits import HEADS, SIZE, WIDTH, Attention, PlainViT, Product, built, check, matrices
 from vit_explain_callback import explain
-from vit_explain_callback.vit import functions
+from vit_explain_callback.vit import attention_ops as functions
 
 sdpa: Any = F.scaled_dot_product_attention
 

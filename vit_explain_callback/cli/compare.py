@@ -14,7 +14,7 @@ from vit_explain_callback.cli.photograph import Photograph
 from vit_explain_callback.cli.results import ResultFolder, result_name
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.methods.fused_method import FusedMethod
+from vit_explain_callback.methods.base import FusedMethod
 from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.visualization.captions import class_caption, range_caption
 from vit_explain_callback.visualization.encode import animation, png, rendered

@@ -18,10 +18,10 @@ from vit_explain_callback.cli.photograph import SUFFIXES, Transform, image_files
 from vit_explain_callback.cli.weights import Weights, with_weights
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.methods.map_function import AnyMethod
-from vit_explain_callback.tracking.folder import RunFolder
+from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.tracking.run_folder import RunFolder
 from vit_explain_callback.tracking.snapshot import Snapshot
-from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.vit.timm import Normalisation, normalisation
 
 

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from vit_explain_callback.visualization.colours import backdrop
-from vit_explain_callback.visualization.overlay import Picture, overlay
+from vit_explain_callback.visualization.overlay import Picture, backdrop, overlay
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
 Box: TypeAlias = tuple[float, float, float, float]

@@ -21,12 +21,12 @@ from vit_explain_callback.cli.own_methods import methods_of
 from vit_explain_callback.cli.parser import DISCARD_RATIO, HEAD_FUSIONS
 from vit_explain_callback.cli.results import INDEX
 from vit_explain_callback.cli.terminal import complain, say, table
-from vit_explain_callback.methods.fusion import HeadFusion
 from vit_explain_callback.methods.grad_rollout import GradRollout
+from vit_explain_callback.methods.heads import HeadFusion
 from vit_explain_callback.methods.map_function import AnyMethod, of_attention
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.methods.rollout import Rollout
-from vit_explain_callback.tracking.html import page
+from vit_explain_callback.page.document import page
 
 _FAILED = 2
 _ROWS = 20  # of the table

@@ -11,16 +11,15 @@ from torch import Tensor
 from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer
 from vit_explain_callback.lightning.batches import Watched
 from vit_explain_callback.lightning.fit import Fit
-from vit_explain_callback.lightning.hooks import guarded
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.state_key import changed_options
-from vit_explain_callback.lightning.watch import StepWatch
+from vit_explain_callback.lightning.steps import StepWatch
 from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.metrics.drift import DriftMetric
-from vit_explain_callback.tracking.checks import RemovalOrAuto
-from vit_explain_callback.tracking.guard import Guard
+from vit_explain_callback.tracker import ExplanationTracker
+from vit_explain_callback.tracking.errors import Guard, guarded
+from vit_explain_callback.tracking.reliability import RemovalOrAuto
 from vit_explain_callback.tracking.scalars import Detail
-from vit_explain_callback.tracking.tracker import ExplanationTracker
 from vit_explain_callback.vit.adapter import LogitsOf
 from vit_explain_callback.vit.losses import Task
 

@@ -1,322 +1,285 @@
-"""Find out how a LightningModule turns probe images into the outputs that its loss is computed of."""
+"""Find what a run explains: its probe images, and how its module is run on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
-from vit_explain_callback.lightning.adapter import LightningAdapter
-from vit_explain_callback.lightning.batches import images_and_labels
-from vit_explain_callback.lightning.evaluation import StepName, transferred
-from vit_explain_callback.lightning.steps import CURE, Steps
-from vit_explain_callback.lightning.trace import StepTrace, leaves_of
-from vit_explain_callback.vit.look import Look, look
-from vit_explain_callback.vit.losses import Task, read_labels
+from vit_explain_callback.explainer import Explainer
+from vit_explain_callback.isolation.wrappers import is_sharded
+from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind, is_overridden
+from vit_explain_callback.lightning.adapter import LightningAdapter, transferred
+from vit_explain_callback.lightning.batches import Watched, images_and_labels
+from vit_explain_callback.lightning.outputs import Discovery
+from vit_explain_callback.lightning.probe_batch import class_names, probe_batch, validation_size
+from vit_explain_callback.lightning.settings import Settings
+from vit_explain_callback.lightning.steps import Steps
+from vit_explain_callback.lightning.trace import StepTrace
+from vit_explain_callback.tracking.distributed import Ranks
+from vit_explain_callback.tracking.errors import is_refusal, warn
+from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.vit.adapter import Adapter, LogitsOf, PlainAdapter
+from vit_explain_callback.vit.timm import check_classifier, find_vit, normalisation, refuse_other_timm_models
+
+
+def ranks_of(trainer: Trainer) -> Ranks:
+    """The processes of a trainer whose strategy is set up.
+
+    Raises:
+        ValueError: If its processes divide the heads of each attention among them.
+    """
+    strategy = trainer.strategy
+    mesh = getattr(strategy, "_device_mesh", None)  # of `ModelParallelStrategy`, public only inside the module
+    if mesh is not None and mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            "Expected every process to compute all heads of an attention, but the strategy's `tensor_parallel_size`"
+            f" is {mesh['tensor_parallel'].size()}: no process sees a whole attention matrix. Explain checkpoints "
+            "of this run with `explain` instead."
+        )
+    whole_model = is_kind(strategy, "DDPStrategy") and not is_kind(strategy, "DeepSpeedStrategy")
+    return Ranks(trainer.global_rank, trainer.world_size, trainer.world_size == 1 or whole_model)
+
+
+def explained_module(
+    pl_module: LightningModule, vit: str | None, forward: LogitsOf | None, needs_vit: bool
+) -> nn.Module:
+    """What turns images into logits: the LightningModule if it can, else the ViT itself.
+
+    Raises:
+        ValueError: If neither can.
+    """
+    if forward is not None or is_overridden("forward", pl_module):
+        return pl_module
+    if not needs_vit:
+        raise ValueError(
+            f"Expected {type(pl_module).__name__} to define `forward(images)`, returning logits, but it does not. Say "
+            "how to get them: `ViTExplainCallback(forward=lambda module, images: module.model(images))`."
+        )
+    found = find_vit(pl_module, vit)
+    if found is pl_module:
+        raise ValueError(
+            f"Expected {type(pl_module).__name__} to define `forward(images)`, returning logits, or `vit=` to name "
+            "the attribute that holds its model, but got neither."
+        )
+    return found
+
+
+def forward_of(trainer: Trainer) -> LogitsOf | None:
+    """How the LightningModule is called by a trainer whose strategy needs more than that, else None."""
+    if not is_kind(trainer.strategy, "FSDPStrategy"):
+        return None
+    # Parameters outside of every wrapped submodule are gathered by the outermost wrapper alone.
+    outermost = trainer.strategy.model
+
+    def forward(_: nn.Module, images: Tensor) -> Any:
+        assert outermost is not None
+        return outermost(images)
+
+    return forward
+
+
+_FEW = 16
+"""Images that a step is run with, where its loss is all that is asked for."""
 
 
 @dataclass(frozen=True)
-class Discovered:
-    """How a module is to be run on a batch of probe images.
+class Subject:
+    """What a run explains.
 
     Attributes:
-        adapter: Runs it.
-        images: As they reach the ViT, (B, C, H, W), on the CPU.
-        labels: (B,), -1 where an image has none; None where none has.
+        explainer: Of its module.
+        probe: The images.
+        is_first: Whether they are the first that validation gave, as others could not be had.
         words: What is explained.
-        notice: What the user should know of it, or None.
     """
 
-    adapter: LightningAdapter
-    images: Tensor
-    labels: Tensor | None
-    words: str
-    notice: str | None = None
+    explainer: Explainer
+    probe: Probe
+    is_first: bool = False
+    words: str = ""
 
-
-class Discovery:
-    """Finds out how a module is run, from a step of the user's that was watched, or else from one run on a twin.
-
-    Args:
-        module: The LightningModule.
-        trainer: Its trainer.
-        vit: Path of the ViT, if the user says it.
-        needs_vit: Whether images are those that reach a ViT; else those that reach any module first.
-        task: What the outputs are, if the user says it.
-    """
-
-    def __init__(
-        self, module: LightningModule, trainer: Trainer, vit: str | None, needs_vit: bool, task: Task | None
-    ) -> None:
-        self._module, self._trainer, self._steps = module, trainer, Steps(module, trainer)
-        self._vit, self._needs_vit, self._task = vit, needs_vit, task
-
-    def of(self, batch: Any, is_ready: bool, watched: StepTrace | None) -> Discovered:
-        """How the module is run on a batch.
-
-        Args:
-            batch: Probe images in the user's own form.
-            is_ready: Whether it has been through the transfer hooks.
-            watched: What went by in the first validation step, if it was watched.
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        trainer: Trainer,
+        module: LightningModule,
+        ranks: Ranks,
+        watched: Watched,
+        trace: StepTrace | None,
+    ) -> Subject | None:
+        """Take the images that the user gives, or validation images; None where these must be watched first.
 
         Raises:
-            ValueError: If no loss says what the outputs are, or they depend on more than an image each.
-            RuntimeError: If a step fails with the batch.
+            TypeError: If there are no images to be found in a batch.
+            ValueError: If the module cannot be explained.
+            RuntimeError: If reading the images fails.
         """
-        if is_ready:
-            batch = apply_to_collection(batch, Tensor, lambda part: part.to(self._module.device))
-        else:
-            batch = transferred(self._module, self._trainer, batch)
-        step: StepName = "validation_step"
-        if watched is not None and watched.loss is not None:
-            mapped = self._mapped(watched, batch)
-            batch, trace = (batch, watched) if mapped is not None else self._steps.run_on_labelled(batch, step)
-            if trace.loss is None and trace.error is not None:
-                raise self._steps.failed(trace.error)
-            inputs, labels = mapped if mapped is not None else (trace.inputs, trace.labels)
-        else:
-            batch, step, trace, shown = self._steps.first_with_loss(batch)
-            inputs, labels = trace.inputs, trace.labels
-            if shown is not None and inputs is not None and shown.shape == inputs.shape and not shown.equal(inputs):
-                inputs, labels = shown, self._steps.sure_labels(batch, step, trace)
-            if step == "training_step" and trace.mixes:
-                labels = None  # they are of images that are mixed anew in each step
-        if trace.loss is None or inputs is None:
-            raise self._unconfirmed(step, trace)
-        if labels is None and trace.task == "classification":
-            labels = self._labels(batch, trace)
-        return self._discovered(batch, step, trace, inputs, labels, trace is not watched)
-
-    def _mapped(self, trace: StepTrace, batch: Any) -> tuple[Tensor, Tensor | None] | None:
-        """Inputs and labels read off a batch as the step that was watched takes them; None where it computes them."""
-        leaves = leaves_of(batch)
-        if trace.image_leaf is None or len(leaves) != trace.leaves:
+        vit = settings.model.get("vit")
+        if settings.needs_vit:
+            refuse_other_timm_models(module if vit is None else find_vit(module, vit))
+        discovery = Discovery(module, trainer, vit, settings.needs_vit, settings.task)
+        if settings.given is not None:
+            return cls._of_given(settings, trainer, module, ranks, discovery, trace)
+        # The first process collects, and gives the images to all.
+        work = partial(_collected, trainer, settings.num_images, watched)
+        gathered = ranks.together(lambda: (*work(), trace) if ranks.rank == 0 else (None, False, None))
+        batch, is_ready, trace = gathered[0]
+        if batch is None:
             return None
-        inputs = leaves[trace.image_leaf]
-        if trace.reading == "numbers":
-            return inputs.detach().cpu(), None
-        if trace.label_leaf is None or trace.outputs is None:
-            return None
-        columns = trace.outputs.shape[1] if trace.outputs.ndim > 1 else 1
-        labels, task = read_labels(trace.reading, leaves[trace.label_leaf], columns)
-        return (inputs.detach().cpu(), None if labels is None else labels.cpu()) if task == trace.task else None
+        if settings.model.get("forward") is not None or is_sharded(module):
+            images, labels = images_and_labels(_on_device(trainer, module, batch, is_ready))
+            adapter = _called(settings, trainer, module)
+            return cls._made(settings, trainer, module, adapter, images, labels, is_first=is_ready)
+        try:
+            seen = ranks.alike(lambda: discovery.of(batch, is_ready, trace))
+        except RuntimeError:  # the step may be given another form: that of several loaders at once
+            if is_ready or watched.batch is None or ranks.count > 1:
+                raise
+            seen, is_ready = discovery.of(watched.batch, True, trace), True  # of one process alone
+        if seen.notice is not None:
+            warn(seen.notice)
+        made = cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels, is_first=is_ready)
+        return replace(made, words=seen.words)
 
-    def _labels(self, batch: Any, trace: StepTrace) -> Tensor | None:
-        """Classes under a usual name, where the loss takes soft ones."""
-        if trace.outputs is None or trace.outputs.ndim < 2:
-            return None
-        with suppress(TypeError, ValueError):  # of another form: there are none that one can be sure of
-            _, labels = images_and_labels(batch)
-            if labels is not None and len(labels) == trace.count and (labels < trace.outputs.shape[1]).all():
-                return labels
-        return None
-
-    def _discovered(
-        self, batch: Any, step: StepName, trace: StepTrace, inputs: Tensor, labels: Tensor | None, is_probe: bool
-    ) -> Discovered:
-        task = self._task or trace.task
-        count = len(inputs)
-        base = LightningAdapter(self._module, self._trainer, self._vit, task, step=step, batch=batch, count=count)
-        adapter = self._confirmed(base, trace)
-        if adapter is None:
-            if not is_probe:  # the step that was watched had other images, and may have changed the module
-                trace = self._steps.run(batch, step)
-                if trace.loss is None or trace.outputs is None or trace.inputs is None:
-                    raise self._steps.failed(trace.error) if trace.error is not None else self._unconfirmed(step, trace)
-                inputs = trace.inputs
-                adapter = self._confirmed(base, trace)
-            adapter = adapter or self._by_step(base, _known(trace)[1], trace.label_leaf)
-        return self._finished(adapter, trace, inputs, labels)
-
-    def of_images(self, images: Tensor, labels: Tensor | None, trace: StepTrace) -> Discovered:
-        """How the module is run on images of the user's own, if what he gives is what the watched step's parts take.
-
-        Raises:
-            ValueError: If the loss of the step is of something else than what the module's parts give of images.
-        """
-        base = LightningAdapter(self._module, self._trainer, self._vit, self._task or trace.task, count=len(images))
-        adapter: LightningAdapter | None = None
-        if trace.loss is not None and trace.inputs is not None and trace.outputs is not None:
-            adapter = self._confirmed(base, trace)
-        if adapter is None:
-            step: StepName = "validation_step" if is_overridden("validation_step", self._module) else "training_step"
-            raise self._unconfirmed(step, trace)
-        return self._finished(adapter, trace, images, labels)
-
-    def _finished(
-        self, adapter: LightningAdapter, trace: StepTrace, inputs: Tensor, labels: Tensor | None
-    ) -> Discovered:
-        found = self._look(adapter, inputs)
-        if found.fed is None:
-            raise self._imageless(adapter.step)
-        images = _plain(found.fed)
-        if not adapter.parts or images.shape != inputs.shape or not images.equal(inputs.to(images.dtype)):
-            adapter = replace(adapter, feed=found.feed, inputs=inputs if adapter.parts else None)
-        adapter = replace(adapter, vit=found.vit, batch=None if adapter.parts else adapter.batch)
-        labels = None if labels is None else labels[: len(images)]
-        words = adapter.in_words(trace.loss, found.outputs.shape[1] if found.outputs.ndim > 1 else 1)
-        return Discovered(adapter, images, labels, words, self._notice(adapter, trace))
-
-    def _confirmed(self, base: LightningAdapter, trace: StepTrace) -> LightningAdapter | None:
-        """The parts whose copies give what went by; None where only the step does."""
-        candidates = self._candidates(base, trace)
-        return next((one for one in candidates if self._gives(one, *_known(trace), trace)), None)
-
-    def _candidates(self, base: LightningAdapter, trace: StepTrace) -> Iterator[LightningAdapter]:
-        if trace.parts:
-            yield replace(base, parts=trace.parts)
-        if trace.parts != ("",) and is_overridden("forward", self._module):
-            yield base
-
-    def _gives(self, adapter: LightningAdapter, inputs: Tensor, outputs: Tensor, trace: StepTrace) -> bool | None:
-        """Whether copies of the parts give the outputs that went by, and of an image alone what they give of it.
-
-        None where they take something else than images.
-        """
-        low = str(self._trainer.precision) not in ("32-true", "64-true") or outputs.dtype.itemsize < 4
-        same = partial(torch.allclose, rtol=5e-2, atol=5e-2) if low else partial(torch.allclose, rtol=1e-3, atol=1e-4)
-        # As many outputs as images may be those of the images against each other.
-        square = outputs.ndim == 2 and outputs.shape[1] == trace.count
-        for rows in (slice(None), slice(0, 1))[: 1 + square]:
-            with adapter.evaluating() as twin, torch.no_grad():
-                own = inputs[rows].to(self._module.device, copy=True)
-                try:
-                    found = adapter.of_parts(twin.module, own)
-                except Exception:
-                    return None
-            if not isinstance(found, Tensor) or found.numel() != outputs[rows].numel():
-                return False
-            if trace.is_exact and not same(found.flatten().float().cpu(), outputs[rows].flatten().float()):
-                return False
-        return True
-
-    def _by_step(self, base: LightningAdapter, outputs: Tensor, label_leaf: int | None) -> LightningAdapter:
-        """The step itself, unless the outputs of an image depend on the others."""
-        ways: list[frozenset[int] | None] = [None]
-        if label_leaf is not None:
-            # What has as many rows as images need not belong to them, as the names of classes do not; but where images
-            # are the classes of each other, no tensor of the batch is their labels.
-            images = {place for place, leaf in enumerate(leaves_of(base.batch)) if leaf.ndim == 4}
-            ways.append(frozenset(images | {label_leaf}))
-        for rows in ways:
-            adapter = replace(base, parts=(), rows=rows)
-            alone = self._stepped(adapter, [0])
-            if isinstance(alone, Tensor) and alone.numel() == outputs[:1].numel():
-                alone = alone.reshape(outputs[:1].shape).float().cpu()
-                if torch.allclose(alone, outputs[:1].float(), rtol=1e-2, atol=1e-3):
-                    return adapter
-        whole = self._stepped(replace(base, parts=()), list(range(base.count)))
-        if isinstance(whole, Exception):  # as of a step that runs in training mode alone
-            raise self._steps.failed(whole) from whole
-        raise ValueError(
-            f"Expected the outputs of `{base.step}` of {type(self._module).__name__} for an image to depend on it "
-            f"alone, but they depend on the rest of the batch, as those of a contrastive loss do. {CURE}"
-        )
-
-    @staticmethod
-    def _stepped(adapter: LightningAdapter, rows: list[int]) -> Tensor | Exception:
-        """The outputs of some images, by the step; what it raises where its loss is of more rows, or it fails."""
-        with adapter.evaluating() as twin, torch.no_grad():
+    @classmethod
+    def _of_given(
+        cls,
+        settings: Settings,
+        trainer: Trainer,
+        module: LightningModule,
+        ranks: Ranks,
+        discovery: Discovery,
+        trace: StepTrace | None,
+    ) -> Subject:
+        assert settings.given is not None
+        images, labels = settings.given
+        first: StepTrace | None = None
+        if settings.model.get("forward") is None and not is_sharded(module):
+            first = ranks.together(lambda: trace)[0]
+            if first is None or not first.seen:
+                first = _seen_on_a_copy(trainer, module, ranks)
+        if first is not None:
             try:
-                return adapter.of_step(twin.module, rows)
+                seen = ranks.alike(lambda: discovery.of_images(images, labels, first))
+                made = cls._made(settings, trainer, module, seen.adapter, seen.images, labels)
+                return replace(made, words=seen.words)
             except Exception as error:
-                return error
+                if is_refusal(error):
+                    raise
+        # Or the module's parts do not take these images: it may itself, and else says what it takes.
+        return cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
 
-    def _look(self, adapter: LightningAdapter, inputs: Tensor) -> Look:
-        """The ViT behind the outputs, in one of the parts, and what reaches it, seen on a twin with gradients."""
-        found: Look | None = None
-        for path in self._paths(adapter.parts or ("",)):
-            with adapter.evaluating() as twin:
-                own = inputs.to(self._module.device, copy=True)
+    @classmethod
+    def _made(
+        cls,
+        settings: Settings,
+        trainer: Trainer,
+        module: LightningModule,
+        adapter: Adapter,
+        images: Tensor,
+        labels: Tensor | None,
+        is_first: bool = False,
+    ) -> Subject:
+        display, wanted = settings.display, settings.num_images
+        if settings.given is None:
+            images, labels = images[:wanted], None if labels is None else labels[:wanted]
+            if len(images) < wanted:
+                warn(
+                    f"`num_images={wanted}`, but {_given(trainer, len(images))}; these are used. Give others with "
+                    "`images=`."
+                )
+        vit = find_vit(adapter.model, adapter.vit) if settings.needs_vit else adapter.model
+        probe = Probe.of(
+            images,
+            labels,
+            regions=settings.regions,
+            class_names=display.class_names or class_names(trainer),
+            regression=adapter.regression,
+            multilabel=getattr(adapter, "task", None) == "multilabel",
+            normalisation=display.normalisation or normalisation(vit),
+            num_shown=display.num_shown,
+        )
+        options = settings.model
+        explainer = Explainer.of(
+            adapter,
+            settings.methods,
+            prefix_tokens=options.get("prefix_tokens"),
+            grid_size=options.get("grid_size"),
+        )
+        return cls(explainer, probe, is_first)
 
-                def run(root: nn.Module = twin.module, own: Tensor = own) -> Any:
-                    if adapter.parts:
-                        return adapter.of_parts(root, own)
-                    return adapter.of_step(root, list(range(adapter.count)))
 
-                parts = [twin.module.get_submodule(part) for part in adapter.parts if part]
-                weights = [weight for part in parts for weight in part.parameters()]
-                model = twin.module.get_submodule(path)
-                found = look(model, run, self._within(path), self._needs_vit, weights)
-            if found.attends or not self._needs_vit:
-                break
-        assert found is not None
-        if found.fed is None and adapter.parts:
-            found = replace(found, fed=inputs, feed=adapter.parts[0])  # the parts before make features of them
-        else:
-            found = replace(found, feed=".".join(filter(None, (path, found.feed))))
-        vit = path if found.vit is None else ".".join(filter(None, (path, found.vit)))
-        return replace(found, vit=vit or None)
+def _collected(trainer: Trainer, num_images: int, watched: Watched) -> tuple[Any, bool]:
+    """A batch of validation images, and whether it has been through the transfer hooks; None if there is none yet.
 
-    def _paths(self, parts: tuple[str, ...]) -> list[str]:
-        """The parts that may hold the ViT.
+    Images that were watched are the first of the data, and often of one class: they serve where no others can be had.
+    """
+    try:
+        batch = probe_batch(trainer, num_images)
+    except RuntimeError as error:
+        if watched.batch is None:
+            raise
+        warn(
+            "give `images=(images, labels)` to explain others than the first validation images, as others cannot be "
+            f"read in a process of its own: {error.__cause__!r}."
+        )
+        batch = None
+    return (watched.batch, True) if batch is None else (batch, False)
 
-        Raises:
-            ValueError: If the user names another one.
-        """
-        vit = self._vit
-        inside = [path for path in parts if vit is None or _is_inside(vit, path) or _is_inside(path, vit)]
-        if not inside:
-            raise ValueError(
-                f"Expected `vit` to name the ViT that the loss depends on, inside `{parts[0]}`, but got {vit!r}. {CURE}"
-            )
-        return inside
 
-    def _within(self, path: str) -> str | None:
-        """Path of the user's `vit` inside a part; None where the part lies inside it."""
-        vit = self._vit
-        if vit is None or vit == path:
-            return None if vit is None else ""
-        return vit.removeprefix(f"{path}." if path else "") if _is_inside(vit, path) else None
+def _seen_on_a_copy(trainer: Trainer, module: LightningModule, ranks: Ranks) -> StepTrace | None:
+    """What a step computes its loss of with images of the data; None where that cannot be seen."""
 
-    def _notice(self, adapter: LightningAdapter, trace: StepTrace) -> str | None:
-        if trace.others:
-            return (
-                f"`{adapter.step}` computes {1 + len(trace.others)} losses of different outputs; the outputs of the "
-                f"first, `{trace.loss}`, are explained. `forward=` chooses others."
-            )
-        itself = replace(adapter, parts=("",), feed=None, inputs=None)
-        is_other = adapter.parts != ("",) and not trace.called and is_overridden("forward", self._module)
-        if is_other and self._gives(itself, *_known(trace), trace) is False:
-            return (
-                f"`forward` gives other outputs than the loss of `{adapter.step}` is computed of; the loss's are "
-                "explained. `forward=lambda module, images: module(images)` explains the others."
-            )
+    def read() -> Any:
+        with suppress(RuntimeError):  # what cannot be read is not needed: the images are given
+            return probe_batch(trainer, _FEW, any_items=True)
+
+    batch = ranks.together(lambda: read() if ranks.rank == 0 else None)[0]
+    if batch is None:
         return None
 
-    def _imageless(self, step: StepName) -> ValueError:
-        what = "a Vision Transformer" if self._needs_vit else "a module of its own"
-        return ValueError(
-            f"Expected `{step}` of {type(self._module).__name__} to give images to {what}, but none did. {CURE}"
+    def run() -> StepTrace | None:
+        with suppress(Exception):  # nor is a step that runs
+            seen = Steps(module, trainer).first_with_loss(transferred(module, trainer, batch))[2]
+            return replace(seen, error=None)
+        return None
+
+    return ranks.together(run)[0]
+
+
+def _given(trainer: Trainer, used: int) -> str:
+    """How many images validation gave, where fewer than all of them can be explained."""
+    total = validation_size(trainer) or used
+    if total <= used:
+        return f"the validation set gave {used}"
+    return (
+        f"of the {total} in the validation set {used} can be explained: those of one size, and with a label where the "
+        "step needs one"
+    )
+
+
+def _on_device(trainer: Trainer, module: LightningModule, batch: Any, is_ready: bool) -> Any:
+    if is_ready:
+        return batch
+    if is_sharded(module):
+        return trainer.strategy.batch_to_device(batch, module.device)
+    return transferred(module, trainer, batch)
+
+
+def _called(settings: Settings, trainer: Trainer, module: LightningModule) -> Adapter:
+    """The module, run by calling it, its ViT or the user's `forward`."""
+    vit, forward, task = settings.model.get("vit"), settings.model.get("forward"), settings.task
+    model = explained_module(module, vit, forward, settings.needs_vit)
+    if is_sharded(module):
+        return PlainAdapter(
+            model, vit if model is module else None, forward or forward_of(trainer), task == "regression"
         )
-
-    def _unconfirmed(self, step: StepName, trace: StepTrace) -> ValueError:
-        if trace.inputs is None:
-            return self._imageless(step)
-        seen = f"only {', '.join(trace.seen)} of other things" if trace.seen else "no such loss"
-        return ValueError(
-            f"Expected `{step}` of {type(self._module).__name__} to compare outputs, a row for each image, with labels "
-            f"in a loss, but saw {seen}: an embedding is not the logits of classes. {CURE}"
-        )
-
-
-def _is_inside(path: str, outer: str) -> bool:
-    return not outer or f"{path}.".startswith(f"{outer}.")
-
-
-def _known(trace: StepTrace) -> tuple[Tensor, Tensor]:
-    """Inputs and outputs that went by."""
-    assert trace.inputs is not None
-    assert trace.outputs is not None
-    return trace.inputs, trace.outputs
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().as_subclass(Tensor)
+    if model is not module:
+        check_classifier(model)
+    path = "" if model is module else next(name for name, child in module.named_modules() if child is model)
+    return LightningAdapter(module, trainer, vit, task or "classification", forward, (path,))

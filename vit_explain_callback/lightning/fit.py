@@ -12,18 +12,15 @@ from torch import Tensor
 from vit_explain_callback._terminal import announce, quoted
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import Watched
-from vit_explain_callback.lightning.folder import run_folder
-from vit_explain_callback.lightning.loggers import LoggerWriter, renamed
+from vit_explain_callback.lightning.discover import Subject, ranks_of
+from vit_explain_callback.lightning.loggers import LoggerWriter, renamed, run_folder
 from vit_explain_callback.lightning.sample import sample
 from vit_explain_callback.lightning.settings import Settings
-from vit_explain_callback.lightning.strategy import ranks_of
-from vit_explain_callback.lightning.subject import Subject
-from vit_explain_callback.lightning.watch import StepWatch
-from vit_explain_callback.tracking.folder import RunFolder
-from vit_explain_callback.tracking.guard import Guard, is_refusal
+from vit_explain_callback.lightning.steps import StepWatch
+from vit_explain_callback.tracker import ExplanationTracker
+from vit_explain_callback.tracking.errors import Guard, is_refusal, warn
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.tracking.tracker import ExplanationTracker
-from vit_explain_callback.tracking.warning import warn
+from vit_explain_callback.tracking.run_folder import RunFolder
 from vit_explain_callback.tracking.writers import FolderWriter, Writer
 
 _CURE = (

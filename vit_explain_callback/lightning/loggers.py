@@ -1,4 +1,4 @@
-"""Write to any Lightning logger, as far as it can show pictures."""
+"""Write to any Lightning logger, as far as it can show pictures, text and files."""
 
 from __future__ import annotations
 
@@ -7,15 +7,100 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from vit_explain_callback.lightning._compat import Logger, is_kind
-from vit_explain_callback.lightning.folder import local_path
-from vit_explain_callback.lightning.reports import report
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from vit_explain_callback.lightning._compat import Logger, Trainer, is_kind
+from vit_explain_callback.tracking.errors import Guard, warn
+from vit_explain_callback.tracking.run_folder import RunFolder, check_space
 from vit_explain_callback.tracking.scalars import PREFIX
-from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.writers import RunEnd, TensorBoardWriter
 from vit_explain_callback.visualization.overlay import Picture
+
+
+def run_folder(trainer: Trainer, guard: Guard) -> RunFolder:
+    """The folder `explanations` in that of the logger, or else of the trainer; to be asked for on every process.
+
+    Where both are on another machine, as `s3://…`, it is in the working directory, which is said.
+    """
+    found = guard.attempt("cannot ask the logger for its folder", lambda: trainer.log_dir)
+    directories = [*filter(None, [found]), trainer.default_root_dir]
+    local = next((path for directory in directories if (path := local_path(directory)) is not None), Path.cwd())
+    # All processes name the run as the first one does.
+    folder = RunFolder(local / "explanations", trainer.strategy.broadcast(RunFolder(local).run))
+    if local_path(directories[0]) is None:
+        warn(f"the run's folder, {directories[0]}, is not on this machine; the raw maps are in {folder}.")
+    return folder
+
+
+def local_path(directory: str | Path) -> Path | None:
+    """A folder on this machine by its path or URL; None if it is on another, or of a kind that is not known here."""
+    try:
+        system, path = url_to_fs(str(directory))
+    except (ImportError, ValueError):
+        return None
+    return Path(path) if isinstance(system, LocalFileSystem) else None
+
+
+def report(logger: Logger, prefix: str, summary: str, page: Path | None, step: int) -> None:
+    """Give a logger the summary of a run in words, and the page as a file; nothing where it keeps neither.
+
+    Args:
+        logger: Any logger of Lightning but TensorBoard's, whose writer has a way of its own.
+        prefix: What the names of ours begin with, as `explain/`.
+        summary: Of the run.
+        page: The HTML file, or None.
+        step: Of the last snapshot.
+    """
+    for kind, way in _WAYS.items():
+        if is_kind(logger, kind):
+            way(logger, prefix, summary, page, step)
+
+
+def _wandb(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
+    """A panel of the page, which is an artifact as well; the text is a value of the run's summary."""
+    import wandb
+
+    run = logger.experiment
+    run.summary[f"{prefix}summary"] = summary
+    if page is not None:
+        panel = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
+        logger.log_metrics({f"{prefix}report": panel}, step=step)
+        artifact = wandb.Artifact(f"{prefix.strip('/')}-{run.id}", type="report")
+        artifact.add_file(str(page))
+        run.log_artifact(artifact)
+
+
+def _mlflow(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
+    """Artifacts of the run, which MLflow's page of it opens."""
+    folder = prefix.strip("/")
+    logger.experiment.log_text(logger.run_id, summary, f"{folder}/summary.txt")
+    if page is not None:
+        logger.experiment.log_artifact(logger.run_id, str(page), folder)
+
+
+def _comet(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
+    logger.experiment.log_text(summary, step=step)
+    if page is not None:
+        logger.experiment.log_asset(str(page), file_name=f"{prefix}{page.name}", step=step)
+
+
+def _neptune(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
+    logger.experiment[f"{prefix}summary"] = summary
+    if page is not None:
+        logger.experiment[f"{prefix}report"].upload(str(page))
+
+
+_WAYS: dict[str, Callable[[Any, str, str, Path | None, int], None]] = {
+    "WandbLogger": _wandb,
+    "MLFlowLogger": _mlflow,
+    "CometLogger": _comet,
+    "NeptuneLogger": _neptune,
+}
+
 
 T = TypeVar("T")
 Show: TypeAlias = Callable[[str, Picture, int], Any]

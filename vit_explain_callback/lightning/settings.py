@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_explain_callback._checks import check_images, check_removal, check_vit_options
-from vit_explain_callback._options import checked_options
 from vit_explain_callback.explainer import ModelOptions
 from vit_explain_callback.lightning.batches import images_and_labels
-from vit_explain_callback.methods.map_function import AnyMethod, of_attention
+from vit_explain_callback.methods.map_function import AnyMethod, check_removal, check_vit_options, of_attention
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
-from vit_explain_callback.tracking.checks import RemovalOrAuto
-from vit_explain_callback.tracking.guard import OnError
+from vit_explain_callback.options.images import check_images
+from vit_explain_callback.options.rules import checked_options
+from vit_explain_callback.tracking.errors import OnError
 from vit_explain_callback.tracking.probe import check_regions
+from vit_explain_callback.tracking.reliability import RemovalOrAuto
 from vit_explain_callback.tracking.scalars import Detail
 from vit_explain_callback.vit.losses import Task
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vit_explain_callback.methods.base import Block, Method
-from vit_explain_callback.methods.fusion import Fusion, HeadFusion
-from vit_explain_callback.methods.options import block_number
+from vit_explain_callback.methods.base import Block, Method, block_number
+from vit_explain_callback.methods.heads import Fusion, HeadFusion
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,106 @@
-"""A method: the matrix it wants of each block, and what it does with it.
-
-Shapes: B images, b of them at a time, H heads, N tokens, M keys of an attention pool, Q its queries.
-"""
+"""A method: its options, the matrix it wants of each block, and what it does with it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vit_explain_callback.methods.fusion import Fusion
-from vit_explain_callback.methods.options import OPTIONS, block_number, check_option
+from vit_explain_callback.methods.heads import HEAD_FUSIONS, Fusion, HeadFusion, discard_lowest
 from vit_explain_callback.vit.tokens import TokenLayout
+
+
+@dataclass(frozen=True)
+class Option:
+    """How an option is written and what it may be.
+
+    Attributes:
+        pattern: Regular expression of its part of a name, the value as its group.
+        read: The value of that group.
+        write: The part of the name for a value.
+        allows: Whether a value is in range.
+        expected: The range in words, as they follow "Expected `option` ".
+    """
+
+    pattern: str
+    read: Callable[[str], Any]
+    write: Callable[[Any], str]
+    allows: Callable[[Any], bool]
+    expected: str
+
+
+def _is_block(value: Any) -> bool:
+    return isinstance(value, int) and value != 0
+
+
+OPTIONS = {
+    "head_fusion": Option(
+        r"([a-z]+)", str, str, lambda value: value in HEAD_FUSIONS, f"to be one of {', '.join(HEAD_FUSIONS)}"
+    ),
+    "discard_ratio": Option(
+        r"(\d*\.?\d+)",
+        float,
+        lambda value: f"{Decimal(repr(float(value))):f}",  # never 1e-05
+        lambda value: 0 <= value < 1,
+        "in [0, 1)",
+    ),
+    "start_layer": Option(
+        r"from(-?\d+)",
+        int,
+        "from{}".format,
+        _is_block,
+        "of at least 1 (the first block), or negative (-1 is the last block)",
+    ),
+    "block": Option(
+        r"block(-?\d+)",
+        int,
+        "block{}".format,
+        _is_block,
+        "of at least 1 (the first block), or negative (-1 is the last block)",
+    ),
+    "head": Option(
+        r"head(\d+)",
+        int,
+        "head{}".format,
+        lambda value: value is None or (isinstance(value, int) and value >= 1),
+        "of at least 1 (the first head), or None for all",
+    ),
+}
+"""Every option by the name of its field, in the order in which names have them."""
+
+
+def check_option(name: str, value: Any) -> None:
+    """Refuse a value that an option cannot have.
+
+    Raises:
+        ValueError: If it is out of range.
+    """
+    option = OPTIONS.get(name)
+    if option is not None and not option.allows(value):
+        raise ValueError(f"Expected `{name}` {option.expected}, but got {value!r}.")
+
+
+def block_number(name: str, value: int, blocks: int, method: str) -> int:
+    """The block that an option names, counted from 1, in a model of `blocks` blocks.
+
+    Raises:
+        ValueError: If the model does not have it.
+
+    Example:
+        >>> block_number("start_layer", -4, 12, "rollout_from-4")
+        9
+    """
+    number = value if value > 0 else blocks + 1 + value
+    if not 1 <= number <= blocks:
+        raise ValueError(
+            f"Expected `{name}` in 1 … {blocks} (the model's blocks) or -{blocks} … -1 (from the end), but {method} "
+            f"has {value}."
+        )
+    return number
 
 
 @dataclass(frozen=True)
@@ -122,3 +208,62 @@ class Method(ABC):
         """Relevance of every token, (b, N), from what the last `step` returned."""
         assert isinstance(relevance, Tensor)
         return relevance
+
+
+@dataclass(frozen=True)
+class FusedMethod(Method):
+    """A method that fuses heads, drops the lowest entries and starts at some block.
+
+    Args:
+        head_fusion: How the heads of a block are fused: `mean`, `max` or `min`.
+        discard_ratio: Share of the smallest entries of each fused matrix set to zero, in [0, 1).
+        start_layer: First block that takes part, counted from 1, or from the end if negative: -1 is the last.
+
+    Raises:
+        ValueError: If an option is outside its range.
+    """
+
+    head_fusion: HeadFusion = "mean"
+    discard_ratio: float = 0.0
+    start_layer: int = 1
+
+    @property
+    def fusion(self) -> Fusion:
+        """F = fuse_h(A)."""
+        return Fusion(self.head_fusion)
+
+    @property
+    def pool_fusion(self) -> Fusion:
+        """A pooling head is read as the blocks are."""
+        return self.fusion
+
+    def kept(self, block: Block) -> Tensor:
+        """A block's fused matrix without its lowest entries, (b, N, N)."""
+        return discard_lowest(block.fused, self.discard_ratio, block.class_token)
+
+
+def check_layers(methods: Sequence[Method], blocks: int) -> None:
+    """Refuse methods with an option that names a block which the model does not have.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for method in methods:
+        method.layers(blocks)
+
+
+def check_heads(methods: Sequence[Method], heads: Sequence[int]) -> None:
+    """Refuse methods with an option that names a head which a block does not have.
+
+    Args:
+        methods: Methods.
+        heads: H of each block, first block first.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for method in methods:
+        layers, head = method.layers(len(heads)), method.fusion.head
+        for layer, count in enumerate(heads, start=1):
+            if layer in layers and head is not None and head > count:
+                raise ValueError(f"Expected `head` in 1 … {count} (the heads of block {layer}), but got {method.name}.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vit_explain_callback.methods.base import Block, Method
-from vit_explain_callback.methods.fusion import Fusion
+from vit_explain_callback.methods.heads import Fusion
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vit_explain_callback.methods.base import Block
-from vit_explain_callback.methods.explicit import checked_attentions, starting_row
-from vit_explain_callback.methods.fused_method import FusedMethod
-from vit_explain_callback.methods.fusion import HeadFusion, discard_lowest, fuse_heads
+from vit_explain_callback.methods.base import Block, FusedMethod
 from vit_explain_callback.vit.tokens import TokenLayout
 
 _UNIT = 2**50  # of the solver, which counts in integers; N times as much fits its 64 bits
@@ -200,49 +197,3 @@ def row_normalised(fused: Tensor) -> Tensor:
     """Ā = rownorm(F + I) in float64: (…, N, N) fused attention with the residual, each row divided by its sum."""
     with_residual = fused.double() + torch.eye(fused.shape[-1], dtype=torch.float64, device=fused.device)
     return with_residual / with_residual.sum(dim=-1, keepdim=True)
-
-
-def attention_flow(
-    attentions: Sequence[Tensor],
-    *,
-    head_fusion: HeadFusion = "mean",
-    discard_ratio: float = 0.0,
-    start_layer: int = 1,
-    readout: Tensor | None = None,
-    class_token: int | None = 0,
-) -> Tensor:
-    """Attention flow (Abnar & Zuidema 2020, arXiv:2005.00928) of explicit attention matrices.
-
-    In Vision Transformers of usual size it equals the bound min(1, column sum of Ā^s) at nearly every token, so that
-    blocks above the first do not show in it: twelve blocks can carry far more than one token can receive.
-
-    Args:
-        attentions: Softmax attention of each block, first block first: L tensors (B, H, N, N).
-        head_fusion: As in `attention_rollout`.
-        discard_ratio: As in `attention_rollout`.
-        start_layer: As in `attention_rollout`.
-        readout: What the source can give to each token after the last block, (N,) or (B, N). Default: 1 to token 0.
-        class_token: As in `attention_rollout`.
-
-    Returns:
-        Maximum flow from the readout to every input token, (B, N) in float64, each exact to 1e-9. They do not sum to 1.
-
-    Raises:
-        ImportError: If OR-Tools is not installed.
-        ValueError: As `attention_rollout`.
-
-    Example:
-        >>> uniform = torch.full((1, 1, 2, 2), 0.5)
-        >>> attention_flow([uniform, uniform])
-        tensor([[1.0000, 0.5000]], dtype=torch.float64)
-    """
-    checked_attentions(attentions, start_layer)
-    row = starting_row(attentions[0], readout)
-    matrices = [
-        row_normalised(discard_lowest(fuse_heads(attention, head_fusion), discard_ratio, class_token))
-        for attention in attentions[start_layer - 1 :]
-    ]
-    tokens = range(row.shape[1])
-    return torch.stack(
-        [maximum_flow([matrix[image] for matrix in matrices], row[image], tokens).values for image in range(len(row))]
-    )

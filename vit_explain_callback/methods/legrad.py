@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vit_explain_callback.methods.base import Block, Method
-from vit_explain_callback.methods.fusion import Fusion
+from vit_explain_callback.methods.heads import Fusion
 
 
 @dataclass(frozen=True)

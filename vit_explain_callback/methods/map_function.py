@@ -6,13 +6,14 @@ Shapes: B images, C classes or channels, h and w the map's own grid.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from vit_explain_callback.isolation.wrappers import has_twin
 from vit_explain_callback.methods.base import Method
 
 _RESERVED = "random"  # the control of faithfulness
@@ -120,3 +121,50 @@ def of_attention(methods: Sequence[AnyMethod]) -> list[Method]:
 def of_functions(methods: Sequence[AnyMethod]) -> list[MapFunction]:
     """Those that need a model only."""
     return [method for method in methods if isinstance(method, MapFunction)]
+
+
+def check_functions(functions: Sequence[MapFunction], model: nn.Module, query: tuple[int, int] | None) -> None:
+    """Refuse functions for what they cannot be asked.
+
+    Raises:
+        ValueError: If the model has no copy for them to work on, or relevance is to start from a patch.
+    """
+    names = ", ".join(f"`{function.name}`" for function in functions)
+    if functions and not has_twin(model):
+        raise ValueError(
+            f"Expected a model that can be copied for {names}, but {type(model).__name__} is scripted, or its "
+            "parameters are spread over processes. Leave the functions out, or explain checkpoints of the run with "
+            "`explain`."
+        )
+    if functions and query is not None:
+        raise ValueError(
+            f"Expected no `query` for {names}: functions are given images and classes. Ask for `attention` or "
+            "`rollout`."
+        )
+
+
+def check_vit_options(methods: Sequence[AnyMethod], options: Mapping[str, object]) -> None:
+    """Refuse those of a model's options that say something of a ViT, where no method needs one.
+
+    Raises:
+        ValueError: If one is not None.
+    """
+    given = [f"`{name}`" for name in ("vit", "prefix_tokens", "grid_size") if options.get(name) is not None]
+    if given and not of_attention(methods):
+        raise ValueError(
+            f"Expected no {' or '.join(given)} for {', '.join(method.name for method in methods)} alone, as functions "
+            "look for no ViT: leave it out. `forward` says how to get logits."
+        )
+
+
+def check_removal(removal: str, methods: Sequence[AnyMethod]) -> None:
+    """Refuse to leave tokens out for maps whose grid need not be that of the tokens.
+
+    Raises:
+        ValueError: If that is asked for.
+    """
+    names = [f"`{method.name}`" for method in methods if isinstance(method, MapFunction)]
+    if removal == "tokens" and names:
+        raise ValueError(
+            f"Expected `removal='mean_colour'` for {', '.join(names)}, whose cells are no tokens, but got 'tokens'."
+        )

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from vit_explain_callback.methods.attention import Attention
-from vit_explain_callback.methods.base import Method
+from vit_explain_callback.methods.base import OPTIONS, Method
 from vit_explain_callback.methods.chefer import Chefer
 from vit_explain_callback.methods.flow import AttentionFlow
 from vit_explain_callback.methods.grad_attention import GradAttention
@@ -16,7 +16,6 @@ from vit_explain_callback.methods.grad_rollout import GradRollout
 from vit_explain_callback.methods.gradsam import GradSAM
 from vit_explain_callback.methods.legrad import LeGrad
 from vit_explain_callback.methods.map_function import AnyMethod, MapFunction
-from vit_explain_callback.methods.options import OPTIONS
 from vit_explain_callback.methods.rollout import Rollout
 
 METHODS: dict[str, type[Method]] = {

@@ -5,15 +5,10 @@ Shapes: B images, L blocks, H heads, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from vit_explain_callback.methods.base import Block
-from vit_explain_callback.methods.explicit import checked_attentions, starting_row
-from vit_explain_callback.methods.fused_method import FusedMethod
-from vit_explain_callback.methods.fusion import HeadFusion, discard_lowest, fuse_heads
+from vit_explain_callback.methods.base import Block, FusedMethod
 
 
 class Rollout(FusedMethod):
@@ -46,43 +41,3 @@ def rollout_step(row: Tensor, fused: Tensor) -> Tensor:
     """
     weight = row / (fused.sum(dim=-1) + 1)
     return torch.baddbmm(weight[:, None], weight[:, None], fused)[:, 0]
-
-
-def attention_rollout(
-    attentions: Sequence[Tensor],
-    *,
-    head_fusion: HeadFusion = "mean",
-    discard_ratio: float = 0.0,
-    start_layer: int = 1,
-    readout: Tensor | None = None,
-    class_token: int | None = 0,
-) -> Tensor:
-    """Attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928) of explicit attention matrices.
-
-    R = Ā^L Ā^(L-1) … Ā^s with Ā = rownorm(F + I), F the fused attention after discarding; the result is the readout's
-    row of R, found with vector–matrix products alone.
-
-    Args:
-        attentions: Softmax attention of each block, first block first: L tensors (B, H, N, N).
-        head_fusion: How heads are fused: `mean`, `max` or `min`.
-        discard_ratio: Share of the smallest entries of each fused matrix set to zero, in [0, 1).
-        start_layer: First block s that takes part, counted from 1.
-        readout: The starting row, (N,) or (B, N). Default: one-hot on token 0, the class token.
-        class_token: Index of the class token, or None; see `discard_lowest`.
-
-    Returns:
-        Relevance of every input token for the readout, (B, N), with the same sum as the starting row.
-
-    Raises:
-        ValueError: If an argument is outside its range or a tensor is not (B, H, N, N).
-
-    Example:
-        >>> identity = torch.eye(3).expand(1, 2, 3, 3)
-        >>> attention_rollout([identity, identity])
-        tensor([[1., 0., 0.]])
-    """
-    checked_attentions(attentions, start_layer)
-    row = starting_row(attentions[0], readout)
-    for attention in reversed(attentions[start_layer - 1 :]):
-        row = rollout_step(row, discard_lowest(fuse_heads(attention, head_fusion), discard_ratio, class_token))
-    return row

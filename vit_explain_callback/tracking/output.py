@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from vit_explain_callback._files import write_text
-from vit_explain_callback.tracking.folder import RunFolder
-from vit_explain_callback.tracking.guard import Guard
+from vit_explain_callback.tracking.errors import Guard
 from vit_explain_callback.tracking.history import History
-from vit_explain_callback.tracking.html import LivePage
 from vit_explain_callback.tracking.pictures import animations, figures, last_filmstrips
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run import Run
+from vit_explain_callback.tracking.run_folder import RunFolder, check_space
 from vit_explain_callback.tracking.scalars import Detail, final_tags, of_detail
 from vit_explain_callback.tracking.snapshot import Snapshot
-from vit_explain_callback.tracking.space import check_space
 from vit_explain_callback.tracking.writers import RunEnd, Writer
 
 T = TypeVar("T")
+PageWriter: TypeAlias = Callable[[Run, bool], Path | None]
 
 
 class Output:
@@ -31,7 +30,7 @@ class Output:
         folder: Of raw maps and page, or None.
         writers: Of scalars and pictures.
         detail: Which of them.
-        report: Whether to write the page.
+        write_page: Writes the page of a run, told whether it is the last one, and gives the file if it did; or None.
         guard: What says that something failed.
 
     Attributes:
@@ -45,12 +44,12 @@ class Output:
         folder: RunFolder | None,
         writers: Sequence[Writer],
         detail: Detail,
-        report: bool,
+        write_page: PageWriter | None,
         guard: Guard,
     ) -> None:
         self.folder, self.writers = folder, tuple(writers)
         self._probe, self._detail, self._guard = probe, detail, guard
-        self._page = LivePage() if report else None
+        self._page = write_page
         self._begun = False
         self._written: set[str] = set()
         self._rows: dict[int, dict[str, float]] = {}
@@ -122,7 +121,7 @@ class Output:
         if page is None:
             return None
         rows = [self._rows.get(one.step, {"step": one.step}) for one in kept]
-        return self._to_folder(lambda folder: page.write(Run(folder, self._probe, kept, rows), is_last))
+        return self._to_folder(lambda folder: page(Run(folder, self._probe, kept, rows), is_last))
 
     def _to_folder(self, write: Callable[[Path], T]) -> T | None:
         folder = self.folder

@@ -1,24 +1,55 @@
-"""Writers of a run's scalars and pictures: to a folder, to TensorBoard, or one of one's own.
-
-The raw maps do not go through a writer: an `ExplanationTracker` saves them itself.
-"""
+"""Writers of a run's scalars and pictures: to a folder, to TensorBoard, or one of one's own."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, Protocol
 
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+
 from vit_explain_callback._files import write_bytes
-from vit_explain_callback.tracking.folder import RunFolder
-from vit_explain_callback.tracking.scalars import PREFIX
-from vit_explain_callback.tracking.space import check_space
-from vit_explain_callback.tracking.tensorboard import add_file, add_lines, lay_out_margin_charts
-from vit_explain_callback.tracking.warning import warn
+from vit_explain_callback.metrics.drift import METRICS
+from vit_explain_callback.tracking.errors import warn
+from vit_explain_callback.tracking.run_folder import RunFolder, check_space
+from vit_explain_callback.tracking.scalars import PREFIX, STATISTICS
 from vit_explain_callback.visualization.encode import jpeg, png
 from vit_explain_callback.visualization.overlay import Picture
+
+_COLUMNS = 110  # that a window of 1366 pixels shows
+
+
+def lay_out_margin_charts(experiment: Any, methods: Sequence[str]) -> None:
+    """Charts of each measure's median between p10 and p90, for the custom scalars pane."""
+    charts = {
+        f"{method} · {metric}": [
+            "Margin",
+            [f"{STATISTICS}/drift_baseline_spread/{method}/{metric}/{part}" for part in ("median", "p10", "p90")],
+        ]
+        for method in methods
+        for metric in METRICS
+    }
+    experiment.add_custom_scalars({"drift from the baseline, p10 to p90": charts})
+
+
+def add_file(experiment: Any, tag: str, file: bytes, step: int) -> None:
+    """Add a PNG, JPEG or GIF file as it is; `add_image` is slow to encode, and keeps but the first picture of a GIF."""
+    with Image.open(io.BytesIO(file)) as picture:
+        width, height = picture.size
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file)
+    experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def add_lines(experiment: Any, tag: str, text: str, step: int) -> None:
+    """Add text whose lines stay as they are, but for those that the pane would cut off."""
+    wrapped = [part for line in text.splitlines() for part in wrap(line, _COLUMNS, subsequent_indent="    ")]
+    experiment.add_text(tag, "\n".join(f"    {line}" for line in wrapped), step)
+
 
 _QUALITY = 75  # two filmstrips of three rows and a heat map take less than 300 kB, whatever is on the images
 

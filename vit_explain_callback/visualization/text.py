@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_explain_callback.visualization.captions import limit_caption
-from vit_explain_callback.visualization.colours import blend
-from vit_explain_callback.visualization.overlay import Picture
+from vit_explain_callback.visualization.overlay import Picture, blend
 
 TEXT_SIZE = 12
 STRIP_HEIGHT = 18

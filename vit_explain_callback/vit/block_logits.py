@@ -19,10 +19,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vit_explain_callback.vit.adapter import Subject
+from vit_explain_callback.vit.blocks import Stack
 from vit_explain_callback.vit.calls import AttentionCall
-from vit_explain_callback.vit.capture import AttentionRecorder
-from vit_explain_callback.vit.stack import Stack
+from vit_explain_callback.vit.recorder import AttentionRecorder
+from vit_explain_callback.vit.session import Subject
 
 Seen: TypeAlias = dict[tuple[str, int], tuple[Tensor | None, Any]]
 """What a module was first given, and what it gave, by its path and how often it had run before."""

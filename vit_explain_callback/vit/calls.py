@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vit_explain_callback.vit.formed import formed_attention
+from vit_explain_callback.vit.attention_ops import formed_attention
 
 _ALL = slice(None)
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vit_explain_callback.vit.capture import is_no_grad
-from vit_explain_callback.vit.flow import Ports
-from vit_explain_callback.vit.functions import named
+from vit_explain_callback.vit.attention_ops import named
+from vit_explain_callback.vit.ports import Ports
+from vit_explain_callback.vit.recorder import is_no_grad
 from vit_explain_callback.vit.sites import changing
 from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout, mean_of
 

@@ -153,3 +153,16 @@ def num_blocks(vit: nn.Module) -> int:
     """L, the number of blocks of a timm ViT."""
     model: Any = vit
     return len(model.blocks)
+
+
+def check_classifier(vit: nn.Module) -> None:
+    """Refuse a ViT that returns features, where its output is to be taken for logits.
+
+    Raises:
+        ValueError: If it has no classifier.
+    """
+    if num_classes(vit) == 0:
+        raise ValueError(
+            f"Expected logits from {type(vit).__name__}, but it has no classifier (`num_classes` is 0). Explain the "
+            "module whose forward turns images into logits, or give the model one with `reset_classifier`."
+        )

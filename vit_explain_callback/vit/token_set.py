@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vit_explain_callback.vit.adapter import Subject
-from vit_explain_callback.vit.in_parts import is_out_of_memory
-from vit_explain_callback.vit.isolation import preserved_random_state
+from vit_explain_callback.isolation.undisturbed import preserved_random_state
+from vit_explain_callback.vit.session import Subject, is_out_of_memory
 from vit_explain_callback.vit.tokens import TokenLayout
 
 _SHARE = 0.01

@@ -1,12 +1,14 @@
-"""Token layout: prefix tokens, the grid of patches, and the tokens that the classifier reads."""
+"""Token layout: prefix tokens, the grid of patches, the tokens that the classifier reads, and what is known of them."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from vit_explain_callback.vit.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,3 +93,47 @@ def mean_of(rows: range, tokens: int) -> Tensor:
     readout = torch.zeros(tokens, dtype=torch.float64)
     readout[rows.start : rows.stop] = 1 / len(rows)
     return readout
+
+
+# What a module says of how it was built is of these types.
+_WORDS = (str, bool, int, type(None))
+
+
+@dataclass
+class Memory:
+    """What was found out about a model's tokens, as long as the model is built as it was.
+
+    Attributes:
+        built: Says how the model was built.
+        layouts: The tokens by the size of images and the number of tokens.
+        entries: Where the tokens enter the first block, and the tokens, by the size of images.
+    """
+
+    built: object = None
+    layouts: dict[tuple[int, ...], TokenLayout] = field(default_factory=dict)
+    entries: dict[tuple[int, ...], tuple[Site, TokenLayout]] = field(default_factory=dict)
+
+    def of(self, model: nn.Module) -> Memory:
+        """This memory, emptied if `model` is built otherwise than what it is of."""
+        built = _built(model)
+        if built != self.built:
+            self.built = built
+            self.layouts.clear()
+            self.entries.clear()
+        return self
+
+
+def _built(model: nn.Module) -> object:
+    """How a model is built: kinds of modules and what they say of themselves, but not their weights."""
+    return tuple(
+        (
+            name,
+            type(module),
+            *[
+                said
+                for said in vars(module).items()
+                if said[0][:1] != "_" and said[0] != "training" and isinstance(said[1], _WORDS)
+            ],
+        )
+        for name, module in model.named_modules()
+    )

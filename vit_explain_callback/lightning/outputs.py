@@ -1,0 +1,321 @@
+"""Find out how a LightningModule turns probe images into the outputs that its loss is computed of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
+from vit_explain_callback.lightning.adapter import LightningAdapter, StepName, transferred
+from vit_explain_callback.lightning.batches import images_and_labels
+from vit_explain_callback.lightning.steps import CURE, Steps
+from vit_explain_callback.lightning.trace import StepTrace, leaves_of
+from vit_explain_callback.vit.locate import Look, look
+from vit_explain_callback.vit.losses import Task, read_labels
+
+
+@dataclass(frozen=True)
+class Discovered:
+    """How a module is to be run on a batch of probe images.
+
+    Attributes:
+        adapter: Runs it.
+        images: As they reach the ViT, (B, C, H, W), on the CPU.
+        labels: (B,), -1 where an image has none; None where none has.
+        words: What is explained.
+        notice: What the user should know of it, or None.
+    """
+
+    adapter: LightningAdapter
+    images: Tensor
+    labels: Tensor | None
+    words: str
+    notice: str | None = None
+
+
+class Discovery:
+    """Finds out how a module is run, from a step of the user's that was watched, or else from one run on a twin.
+
+    Args:
+        module: The LightningModule.
+        trainer: Its trainer.
+        vit: Path of the ViT, if the user says it.
+        needs_vit: Whether images are those that reach a ViT; else those that reach any module first.
+        task: What the outputs are, if the user says it.
+    """
+
+    def __init__(
+        self, module: LightningModule, trainer: Trainer, vit: str | None, needs_vit: bool, task: Task | None
+    ) -> None:
+        self._module, self._trainer, self._steps = module, trainer, Steps(module, trainer)
+        self._vit, self._needs_vit, self._task = vit, needs_vit, task
+
+    def of(self, batch: Any, is_ready: bool, watched: StepTrace | None) -> Discovered:
+        """How the module is run on a batch.
+
+        Args:
+            batch: Probe images in the user's own form.
+            is_ready: Whether it has been through the transfer hooks.
+            watched: What went by in the first validation step, if it was watched.
+
+        Raises:
+            ValueError: If no loss says what the outputs are, or they depend on more than an image each.
+            RuntimeError: If a step fails with the batch.
+        """
+        if is_ready:
+            batch = apply_to_collection(batch, Tensor, lambda part: part.to(self._module.device))
+        else:
+            batch = transferred(self._module, self._trainer, batch)
+        step: StepName = "validation_step"
+        if watched is not None and watched.loss is not None:
+            mapped = self._mapped(watched, batch)
+            batch, trace = (batch, watched) if mapped is not None else self._steps.run_on_labelled(batch, step)
+            if trace.loss is None and trace.error is not None:
+                raise self._steps.failed(trace.error)
+            inputs, labels = mapped if mapped is not None else (trace.inputs, trace.labels)
+        else:
+            batch, step, trace, shown = self._steps.first_with_loss(batch)
+            inputs, labels = trace.inputs, trace.labels
+            if shown is not None and inputs is not None and shown.shape == inputs.shape and not shown.equal(inputs):
+                inputs, labels = shown, self._steps.sure_labels(batch, step, trace)
+            if step == "training_step" and trace.mixes:
+                labels = None  # they are of images that are mixed anew in each step
+        if trace.loss is None or inputs is None:
+            raise self._unconfirmed(step, trace)
+        if labels is None and trace.task == "classification":
+            labels = self._labels(batch, trace)
+        return self._discovered(batch, step, trace, inputs, labels, trace is not watched)
+
+    def _mapped(self, trace: StepTrace, batch: Any) -> tuple[Tensor, Tensor | None] | None:
+        """Inputs and labels read off a batch as the step that was watched takes them; None where it computes them."""
+        leaves = leaves_of(batch)
+        if trace.image_leaf is None or len(leaves) != trace.leaves:
+            return None
+        inputs = leaves[trace.image_leaf]
+        if trace.reading == "numbers":
+            return inputs.detach().cpu(), None
+        if trace.label_leaf is None or trace.outputs is None:
+            return None
+        columns = trace.outputs.shape[1] if trace.outputs.ndim > 1 else 1
+        labels, task = read_labels(trace.reading, leaves[trace.label_leaf], columns)
+        return (inputs.detach().cpu(), None if labels is None else labels.cpu()) if task == trace.task else None
+
+    def _labels(self, batch: Any, trace: StepTrace) -> Tensor | None:
+        """Classes under a usual name, where the loss takes soft ones."""
+        if trace.outputs is None or trace.outputs.ndim < 2:
+            return None
+        with suppress(TypeError, ValueError):  # of another form: there are none that one can be sure of
+            _, labels = images_and_labels(batch)
+            if labels is not None and len(labels) == trace.count and (labels < trace.outputs.shape[1]).all():
+                return labels
+        return None
+
+    def _discovered(
+        self, batch: Any, step: StepName, trace: StepTrace, inputs: Tensor, labels: Tensor | None, is_probe: bool
+    ) -> Discovered:
+        task = self._task or trace.task
+        count = len(inputs)
+        base = LightningAdapter(self._module, self._trainer, self._vit, task, step=step, batch=batch, count=count)
+        adapter = self._confirmed(base, trace)
+        if adapter is None:
+            if not is_probe:  # the step that was watched had other images, and may have changed the module
+                trace = self._steps.run(batch, step)
+                if trace.loss is None or trace.outputs is None or trace.inputs is None:
+                    raise self._steps.failed(trace.error) if trace.error is not None else self._unconfirmed(step, trace)
+                inputs = trace.inputs
+                adapter = self._confirmed(base, trace)
+            adapter = adapter or self._by_step(base, _known(trace)[1], trace.label_leaf)
+        return self._finished(adapter, trace, inputs, labels)
+
+    def of_images(self, images: Tensor, labels: Tensor | None, trace: StepTrace) -> Discovered:
+        """How the module is run on images of the user's own, if what he gives is what the watched step's parts take.
+
+        Raises:
+            ValueError: If the loss of the step is of something else than what the module's parts give of images.
+        """
+        base = LightningAdapter(self._module, self._trainer, self._vit, self._task or trace.task, count=len(images))
+        adapter: LightningAdapter | None = None
+        if trace.loss is not None and trace.inputs is not None and trace.outputs is not None:
+            adapter = self._confirmed(base, trace)
+        if adapter is None:
+            step: StepName = "validation_step" if is_overridden("validation_step", self._module) else "training_step"
+            raise self._unconfirmed(step, trace)
+        return self._finished(adapter, trace, images, labels)
+
+    def _finished(
+        self, adapter: LightningAdapter, trace: StepTrace, inputs: Tensor, labels: Tensor | None
+    ) -> Discovered:
+        found = self._look(adapter, inputs)
+        if found.fed is None:
+            raise self._imageless(adapter.step)
+        images = _plain(found.fed)
+        if not adapter.parts or images.shape != inputs.shape or not images.equal(inputs.to(images.dtype)):
+            adapter = replace(adapter, feed=found.feed, inputs=inputs if adapter.parts else None)
+        adapter = replace(adapter, vit=found.vit, batch=None if adapter.parts else adapter.batch)
+        labels = None if labels is None else labels[: len(images)]
+        words = adapter.in_words(trace.loss, found.outputs.shape[1] if found.outputs.ndim > 1 else 1)
+        return Discovered(adapter, images, labels, words, self._notice(adapter, trace))
+
+    def _confirmed(self, base: LightningAdapter, trace: StepTrace) -> LightningAdapter | None:
+        """The parts whose copies give what went by; None where only the step does."""
+        candidates = self._candidates(base, trace)
+        return next((one for one in candidates if self._gives(one, *_known(trace), trace)), None)
+
+    def _candidates(self, base: LightningAdapter, trace: StepTrace) -> Iterator[LightningAdapter]:
+        if trace.parts:
+            yield replace(base, parts=trace.parts)
+        if trace.parts != ("",) and is_overridden("forward", self._module):
+            yield base
+
+    def _gives(self, adapter: LightningAdapter, inputs: Tensor, outputs: Tensor, trace: StepTrace) -> bool | None:
+        """Whether copies of the parts give the outputs that went by, and of an image alone what they give of it.
+
+        None where they take something else than images.
+        """
+        low = str(self._trainer.precision) not in ("32-true", "64-true") or outputs.dtype.itemsize < 4
+        same = partial(torch.allclose, rtol=5e-2, atol=5e-2) if low else partial(torch.allclose, rtol=1e-3, atol=1e-4)
+        # As many outputs as images may be those of the images against each other.
+        square = outputs.ndim == 2 and outputs.shape[1] == trace.count
+        for rows in (slice(None), slice(0, 1))[: 1 + square]:
+            with adapter.evaluating() as twin, torch.no_grad():
+                own = inputs[rows].to(self._module.device, copy=True)
+                try:
+                    found = adapter.of_parts(twin.module, own)
+                except Exception:
+                    return None
+            if not isinstance(found, Tensor) or found.numel() != outputs[rows].numel():
+                return False
+            if trace.is_exact and not same(found.flatten().float().cpu(), outputs[rows].flatten().float()):
+                return False
+        return True
+
+    def _by_step(self, base: LightningAdapter, outputs: Tensor, label_leaf: int | None) -> LightningAdapter:
+        """The step itself, unless the outputs of an image depend on the others."""
+        ways: list[frozenset[int] | None] = [None]
+        if label_leaf is not None:
+            # What has as many rows as images need not belong to them, as the names of classes do not; but where images
+            # are the classes of each other, no tensor of the batch is their labels.
+            images = {place for place, leaf in enumerate(leaves_of(base.batch)) if leaf.ndim == 4}
+            ways.append(frozenset(images | {label_leaf}))
+        for rows in ways:
+            adapter = replace(base, parts=(), rows=rows)
+            alone = self._stepped(adapter, [0])
+            if isinstance(alone, Tensor) and alone.numel() == outputs[:1].numel():
+                alone = alone.reshape(outputs[:1].shape).float().cpu()
+                if torch.allclose(alone, outputs[:1].float(), rtol=1e-2, atol=1e-3):
+                    return adapter
+        whole = self._stepped(replace(base, parts=()), list(range(base.count)))
+        if isinstance(whole, Exception):  # as of a step that runs in training mode alone
+            raise self._steps.failed(whole) from whole
+        raise ValueError(
+            f"Expected the outputs of `{base.step}` of {type(self._module).__name__} for an image to depend on it "
+            f"alone, but they depend on the rest of the batch, as those of a contrastive loss do. {CURE}"
+        )
+
+    @staticmethod
+    def _stepped(adapter: LightningAdapter, rows: list[int]) -> Tensor | Exception:
+        """The outputs of some images, by the step; what it raises where its loss is of more rows, or it fails."""
+        with adapter.evaluating() as twin, torch.no_grad():
+            try:
+                return adapter.of_step(twin.module, rows)
+            except Exception as error:
+                return error
+
+    def _look(self, adapter: LightningAdapter, inputs: Tensor) -> Look:
+        """The ViT behind the outputs, in one of the parts, and what reaches it, seen on a twin with gradients."""
+        found: Look | None = None
+        for path in self._paths(adapter.parts or ("",)):
+            with adapter.evaluating() as twin:
+                own = inputs.to(self._module.device, copy=True)
+
+                def run(root: nn.Module = twin.module, own: Tensor = own) -> Any:
+                    if adapter.parts:
+                        return adapter.of_parts(root, own)
+                    return adapter.of_step(root, list(range(adapter.count)))
+
+                parts = [twin.module.get_submodule(part) for part in adapter.parts if part]
+                weights = [weight for part in parts for weight in part.parameters()]
+                model = twin.module.get_submodule(path)
+                found = look(model, run, self._within(path), self._needs_vit, weights)
+            if found.attends or not self._needs_vit:
+                break
+        assert found is not None
+        if found.fed is None and adapter.parts:
+            found = replace(found, fed=inputs, feed=adapter.parts[0])  # the parts before make features of them
+        else:
+            found = replace(found, feed=".".join(filter(None, (path, found.feed))))
+        vit = path if found.vit is None else ".".join(filter(None, (path, found.vit)))
+        return replace(found, vit=vit or None)
+
+    def _paths(self, parts: tuple[str, ...]) -> list[str]:
+        """The parts that may hold the ViT.
+
+        Raises:
+            ValueError: If the user names another one.
+        """
+        vit = self._vit
+        inside = [path for path in parts if vit is None or _is_inside(vit, path) or _is_inside(path, vit)]
+        if not inside:
+            raise ValueError(
+                f"Expected `vit` to name the ViT that the loss depends on, inside `{parts[0]}`, but got {vit!r}. {CURE}"
+            )
+        return inside
+
+    def _within(self, path: str) -> str | None:
+        """Path of the user's `vit` inside a part; None where the part lies inside it."""
+        vit = self._vit
+        if vit is None or vit == path:
+            return None if vit is None else ""
+        return vit.removeprefix(f"{path}." if path else "") if _is_inside(vit, path) else None
+
+    def _notice(self, adapter: LightningAdapter, trace: StepTrace) -> str | None:
+        if trace.others:
+            return (
+                f"`{adapter.step}` computes {1 + len(trace.others)} losses of different outputs; the outputs of the "
+                f"first, `{trace.loss}`, are explained. `forward=` chooses others."
+            )
+        itself = replace(adapter, parts=("",), feed=None, inputs=None)
+        is_other = adapter.parts != ("",) and not trace.called and is_overridden("forward", self._module)
+        if is_other and self._gives(itself, *_known(trace), trace) is False:
+            return (
+                f"`forward` gives other outputs than the loss of `{adapter.step}` is computed of; the loss's are "
+                "explained. `forward=lambda module, images: module(images)` explains the others."
+            )
+        return None
+
+    def _imageless(self, step: StepName) -> ValueError:
+        what = "a Vision Transformer" if self._needs_vit else "a module of its own"
+        return ValueError(
+            f"Expected `{step}` of {type(self._module).__name__} to give images to {what}, but none did. {CURE}"
+        )
+
+    def _unconfirmed(self, step: StepName, trace: StepTrace) -> ValueError:
+        if trace.inputs is None:
+            return self._imageless(step)
+        seen = f"only {', '.join(trace.seen)} of other things" if trace.seen else "no such loss"
+        return ValueError(
+            f"Expected `{step}` of {type(self._module).__name__} to compare outputs, a row for each image, with labels "
+            f"in a loss, but saw {seen}: an embedding is not the logits of classes. {CURE}"
+        )
+
+
+def _is_inside(path: str, outer: str) -> bool:
+    return not outer or f"{path}.".startswith(f"{outer}.")
+
+
+def _known(trace: StepTrace) -> tuple[Tensor, Tensor]:
+    """Inputs and outputs that went by."""
+    assert trace.inputs is not None
+    assert trace.outputs is not None
+    return trace.inputs, trace.outputs
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().as_subclass(Tensor)

@@ -1,0 +1,180 @@
+"""Take probe images and class names from a trainer's validation data, without reaching what training uses."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import pickle
+import weakref
+from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import partial
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from vit_explain_callback.isolation.child import Beat, Lost, can_fork, in_fork, in_spawn
+from vit_explain_callback.isolation.data_copy import copied
+from vit_explain_callback.isolation.twin import Twin
+from vit_explain_callback.isolation.undisturbed import preserved_random_state
+from vit_explain_callback.lightning._compat import Trainer
+from vit_explain_callback.lightning.items import Source
+from vit_explain_callback.tracking.errors import warn
+
+_given_up: weakref.WeakSet[Trainer] = weakref.WeakSet()  # so that a data set that hangs is waited for once
+_made: list[Any] = []  # by a forked process, which ends without finalising it
+
+
+def probe_batch(trainer: Trainer, num_images: int, any_items: bool = False) -> Any:
+    """A batch of validation items, spread over the data and over its classes, as the loader would collate it.
+
+    They are read in a forked process, which is the user's own project as it stands and cannot reach this one. Where
+    there is no fork, in a new process if the loader has such workers itself, or else here, from a copy of the data.
+
+    Args:
+        trainer: Its loaders are asked.
+        num_images: Items.
+        any_items: Whether any items serve, also training ones where there are none to validate, and nothing is said
+            where reading hangs.
+
+    Returns:
+        The batch, before any transfer hook. None for streams and loaders of another kind, for data that can neither be
+        sent to another process nor copied, and, with a warning, where reading hangs or dies: these must be watched as
+        they go by.
+
+    Raises:
+        RuntimeError: If reading fails.
+    """
+    if trainer in _given_up:
+        return None
+    try:
+        return _read(trainer, num_images, any_items)
+    except Lost as error:
+        _given_up.add(trainer)
+        if not any_items:
+            warn(
+                "give `images=(images, labels)` to explain others than the first validation images, as reading them in "
+                f"a process of its own was given up: {error}."
+            )
+        return None
+    except Exception as error:
+        raise RuntimeError(
+            f"Reading the probe images failed: {error!r}. Give images yourself: "
+            "`ViTExplainCallback(images=(images, labels))`."
+        ) from error
+
+
+def class_names(trainer: Trainer) -> Sequence[str] | None:
+    """Names of the classes, if the validation data say them, also through subsets and concatenations."""
+    if trainer in _given_up or (trainer.val_dataloaders is None and not trainer.enable_validation):
+        return None
+    try:
+        if can_fork():
+            with contextlib.suppress(OSError):  # there can be no further process
+                names: list[str] | None = in_fork(lambda _: _all_names(_loader(trainer, _asked)))
+                return names
+        with preserved_random_state():
+            return _all_names(_loader(trainer, _asked_of_copy))
+    except Exception as error:
+        warn(f"give `class_names=` to name the classes, as the validation data fail to say them: {error!r}.")
+        return None
+
+
+def validation_size(trainer: Trainer) -> int | None:
+    """How many items the validation set holds; None where that is not known without making it."""
+    loader = _loader(trainer, lambda _: None)
+    is_batched = isinstance(loader, DataLoader) and loader.batch_sampler is not None
+    return len(loader.dataset) if is_batched and isinstance(loader.dataset, Sized) else None
+
+
+def _read(trainer: Trainer, num_images: int, any_items: bool) -> Any:
+    if can_fork():
+        with contextlib.suppress(OSError):
+            return in_fork(lambda beat: _read_own(Source.of(_loader(trainer, _asked, any_items)), num_images, beat))
+    loader = _loader(trainer, _asked_of_copy, any_items)
+    source = Source.of(loader)
+    if source is None:
+        return None
+    if _spawns_workers(loader):
+        with contextlib.suppress(OSError, TypeError, AttributeError, pickle.PicklingError):
+            return in_spawn(partial(_read_sent, pickle.dumps(source), num_images))
+    with preserved_random_state(seed=0):
+        try:
+            source = copied(source)
+        except Exception:  # whatever it holds that has no copy: it is watched instead
+            return None
+        return source.read(num_images)
+
+
+def _read_own(source: Source | None, num_images: int, beat: Beat) -> Any:
+    """What a process of our own reads of what is its own."""
+    _made.append(source)
+    if source is None:
+        return None
+    with preserved_random_state(seed=0):
+        source.become_worker()
+        return source.read(num_images, beat)
+
+
+def _read_sent(sent: bytes, num_images: int, beat: Beat) -> Any:
+    return _read_own(pickle.loads(sent), num_images, beat)
+
+
+def _spawns_workers(loader: DataLoader[Any]) -> bool:
+    """Whether the user's own script bears that a new process imports it."""
+    context: Any = loader.multiprocessing_context or multiprocessing
+    return loader.num_workers > 0 and context.get_start_method(allow_none=True) != "fork"
+
+
+def _loader(trainer: Trainer, ask: Callable[[Any], Any], any_items: bool = False) -> Any:
+    """The validation loader, the first if there are several; None if there is none.
+
+    Args:
+        trainer: Lightning makes its loaders in the first epoch that is validated.
+        ask: Calls the hook `val_dataloader` if there are none yet.
+        any_items: Whether the training loader serves where there is none.
+    """
+    loaders = trainer.val_dataloaders
+    if loaders is None and trainer.enable_validation:
+        source = trainer.fit_loop.epoch_loop.val_loop._data_source
+        loaders = ask(source) if source.is_module() else source.instance
+    if loaders is None and any_items:
+        loaders = trainer.train_dataloader
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    return loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
+
+
+def _asked(source: Any) -> Any:
+    loaders = getattr(source.instance, source.name)()
+    _made.append(loaders)
+    return loaders
+
+
+def _asked_of_copy(source: Any) -> Any:
+    """What the hook would give, asked of a copy, as it may count or draw."""
+    twin = Twin(lambda twin, value: twin.borrowed(value) if value is source.instance else None)
+    with preserved_random_state():
+        return getattr(twin.copy(source.instance), source.name)()
+
+
+def _all_names(loader: Any) -> list[str] | None:
+    data = getattr(loader, "dataset", None)
+    while data is not None:
+        if (names := _names(data)) is not None:
+            return names
+        parts = getattr(data, "datasets", None)
+        data = parts[0] if isinstance(parts, list | tuple) and parts else getattr(data, "dataset", None)
+    return None
+
+
+def _names(data: Any) -> list[str] | None:
+    """As torchvision's data sets say them, by `classes` or by `class_to_idx`, or Hugging Face's by their features."""
+    features = getattr(data, "features", None)
+    columns = features.values() if isinstance(features, Mapping) else ()
+    said = [getattr(data, "classes", None), getattr(data, "class_to_idx", None)]
+    for names in [*said, *(getattr(column, "names", None) for column in columns)]:
+        if isinstance(names, list | tuple):
+            return list(map(str, names))
+        if isinstance(names, Mapping) and all(index in names.values() for index in range(len(names))):
+            return [str(name) for name in sorted(names, key=names.__getitem__)]
+    return None

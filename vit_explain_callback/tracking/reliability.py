@@ -1,0 +1,223 @@
+"""How far the maps of a run can be trusted: what is measured of it, with which snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from vit_explain_callback._terminal import Advance
+from vit_explain_callback.explainer import Explainer
+from vit_explain_callback.explanation import Explanation
+from vit_explain_callback.metrics.faithfulness import (
+    SHARES,
+    Removal,
+    mean_colour,
+    random_maps,
+    symmetric_relevance_gain,
+)
+from vit_explain_callback.metrics.maps import pooled
+from vit_explain_callback.metrics.reference import nudged, output_holds
+from vit_explain_callback.tracking.distributed import Ranks, explain_together
+from vit_explain_callback.tracking.errors import Guard, warn
+from vit_explain_callback.tracking.snapshot import Reliability
+
+RemovalOrAuto: TypeAlias = Removal | Literal["auto"]
+CONTROL = "random"
+MOST_CHECKED = 8
+"""Images whose faithfulness is measured: the first ones of the probe."""
+_PAINTED = "faithfulness is measured with patches painted over from here on, and not with their tokens left out"
+
+
+class Checks:
+    """Measures the noise of maps, and their faithfulness.
+
+    The baseline has its noise measured alone, as training waits for it: in one explanation more. Faithfulness comes
+    with the snapshot after it, with every so manieth from there, and at the end; that of a random order, the control,
+    once a run.
+
+    Args:
+        every: Snapshots between those that are checked; None: none is.
+        removal: How faithfulness takes patches away; `"auto"` is `"tokens"` where the model allows it. None where there
+            are no probabilities to measure it by.
+        batch_size: Images in one pass.
+        ranks: Place of this process.
+        guard: Keeps a check that fails from taking the snapshot's maps with it.
+
+    Attributes:
+        removal: How patches are taken away; no longer `"auto"` once it was measured. Tokens are left out as long as
+            that is measured to take nothing else away; then, patches are painted over.
+    """
+
+    def __init__(
+        self,
+        every: int | None,
+        removal: RemovalOrAuto | None,
+        batch_size: int | None,
+        ranks: Ranks,
+        guard: Guard | None = None,
+        multilabel: bool = False,
+    ) -> None:
+        self.removal, self._multilabel = removal, multilabel
+        self._every, self._batch_size, self._ranks = every, batch_size, ranks
+        self._guard = guard or Guard("raise")
+        self._control: Tensor | None = None
+
+    def are_due(self, number: int) -> bool:
+        """Whether the snapshot of this number is checked, the baseline being 0."""
+        return self._every is not None and (number == 0 or number % self._every == 1 % self._every)
+
+    def are_missing(self, known: Reliability | None) -> bool:
+        """Whether the last snapshot is still to be checked."""
+        return self._every is not None and (known is None or (self.removal is not None and not known.gains))
+
+    def go_on(self, removal: object, known: Reliability | None) -> None:
+        """Take over the control of the run that is gone on with, unless patches were taken away in another way."""
+        if self.removal == "auto" and removal in ("mean_colour", "tokens"):
+            self.removal = removal
+        if self.removal == removal and known is not None:
+            self._control = known.gains.get(CONTROL)
+
+    def passes(self, methods: int, with_gains: bool) -> int:
+        """Passes over images that `of` makes, but for a few images before them."""
+        orders = methods + (self._control is None)
+        return 1 + (2 * len(SHARES) * orders if with_gains and self.removal is not None else 0)
+
+    def of(
+        self,
+        explainer: Explainer,
+        images: Tensor,
+        explanation: Explanation,
+        baseline: Reliability | None,
+        with_gains: bool,
+        advance: Advance = lambda: None,
+    ) -> Reliability | None:
+        """Measure an explanation; None where that fails, and only the noise where faithfulness alone does.
+
+        Args:
+            explainer: Of the model.
+            images: (B, C, H, W).
+            explanation: Of them.
+            baseline: What was measured of the baseline, None if this is it.
+            with_gains: Whether to measure faithfulness too.
+            advance: Called after each of the `passes`.
+
+        Raises:
+            Exception: What the model raised on any process, with `on_error="raise"`.
+        """
+        noise = partial(self._noise, explainer, images, explanation, baseline)
+        found = self._guard.attempt("cannot measure how far noise moves the maps", noise)
+        if found is None:
+            return None
+        advance()
+        gains = None
+        if with_gains and self.removal is not None:
+            work = partial(self._gains, explainer, images, explanation, advance)
+            gains = self._guard.attempt("cannot measure the faithfulness of the maps", work)
+        return replace(found, gains=gains or {})
+
+    def _noise(
+        self, explainer: Explainer, images: Tensor, explanation: Explanation, baseline: Reliability | None
+    ) -> Reliability:
+        mirror = self._allows_mirror(explainer, images, explanation) if baseline is None else baseline.mirror
+        maps = {name: pooled(each) for name, each in explanation.maps.items()}
+        changed = nudged(images, grid_of(maps), mirror)
+        found = explain_together(self._ranks, explainer, changed, explanation.target, self._batch_size).maps
+        back = {name: pooled(each.flip(-1) if mirror else each) for name, each in found.items()}
+        return Reliability(back, {}, mirror)
+
+    def _allows_mirror(self, explainer: Explainer, images: Tensor, explanation: Explanation) -> bool:
+        """Whether the model makes of the mirrored images what it makes of the images; a few of them tell."""
+        few = images[:MOST_CHECKED]
+
+        def work() -> bool:
+            mirrored = explainer.logits(few.flip(-1), self._batch_size).cpu()
+            return output_holds(explanation.logits[: len(few)], mirrored)
+
+        return self._ranks.together(work)[0]
+
+    def _gains(
+        self, explainer: Explainer, images: Tensor, explanation: Explanation, advance: Advance
+    ) -> dict[str, Tensor]:
+        """Gains of the maps and of the control, (B,), NaN for the images that are not looked at."""
+        maps = {name: pooled(each) for name, each in explanation.maps.items()}
+        removal, few = self._removal(explainer, images, maps), slice(0, MOST_CHECKED)
+        orders = {name: each[few] for name, each in maps.items()}
+        random = random_maps(len(images[few]), grid_of(maps))
+        orders |= {} if self._control is not None else {CONTROL: random}
+        work = partial(self._gains_together, explainer, images[few], orders, explanation.target[few], advance)
+        try:
+            gains = work(removal)
+        except ValueError as error:
+            if removal != "tokens" or self._guard.on_error == "raise":
+                raise
+            orders[CONTROL], removal = random, "mean_colour"
+            gains = work(removal)  # where that fails too, it is not for the tokens
+            self._guard.failed(f"{_PAINTED}, as the model does not do without them", error)
+            self._paint_over()
+        rest = torch.full((len(images) - len(images[few]),), torch.nan, dtype=torch.float64)
+        found = {name: torch.cat([gain, rest]) for name, gain in gains.items()}
+        if self._control is not None and CONTROL not in found:
+            found[CONTROL] = self._control
+        if self.removal == removal:
+            self._control = found[CONTROL]
+        return found
+
+    def _removal(self, explainer: Explainer, images: Tensor, maps: Mapping[str, Tensor]) -> Removal:
+        """How patches are taken away this time. What blocks know of positions can be learnt: it is measured anew."""
+        if self.removal not in ("auto", "tokens"):
+            return "mean_colour"
+        can: list[bool | None] = [False]  # with maps of a function, whose cells are no tokens
+        if len({each.shape[1:] for each in maps.values()}) == 1:
+            can = self._ranks.together(lambda: explainer.can_leave_out_tokens(images, grid_of(maps)))
+        if False in can:
+            if self.removal == "tokens":
+                warn(f"{_PAINTED}: the model's blocks know where their tokens are, and would mistake it.")
+            self._paint_over()
+        elif None not in can:
+            self.removal = "tokens"
+        return "tokens" if self.removal == "tokens" else "mean_colour"
+
+    def _paint_over(self) -> None:
+        self.removal, self._control = "mean_colour", None
+
+    def _gains_together(
+        self,
+        explainer: Explainer,
+        images: Tensor,
+        orders: Mapping[str, Tensor],
+        target: Tensor,
+        advance: Advance,
+        removal: Removal,
+    ) -> dict[str, Tensor]:
+        """Gains by order, each process measuring its share of the images."""
+        share, batch_size = self._ranks.share(len(images)), self._batch_size
+
+        def remove_and_advance(images: Tensor, taken: Tensor) -> Tensor:
+            if removal == "tokens":
+                logits = explainer.logits_without(images, taken, batch_size, share.start)
+            else:
+                logits = mean_colour(partial(explainer.logits, batch_size=batch_size, first=share.start))(images, taken)
+            advance()
+            return logits
+
+        def measure_share() -> dict[str, Tensor]:
+            own = {name: share.of(order) for name, order in orders.items()}
+            gains = symmetric_relevance_gain(
+                remove_and_advance, share.of(images), own, share.of(target), multilabel=self._multilabel
+            )
+            return {name: gain[: share.own] for name, gain in gains.items()}
+
+        parts = self._ranks.together(measure_share)
+        parts = parts if self._ranks.divided else parts[:1]
+        return {name: torch.cat([part[name] for part in parts]) for name in orders}
+
+
+def grid_of(maps: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Cells of the first of some maps, by name."""
+    height, width = next(iter(maps.values())).shape[1:]
+    return height, width

@@ -1,0 +1,155 @@
+"""Torch's attention functions by name, taken apart, and computed in the open where that is faster."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCALED_DOT_PRODUCT: Callable[..., torch.Tensor] = torch._C._nn.scaled_dot_product_attention
+"""The kernel itself, whatever `torch.nn.functional` calls by its name."""
+
+# These are written in Python and look themselves up by name, so what was put in their place is what a mode is given.
+_LOOKED_UP = ("softmax", "log_softmax", "dropout", "multi_head_attention_forward")
+_ORIGINALS: dict[str, Callable[..., Any]] = {name: getattr(F, name) for name in _LOOKED_UP}
+
+
+def named(func: Callable[..., Any]) -> str:
+    """Name of a function seen by a `TorchFunctionMode`; of the getter of a property, that of the property."""
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":
+        return str(getattr(getattr(func, "__self__", None), "__name__", name))
+    return next((known for known in _LOOKED_UP if func is getattr(F, known)), name)
+
+
+def original(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch's own function where another stands in its place, which has been called already."""
+    return next((_ORIGINALS[known] for known in _LOOKED_UP if func is getattr(F, known)), func)
+
+
+# Entries of a head, N · M, up to which a CPU forms A = softmax(scale · q kᵀ) and A v about as fast as its fused kernel.
+FORMED_ENTRIES = 2**18
+
+
+def forms(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    """Whether attention of these is to be formed: on a CPU, with few tokens, and where nothing is unusual about it.
+
+    Not where gradients are kept: A would be kept for them, and so would its gradient. Nor with a mask, with heads that
+    share keys, or in precision that the model chooses while it runs, all of which are left to torch's kernel.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and all(type(part) is Tensor and part.ndim == 4 and part.device.type == "cpu" for part in (query, key, value))
+        and query.shape[2] * key.shape[2] <= FORMED_ENTRIES
+        and query.dtype == key.dtype == value.dtype
+        and query.shape[:2] == key.shape[:2]
+        and attn_mask is None
+        and not (dropout_p or is_causal or enable_gqa)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def formed_attention(query: Tensor, key: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """A = softmax(scale · q kᵀ + mask), (B, H, N, M), in float32, or float64 where the model is float64.
+
+    Args:
+        query: (B, H, N, d), outside the autograd graph.
+        key: (B, H, M, d), likewise.
+        scale: By default 1 / √d.
+        mask: (B, H, N, M), added to the scores, or boolean and False where a key is not to be seen.
+    """
+    precision = torch.promote_types(query.dtype, torch.float32)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query.to(precision) * factor) @ key.to(precision).mT
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    return torch.softmax(scores, dim=-1, out=scores)  # in place: with many tokens, fresh memory takes as long
+
+
+# Not asked of the function, which may be one that somebody put in its place.
+_ARGUMENTS = (
+    *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
+    *("add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask", "need_weights"),
+    *("attn_mask", "use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k"),
+    *("static_v", "average_attn_weights", "is_causal"),
+)
+_DEFAULTS = {"need_weights": True, "average_attn_weights": True}
+
+
+@dataclass(frozen=True)
+class MultiHeadParts:
+    """What goes into the attention of one call, and how its output goes on.
+
+    Attributes:
+        query: (B, H, N, d).
+        key: (B, H, M, d).
+        value: (B, H, M, d).
+        mask: Added to the scores, broadcastable to (B, H, N, M), or None.
+        finish: Turns the attention's output (B, H, N, d) into what the whole function returns as its output.
+        wants_weights: None if the caller wants no weights, else whether it wants their mean over heads.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    finish: Callable[[Tensor], Tensor]
+    wants_weights: bool | None
+
+
+def take_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> MultiHeadParts | None:
+    """Project to queries, keys and values as the function does; None for its uncommon options and unbatched input."""
+    given: dict[str, Any] = dict.fromkeys(_ARGUMENTS) | _DEFAULTS | dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    uncommon = any(given[name] is not None for name in ("bias_k", "bias_v", "static_k", "static_v"))
+    if uncommon or given["add_zero_attn"] or given["query"].ndim != 3:
+        return None
+    if given["use_separate_proj_weight"]:
+        weights = [given[f"{name}_proj_weight"] for name in "qkv"]
+    else:
+        weights = given["in_proj_weight"].chunk(3)
+    biases = [None] * 3 if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)
+    heads = given["num_heads"]
+    inputs = (given["query"], given["key"], given["value"])  # each (tokens, B, E)
+    query, key, value = (
+        F.linear(tensor, weight, bias).reshape(*tensor.shape[:2], heads, -1).permute(1, 2, 0, 3)
+        for tensor, weight, bias in zip(inputs, weights, biases, strict=True)
+    )
+
+    def finish(output: Tensor) -> Tensor:
+        return F.linear(output.permute(2, 0, 1, 3).flatten(2), given["out_proj_weight"], given["out_proj_bias"])
+
+    wants = given["average_attn_weights"] if given["need_weights"] else None
+    mask = _mask(given["attn_mask"], given["key_padding_mask"], query)
+    return MultiHeadParts(query, key, value, mask, finish, wants)
+
+
+def _mask(attention: Tensor | None, padding: Tensor | None, query: Tensor) -> Tensor | None:
+    """Both masks as one that is added; here, other than elsewhere in torch, True means *left out*."""
+    if attention is not None:
+        attention = _additive(attention, query)
+        if attention.ndim == 3:  # (B·H, N, M)
+            attention = attention.reshape(*query.shape[:2], *attention.shape[1:])
+    if padding is None:
+        return attention
+    padding = _additive(padding, query)[:, None, None]
+    return padding if attention is None else attention + padding
+
+
+def _additive(mask: Tensor, query: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(query.dtype)
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(mask, -math.inf)
