@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tests import oracle
 from tests.models import randomised
-from vit_explain_callback import GradRollout, Rollout, explain
+from vit_explain_callback import AttentionRollout, GradientRollout, explain
 
 FAMILIES = (
     "vision_transformer",
@@ -52,7 +52,7 @@ REFUSED_FAMILIES = (
     "twins",
 )
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
-METHODS = (Rollout(), Rollout("max", 0.5), GradRollout(), GradRollout("max", 0.5, 2))
+METHODS = (AttentionRollout(), AttentionRollout("max", 0.5), GradientRollout(), GradientRollout("max", 0.5, 2))
 
 
 def family_of(name: str) -> str:
@@ -100,7 +100,7 @@ def shrunk(name: str) -> tuple[Any, tuple[int, int]]:
 
 def expected(model: Any, found: oracle.Matrices, method: Any, tokens: int, image: int) -> Tensor:
     """The oracle's row, from what timm documents about `num_prefix_tokens` and `global_pool`."""
-    gradients_wanted = isinstance(method, GradRollout)
+    gradients_wanted = isinstance(method, GradientRollout)
     attentions = [a[image] for a in found.attentions]
     gradients = [g[image] for g in found.gradients] if gradients_wanted else None
     prefix = model.num_prefix_tokens
@@ -115,7 +115,7 @@ def expected(model: Any, found: oracle.Matrices, method: Any, tokens: int, image
         else:
             start[0 if getattr(model, "pool_include_prefix", False) else prefix :] = 1
         start = start / start.sum()
-    options = (method.head_fusion, method.discard_ratio, method.start_layer, class_token)
+    options = (method.head_fusion, method.discard_ratio, method.start_block, class_token)
     return oracle.rollout(attentions, gradients, start, *options)[prefix:]
 
 

@@ -127,13 +127,13 @@ def rollout(
     start: Tensor,
     fusion: str = "mean",
     ratio: float = 0.0,
-    start_layer: int = 1,
+    start_block: int = 1,
     class_token: int | None = 0,
 ) -> Tensor:
     """Relevance (N,) of one image: full products of N × N matrices. `blocks` are L matrices (H, N, N)."""
     tokens = blocks[0].shape[-1]
     product = torch.eye(tokens, dtype=torch.float64)
-    for layer in range(start_layer - 1, len(blocks)):
+    for layer in range(start_block - 1, len(blocks)):
         fused = fused_matrix(blocks[layer], None if gradients is None else gradients[layer], fusion)
         with_residual = discarded(fused, ratio, class_token) + torch.eye(tokens, dtype=torch.float64)
         normalised = torch.stack([row / row.sum() for row in with_residual])

@@ -14,11 +14,16 @@ from torch.nn import functional as F
 
 from tests import oracle
 from tests.models import CLASSES, randomised
-from vit_explain_callback import GradRollout, Rollout, explain
+from vit_explain_callback import AttentionRollout, GradientRollout, explain
 
 WIDTH, HEADS, DEPTH, GRID = 24, 3, 3, (3, 4)
 SIZE = (GRID[0] * 8, GRID[1] * 8)
-METHODS: list[Any] = [Rollout(), Rollout("max", 0.5), GradRollout(), GradRollout("max", 0.5, 2)]
+METHODS: list[Any] = [
+    AttentionRollout(),
+    AttentionRollout("max", 0.5),
+    GradientRollout(),
+    GradientRollout("max", 0.5, 2),
+]
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 """O (B, H, N, d) of q, k and v, (B, H, N, d)."""
@@ -126,8 +131,8 @@ def check(
     for method in METHODS:
         for image in range(len(images)):
             blocks = [a[image] for a in found.attentions]
-            gradients = [g[image] for g in found.gradients] if isinstance(method, GradRollout) else None
-            chosen = (method.head_fusion, method.discard_ratio, method.start_layer, class_token)
+            gradients = [g[image] for g in found.gradients] if isinstance(method, GradientRollout) else None
+            chosen = (method.head_fusion, method.discard_ratio, method.start_block, class_token)
             start = class_row() if starts is None else starts[image]
             expected = oracle.rollout(blocks, gradients, start, *chosen)[first:].reshape(GRID)
             for maps in (both.maps, alone.maps):

@@ -79,7 +79,7 @@ def test_the_check_can_fail() -> None:
     assert upward_imports("vit", "def f():\n    from vit_explain_callback.methods.base import x") == {"methods"}
     assert upward_imports("methods", "import vit_explain_callback.visualization.overlay") == {"visualization"}
     assert upward_imports("cli", "from vit_explain_callback.lightning.callback import x") == {"lightning"}
-    assert upward_imports("lightning", "from vit_explain_callback.methods.rollout import x") == set()
+    assert upward_imports("lightning", "from vit_explain_callback.methods.attention_rollout import x") == set()
 
 
 def test_exported_names_exist() -> None:

@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor
 
 from tests import oracle
-from vit_explain_callback import AttentionFlow, GradRollout, Rollout, explain
+from vit_explain_callback import AttentionFlow, AttentionRollout, GradientRollout, explain
 from vit_explain_callback.cli.weights import Weights
 
 WEIGHTS = os.environ.get("VIT_EXPLAIN_WEIGHTS", "")
@@ -40,15 +40,15 @@ def images() -> Tensor:
 
 
 def test_maps_equal_the_oracle(model: Any, images: Tensor) -> None:
-    methods = [Rollout(), Rollout("max", 0.9), GradRollout(), GradRollout("max", 0.5, 7)]
+    methods = [AttentionRollout(), AttentionRollout("max", 0.9), GradientRollout(), GradientRollout("max", 0.5, 7)]
     found = oracle.matrices(model, images)
     explanation = explain(model, images, methods)
     start = torch.eye(65, dtype=torch.float64)[0]
     for method in methods:
         for image in range(2):
             attentions = [attention[image] for attention in found.attentions]
-            gradients = [g[image] for g in found.gradients] if isinstance(method, GradRollout) else None
-            options = (method.head_fusion, method.discard_ratio, method.start_layer)
+            gradients = [g[image] for g in found.gradients] if isinstance(method, GradientRollout) else None
+            options = (method.head_fusion, method.discard_ratio, method.start_block)
             expected = oracle.rollout(attentions, gradients, start, *options)[1:].reshape(8, 8)
             actual = explanation.maps[method.name][image].double()
             assert ((actual - expected).norm() / expected.norm()).item() < 1e-4, method.name
@@ -74,7 +74,7 @@ def test_flow_equals_scipy_on_the_whole_graph(model: Any, images: Tensor) -> Non
 
 
 def test_late_rollout_looks_at_the_disc(model: Any, images: Tensor) -> None:
-    maps = explain(model, images, [Rollout(start_layer=9)]).maps["rollout_from9"]
+    maps = explain(model, images, [AttentionRollout(start_block=9)]).maps["rollout_from9"]
     disc = torch.nn.functional.adaptive_avg_pool2d((images[:, :1] == 2).float(), 8)[:, 0]
     share = (maps * disc).sum(dim=(1, 2)) / maps.sum(dim=(1, 2))
     assert (share > 2 * disc.mean(dim=(1, 2))).all()

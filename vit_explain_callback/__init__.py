@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from vit_explain_callback.explanation import Explanation
     from vit_explain_callback.lightning.callback import ViTExplainCallback
     from vit_explain_callback.methods.attention import Attention
+    from vit_explain_callback.methods.attention_flow import AttentionFlow
+    from vit_explain_callback.methods.attention_rollout import AttentionRollout
     from vit_explain_callback.methods.chefer import Chefer
-    from vit_explain_callback.methods.flow import AttentionFlow
     from vit_explain_callback.methods.functional import attention_flow, attention_rollout, gradient_rollout
-    from vit_explain_callback.methods.grad_attention import GradAttention
-    from vit_explain_callback.methods.grad_rollout import GradRollout
+    from vit_explain_callback.methods.gradient_attention import GradientAttention
+    from vit_explain_callback.methods.gradient_rollout import GradientRollout
     from vit_explain_callback.methods.gradsam import GradSAM
     from vit_explain_callback.methods.legrad import LeGrad
     from vit_explain_callback.methods.map_function import MapFunction
-    from vit_explain_callback.methods.rollout import Rollout
     from vit_explain_callback.metrics.drift import DriftMetric, MapDrift
     from vit_explain_callback.tracker import ExplanationTracker
     from vit_explain_callback.tracking.probe import Probe
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 # Loaded at their first use: not everyone needs Lightning, and `vit-explain --help` needs nothing.
 _HOME = {
     "Attention": "methods.attention",
-    "AttentionFlow": "methods.flow",
+    "AttentionFlow": "methods.attention_flow",
+    "AttentionRollout": "methods.attention_rollout",
     "Chefer": "methods.chefer",
     "DriftMetric": "metrics.drift",
     "Explainer": "explainer",
     "Explanation": "explanation",
     "ExplanationTracker": "tracker",
-    "GradAttention": "methods.grad_attention",
-    "GradRollout": "methods.grad_rollout",
     "GradSAM": "methods.gradsam",
+    "GradientAttention": "methods.gradient_attention",
+    "GradientRollout": "methods.gradient_rollout",
     "LeGrad": "methods.legrad",
     "MapDrift": "metrics.drift",
     "MapFunction": "methods.map_function",
     "Probe": "tracking.probe",
-    "Rollout": "methods.rollout",
     "Run": "tracking.run",
     "ViTExplainCallback": "lightning.callback",
     "Writer": "tracking.writers",
@@ -59,19 +59,19 @@ _HOME = {
 __all__ = [
     "Attention",
     "AttentionFlow",
+    "AttentionRollout",
     "Chefer",
     "DriftMetric",
     "Explainer",
     "Explanation",
     "ExplanationTracker",
-    "GradAttention",
-    "GradRollout",
     "GradSAM",
+    "GradientAttention",
+    "GradientRollout",
     "LeGrad",
     "MapDrift",
     "MapFunction",
     "Probe",
-    "Rollout",
     "Run",
     "ViTExplainCallback",
     "Writer",

@@ -18,7 +18,7 @@ from vit_explain_callback.vit.block_logits import BlockLogit, block_logits
 from vit_explain_callback.vit.blocks import Stack, find_stack
 from vit_explain_callback.vit.calls import AttentionCall
 from vit_explain_callback.vit.recorder import AttentionRecorder
-from vit_explain_callback.vit.session import Subject
+from vit_explain_callback.vit.session import Session
 from vit_explain_callback.vit.tokens import TokenLayout, mean_of
 
 
@@ -55,7 +55,7 @@ def check_target(target: Tensor, classes: int) -> None:
 
 
 def explain_batch(
-    subject: Subject,
+    session: Session,
     images: Tensor,
     methods: Sequence[Method],
     wanted: Sequence[Tensor | None],
@@ -75,14 +75,14 @@ def explain_batch(
     """
     if not methods:
         with torch.no_grad():
-            logits = subject.logits(images)
+            logits = session.logits(images)
         return [Explanation({}, logits, target) for target in _targets(logits, wanted)]
-    logits, stack, fed = _forward(subject, images, methods)
+    logits, stack, fed = _forward(session, images, methods)
     targets = _targets(logits.detach(), wanted)
     gradients = _gradients(logits, stack, targets)
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
     logits = logits.detach()
-    layout = own = subject.layout(stack, fed, query is None)
+    layout = own = session.layout(stack, fed, query is None)
     if query is not None:
         check_query(query, methods, layout.grid)
         layout = _read_by(query, layout)
@@ -94,7 +94,7 @@ def explain_batch(
         _check_reached(stack, gradients[0])
     read = own if own.readout is not None else layout  # what blocks attend to does not hang on the query
     meter = _meter(stack, read, fed) if block_statistics else None
-    own_logits = _block_logits(subject, stack, images, targets, methods)
+    own_logits = _block_logits(session, stack, images, targets, methods)
     # Attention is computed again here, in full precision whatever the forward pass ran in.
     with torch.autocast(logits.device.type, enabled=False):
         blocks = Blocks(stack, gradients, own_logits)
@@ -104,14 +104,14 @@ def explain_batch(
     return [Explanation(maps, logits, target, statistics) for maps, target in zip(found, targets, strict=True)]
 
 
-def function_maps(subject: Subject, images: Tensor, function: MapFunction, targets: Sequence[Tensor]) -> list[Tensor]:
+def function_maps(session: Session, images: Tensor, function: MapFunction, targets: Sequence[Tensor]) -> list[Tensor]:
     """The maps (B, h, w) that a function of the user's gives of images, (B, C, H, W), for each target, (B,).
 
     Raises:
         RuntimeError: If the function fails, gives no maps, or changes the model that is trained.
     """
     asked = targets if function.needs_target else targets[:1]
-    with left_alone(subject.adapter.model) as changed, subject.giving_logits() as model, torch.enable_grad():
+    with left_alone(session.adapter.model) as changed, session.giving_logits() as model, torch.enable_grad():
         maps = []
         for target in asked:
             with preserved_random_state(seed=0):
@@ -125,16 +125,16 @@ def function_maps(subject: Subject, images: Tensor, function: MapFunction, targe
     return maps if function.needs_target else maps * len(targets)
 
 
-def _forward(subject: Subject, images: Tensor, methods: Sequence[Method]) -> tuple[Tensor, Stack, Tensor]:
+def _forward(session: Session, images: Tensor, methods: Sequence[Method]) -> tuple[Tensor, Stack, Tensor]:
     """Logits (B, C), in the autograd graph if a method asks for it, the blocks, and the images that the ViT was fed."""
     weighted = _weighted(methods)
     with (
         torch.set_grad_enabled(weighted),
-        AttentionRecorder(subject.vit, weighted, subject.twin.state, forms=True) as recorder,
-        subject.fed(weighted) as fed,
+        AttentionRecorder(session.vit, weighted, session.twin.state, forms=True) as recorder,
+        session.fed(weighted) as fed,
     ):
-        logits = subject.logits(images)
-    stack = find_stack(subject.vit, recorder, len(images))
+        logits = session.logits(images)
+    stack = find_stack(session.vit, recorder, len(images))
     check_layers(methods, len(stack.calls))
     check_heads(methods, [call.shape[1] for call in stack.calls])
     return logits, stack, fed[0] if fed else images
@@ -176,13 +176,13 @@ def _gradients(logits: Tensor, stack: Stack, targets: Sequence[Tensor]) -> list[
 
 
 def _block_logits(
-    subject: Subject, stack: Stack, images: Tensor, targets: Sequence[Tensor], methods: Sequence[Method]
+    session: Session, stack: Stack, images: Tensor, targets: Sequence[Tensor], methods: Sequence[Method]
 ) -> dict[int, BlockLogit]:
     """The logits of the blocks that a method asks for, by number."""
     count = len(stack.calls)
     wanted = [method.layers(count) for method in methods if method.fusion.of == "block_gradient"]
     layers = [layer for layer in range(1, count + 1) if any(layer in of_method for of_method in wanted)]
-    return block_logits(subject, stack, images, targets, layers) if layers else {}
+    return block_logits(session, stack, images, targets, layers) if layers else {}
 
 
 def _without_pool(stack: Stack, gradients: list[list[Tensor | None]]) -> tuple[Stack, list[list[Tensor | None]]]:

@@ -29,7 +29,7 @@ from vit_explain_callback.metrics.faithfulness import removed_counts
 from vit_explain_callback.options.images import as_target, check_images
 from vit_explain_callback.options.rules import checked, checked_options
 from vit_explain_callback.vit.adapter import Adapter, LogitsOf, PlainAdapter
-from vit_explain_callback.vit.session import Subject, in_parts, is_out_of_memory
+from vit_explain_callback.vit.session import Session, in_parts, is_out_of_memory
 from vit_explain_callback.vit.timm import (
     Normalisation,
     check_classifier,
@@ -85,7 +85,7 @@ def explain(
             alone, any module that returns logits.
         images: (B, C, H, W), normalised as the model expects. Moved to the model's device and dtype.
         methods: Names (`"rollout"`, `"grad_rollout_max_0.9"`, `"chefer"`, `"attention_block12_head3"`, …) or objects
-            (`Rollout()`, `Chefer()`, `MapFunction("mine", function)`, …).
+            (`AttentionRollout()`, `Chefer()`, `MapFunction("mine", function)`, …).
         target: Class to explain: None for the predicted one, one index for all images, or (B,) integer indices.
         batch_size: Images per pass; None takes all at once. It changes memory, not results.
         block_statistics: Whether to measure what each block attends to; see `BlockStatistics`.
@@ -248,10 +248,10 @@ class Explainer:
 
         mean_std: list[Normalisation] = []
 
-        def work(subject: Subject, part: slice, copied: Tensor) -> list[Explanation]:
+        def work(session: Session, part: slice, copied: Tensor) -> list[Explanation]:
             own = [None if target is None else target[part] for target in wanted]
-            mean_std.append(normalisation(subject.vit))
-            return explain_batch(subject, copied, self._attention, own, block_statistics, query)
+            mean_std.append(normalisation(session.vit))
+            return explain_batch(session, copied, self._attention, own, block_statistics, query)
 
         parts = self._in_parts(images, batch_size, first, work)
         found = [Explanation.joined(of_one) for of_one in zip(*parts, strict=True)]
@@ -272,8 +272,8 @@ class Explainer:
         maps: list[dict[str, Tensor]] = [{} for _ in targets]
         for function in self._functions:
 
-            def work(subject: Subject, part: slice, copied: Tensor, function: MapFunction = function) -> list[Tensor]:
-                return function_maps(subject, copied, function, [target[part] for target in targets])
+            def work(session: Session, part: slice, copied: Tensor, function: MapFunction = function) -> list[Tensor]:
+                return function_maps(session, copied, function, [target[part] for target in targets])
 
             parts = self._in_parts(images, batch_size, first, work)
             for own, of_one in zip(maps, zip(*parts, strict=True), strict=True):
@@ -284,7 +284,7 @@ class Explainer:
         """What the model makes of images (B, C, H, W), explained or not: (B, C) logits."""
         with torch.no_grad():
             return torch.cat(
-                self._in_parts(images, batch_size, first, lambda subject, _, copied: subject.logits(copied))
+                self._in_parts(images, batch_size, first, lambda session, _, copied: session.logits(copied))
             )
 
     def logits_without(self, images: Tensor, taken: Tensor, batch_size: int | None = None, first: int = 0) -> Tensor:
@@ -303,15 +303,15 @@ class Explainer:
             ValueError: If the model fails without them; not always where blocks need to know where tokens are.
         """
 
-        def work(subject: Subject, part: slice, copied: Tensor) -> Tensor:
-            with subject.without_tokens(copied, taken[part].to(copied.device)):
+        def work(session: Session, part: slice, copied: Tensor) -> Tensor:
+            with session.without_tokens(copied, taken[part].to(copied.device)):
                 try:
-                    return subject.logits(copied)
+                    return session.logits(copied)
                 except Exception as error:
                     if isinstance(error, RuntimeError) and is_out_of_memory(error):
                         raise
                     raise ValueError(
-                        f"Expected the blocks of {type(subject.vit).__name__} to take any number of tokens, but "
+                        f"Expected the blocks of {type(session.vit).__name__} to take any number of tokens, but "
                         f"they do not ({error}): paint patches over instead, with `removal='mean_colour'`."
                     ) from error
 
@@ -335,11 +335,11 @@ class Explainer:
         """
         counts = removed_counts(math.prod(grid))
 
-        def work(subject: Subject, part: slice, copied: Tensor) -> bool | None:
-            layout = subject.explained_layout(copied)
+        def work(session: Session, part: slice, copied: Tensor) -> bool | None:
+            layout = session.explained_layout(copied)
             if layout is None or layout.grid != grid:
                 return False
-            return treats_tokens_as_set(subject, copied, layout, counts)
+            return treats_tokens_as_set(session, copied, layout, counts)
 
         found = self._in_parts(images[:2], None, 0, work)
         return None if None in found and False not in found else all(found)
@@ -349,13 +349,13 @@ class Explainer:
         images: Tensor,
         batch_size: int | None,
         first: int,
-        work: Callable[[Subject, slice, Tensor], T],
+        work: Callable[[Session, slice, Tensor], T],
     ) -> list[T]:
         """Do `work` on copies of a few images at a time, undisturbed; on fewer where memory does not suffice."""
         size = min(checked("batch_size", batch_size) or len(images), len(images))
         with self._adapter.evaluating() as twin:
-            subject = Subject.of(self._adapter, twin, self._stated, self._memory, has_vit=bool(self._attention))
-            return in_parts(subject, images, size, first, work)
+            session = Session.of(self._adapter, twin, self._stated, self._memory, has_vit=bool(self._attention))
+            return in_parts(session, images, size, first, work)
 
 
 def _as_targets(target: int | Tensor | None, count: int) -> Tensor | None:

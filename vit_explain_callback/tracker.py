@@ -25,7 +25,7 @@ from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.notices import Notices
 from vit_explain_callback.tracking.output import Output
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.tracking.reliability import Checks, RemovalOrAuto
+from vit_explain_callback.tracking.reliability import ReliabilityMeter, RemovalOrAuto
 from vit_explain_callback.tracking.run_folder import RunFolder
 from vit_explain_callback.tracking.scalars import Detail, drift_scalars, of_detail, scalars
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
@@ -130,7 +130,7 @@ class ExplanationTracker:
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
         removed = None if probe.regression else removal
         checks = (read["check_every"], removed, self._batch_size)
-        self._checks = Checks(*checks, self._ranks, self._guard, probe.multilabel)
+        self._checks = ReliabilityMeter(*checks, self._ranks, self._guard, probe.multilabel)
         self._notices = Notices(self.methods)
         self._detail: Detail = detail
         self._metrics = resolve_metrics(read["metrics"])

@@ -116,7 +116,7 @@ def _product(method: FusedMethod, attentions: Sequence[Tensor], gradients: Seque
     tokens = attentions[0].shape[-1]
     identity = torch.eye(tokens, device=attentions[0].device)
     product = identity
-    for layer in range(method.start_layer - 1, len(attentions)):
+    for layer in range(method.start_block - 1, len(attentions)):
         attention = attentions[layer].float()
         if method.needs_target:
             matrix = fuse[method.head_fusion](attention * gradients[layer].float(), dim=1).relu()

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tests import oracle
 from vit_explain_callback.cli.weights import Weights
-from vit_explain_callback.methods.flow import _Graph, maximum_flow, row_normalised
+from vit_explain_callback.methods.attention_flow import _Graph, maximum_flow, row_normalised
 from vit_explain_callback.methods.heads import HEAD_FUSIONS, discard_lowest, fuse_heads
 
 T = TypeVar("T")

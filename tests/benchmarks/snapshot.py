@@ -34,7 +34,7 @@ from tests.runs import Classifier, fit
 from vit_explain_callback import ViTExplainCallback, tracker
 from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking import output
-from vit_explain_callback.tracking.reliability import Checks
+from vit_explain_callback.tracking.reliability import ReliabilityMeter
 from vit_explain_callback.tracking.scalars import Detail
 from vit_explain_callback.tracking.writers import TensorBoardWriter
 
@@ -46,7 +46,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "encode and write": (TensorBoardWriter, "pictures"),
 }
 RARE: dict[str, tuple[Any, str]] = {
-    "checks": (Checks, "of"),
+    "checks": (ReliabilityMeter, "of"),
     "draw animations": (output, "animations"),
     "write the end": (TensorBoardWriter, "finish"),
 }

@@ -17,7 +17,7 @@ from tests.cli.photographs import NAME, OWN, index
 from vit_explain_callback import load_run
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.own_methods import methods_of
-from vit_explain_callback.methods.rollout import Rollout
+from vit_explain_callback.methods.attention_rollout import AttentionRollout
 
 SOURCE = """
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ def test_methods_and_classes_of_methods(mine: Path) -> None:
     assert main(["both.png", *OWN, "--method", "my_package.methods:Reading", "my_package.methods:twice"]) == 0
     names = [each["method"] for each in index()["images"][0]["explanations"]]
     assert names == ["reading", "scaled_factor2.0"]
-    assert methods_of(["rollout_max"]) == [Rollout("max")]
+    assert methods_of(["rollout_max"]) == [AttentionRollout("max")]
 
 
 def test_a_comparison_and_a_series_take_them(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,13 +14,13 @@ from torch.overrides import _get_current_function_mode as current_mode
 
 from tests import oracle
 from tests.models import CLASSES, FAMILIES, Family, random_images, tiny_vit
-from vit_explain_callback import GradRollout, Rollout, explain
+from vit_explain_callback import AttentionRollout, GradientRollout, explain
 from vit_explain_callback.methods import engine as fold
 from vit_explain_callback.methods.engine import CHUNK_ENTRIES
 
 VARIANTS = [
     kind(fusion, ratio, start)
-    for kind in (Rollout, GradRollout)
+    for kind in (AttentionRollout, GradientRollout)
     for fusion in ("mean", "max", "min")
     for ratio in (0.0, 0.5, 0.9)
     for start in (1, 2)
@@ -29,7 +29,7 @@ VARIANTS = [
 
 def expected_maps(family: Family, found: oracle.Matrices, method: Any) -> Tensor:
     maps = []
-    gradients_wanted = isinstance(method, GradRollout)
+    gradients_wanted = isinstance(method, GradientRollout)
     for image in range(len(found.logits)):
         attentions = [attention[image] for attention in found.attentions]
         gradients = [gradient[image] for gradient in found.gradients] if gradients_wanted else None
@@ -39,7 +39,7 @@ def expected_maps(family: Family, found: oracle.Matrices, method: Any) -> Tensor
             start = torch.cat([torch.zeros(family.tokens - len(start)), start / start.sum()])
         else:
             start = family.start_row()
-        options = (method.head_fusion, method.discard_ratio, method.start_layer, family.class_token)
+        options = (method.head_fusion, method.discard_ratio, method.start_block, family.class_token)
         row = oracle.rollout(attentions, gradients, start.double(), *options)
         maps.append(row[family.prefix :].reshape(family.grid))
     return torch.stack(maps)
@@ -124,7 +124,7 @@ def test_permuting_the_patches_permutes_the_map() -> None:
 
 def test_with_one_head_every_fusion_is_the_same() -> None:
     model, images = tiny_vit(num_heads=1).double(), random_images(2)
-    for kind in (Rollout, GradRollout):
+    for kind in (AttentionRollout, GradientRollout):
         maps = list(explain(model, images, [kind(fusion, 0.5) for fusion in ("mean", "max", "min")]).maps.values())
         torch.testing.assert_close(maps[0], maps[1], rtol=1e-12, atol=0)
         torch.testing.assert_close(maps[0], maps[2], rtol=1e-12, atol=0)
@@ -315,9 +315,9 @@ def test_wrong_images_are_refused(images: Tensor, error: type[Exception], messag
     [
         ({"methods": ["rolout"]}, ValueError, "`methods` to name `rollout`, `grad_rollout`, `flow`, .* or `legrad`"),
         ({"methods": []}, ValueError, "at least one method"),
-        ({"methods": ["rollout", Rollout()]}, ValueError, "each only once"),
+        ({"methods": ["rollout", AttentionRollout()]}, ValueError, "each only once"),
         ({"methods": [3]}, TypeError, "got 3"),
-        ({"methods": [Rollout(start_layer=4)]}, ValueError, r"`start_layer` in 1 … 3 \(the model's blocks\)"),
+        ({"methods": [AttentionRollout(start_block=4)]}, ValueError, r"`start_block` in 1 … 3 \(the model's blocks\)"),
         ({"target": 5}, ValueError, r"`target` classes in 0 … 4"),
         ({"target": torch.tensor([0, -1])}, ValueError, r"`target` classes in 0 … 4"),
         ({"target": torch.tensor([0, 1, 2])}, ValueError, r"`target` of shape \(2,\)"),

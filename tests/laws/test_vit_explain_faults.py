@@ -9,7 +9,7 @@ from torch.nn.modules import module as module_hooks
 
 from tests import oracle
 from tests.models import FAMILIES, random_images, tiny_vit
-from vit_explain_callback import GradRollout, Rollout, explain
+from vit_explain_callback import AttentionRollout, GradientRollout, explain
 
 
 def oracle_map(found: oracle.Matrices, gradients: list[Tensor], image: int = 0) -> Tensor:
@@ -37,14 +37,14 @@ def test_2_the_gradient_is_of_the_probabilities_and_not_of_the_scores() -> None:
 def test_3_rows_are_normalised_whatever_the_batch_size() -> None:
     """Without `keepdim`, a batch as large as the number of tokens was silently wrong, and other sizes raised."""
     model, images = tiny_vit().double(), random_images(17)
-    together = explain(model, images, [Rollout("max")]).maps["rollout_max"]
-    alone = torch.cat([explain(model, image[None], [Rollout("max")]).maps["rollout_max"] for image in images])
+    together = explain(model, images, [AttentionRollout("max")]).maps["rollout_max"]
+    alone = torch.cat([explain(model, image[None], [AttentionRollout("max")]).maps["rollout_max"] for image in images])
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
 
 
 def test_4_every_image_has_its_own_discarding_and_its_own_map() -> None:
     model, images = tiny_vit().double(), random_images(3)
-    method = Rollout(discard_ratio=0.9)
+    method = AttentionRollout(discard_ratio=0.9)
     maps = explain(model, images, [method]).maps[method.name]
     assert maps.shape == (3, 4, 4)
     for image in range(3):
@@ -86,13 +86,16 @@ def test_8_training_gradients_are_neither_erased_nor_added_to() -> None:
 
 
 def test_9_fusion_and_discarding_are_options_of_both_methods() -> None:
-    methods = [Rollout(head_fusion="max", discard_ratio=0.9), GradRollout(head_fusion="max", discard_ratio=0.9)]
+    methods = [
+        AttentionRollout(head_fusion="max", discard_ratio=0.9),
+        GradientRollout(head_fusion="max", discard_ratio=0.9),
+    ]
     assert set(explain(tiny_vit(), random_images(1), methods).maps) == {"rollout_max_0.9", "grad_rollout_max_0.9"}
 
 
 def test_10_a_misspelt_fusion_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="`head_fusion` to be one of mean, max, min, but got 'avg'"):
-        Rollout(head_fusion="avg")  # type: ignore[arg-type]
+        AttentionRollout(head_fusion="avg")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["vit_wide", "dinov2_registers", "registers_gap", "vit_map"])

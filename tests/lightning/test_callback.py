@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tests.models import CLASSES, random_images, steady_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
-from vit_explain_callback import Rollout, ViTExplainCallback, explain
+from vit_explain_callback import AttentionRollout, ViTExplainCallback, explain
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.localisation import region_statistics
 from vit_explain_callback.metrics.shape import map_statistics
@@ -438,7 +438,7 @@ class NoHead(pl.LightningModule):
         ({}, {"module": NoHead}, "compare outputs, a row for each image, with labels in a loss, but saw no such loss"),
         ({"vit": "head"}, {}, "'head'"),
         ({}, {"validation": None}, "Expected a validation loader .* Give the images yourself"),
-        ({"methods": [Rollout(start_layer=4)]}, {}, r"`start_layer` in 1 … 3"),
+        ({"methods": [AttentionRollout(start_block=4)]}, {}, r"`start_block` in 1 … 3"),
         ({"images": torch.zeros(1, 3, 40, 32)}, {}, "images of 32x32 pixels .* but got 40x32"),
         ({"images": torch.zeros(1, 3, 40, 32)}, {"sanity": 1}, "images of 32x32 pixels .* but got 40x32"),
         ({"target": 5}, {"starts": True}, r"`target` classes in 0 … 4"),

@@ -29,7 +29,7 @@ from torch.utils.data import (
 )
 
 from vit_explain_callback.isolation.child import can_fork
-from vit_explain_callback.lightning.batches import Watched, images_and_labels, picked
+from vit_explain_callback.lightning.batches import BatchBuffer, images_and_labels, picked
 from vit_explain_callback.lightning.items import labels_of, spread
 from vit_explain_callback.lightning.probe_batch import probe_batch
 
@@ -183,7 +183,7 @@ def test_a_sampler_that_divides_the_data_among_processes_gives_all_of_them(forks
 def test_what_streams_or_is_no_loader_of_torchs_is_watched(forks: bool) -> None:
     assert taken(DataLoader(Stream(), batch_size=2), 3) is None
     assert taken([(IMAGES, LABELS)], 3) is None
-    watched = Watched(3)
+    watched = BatchBuffer(3)
     for start in (0, 2, 4, 6):
         batch: dict[str, Any] = {"x": IMAGES[start : start + 2].clone(), "names": ["a", "b"], "scale": 3}
         watched.take(batch)

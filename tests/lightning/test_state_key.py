@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.models import random_images
 from tests.processes import python
-from vit_explain_callback import MapFunction, Rollout, ViTExplainCallback
+from vit_explain_callback import AttentionRollout, MapFunction, ViTExplainCallback
 from vit_explain_callback.lightning.state_key import in_words
 from vit_explain_callback.metrics.drift import DriftMetric
 
@@ -48,7 +48,10 @@ def options() -> list[dict[str, Any]]:
     """Each unlike the others in one option or a part of it."""
     return [
         {},
-        *({"methods": methods} for methods in (["rollout"], ["chefer"], ["rollout", "chefer"], [Rollout("max")])),
+        *(
+            {"methods": methods}
+            for methods in (["rollout"], ["chefer"], ["rollout", "chefer"], [AttentionRollout("max")])
+        ),
         {"methods": [MapFunction("mine", saliency)]},
         {"methods": [MapFunction("mine", lambda model, images, target: images.amax(dim=1))]},
         {"methods": [MapFunction("mine", partial(saliency))]},

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests import oracle
 from tests.methods.agreement import assert_maps_equal, relative_error, start_row
 from tests.models import FAMILIES, Family, random_images, tiny_vit
-from vit_explain_callback import Attention, Rollout, explain
+from vit_explain_callback import Attention, AttentionRollout, explain
 from vit_explain_callback.methods import Method
 from vit_explain_callback.methods import engine as fold
 
@@ -50,7 +50,7 @@ def test_a_patch_is_followed_instead_of_the_readout(name: str) -> None:
     model, images = family.create(), random_images(2, family.image_size)
     found = oracle.matrices(model, images)
     row, column = family.grid[0] - 1, 1
-    methods = [Attention(), Attention(block=1, head=2), Rollout(), Rollout("max", 0.5, -2)]
+    methods = [Attention(), Attention(block=1, head=2), AttentionRollout(), AttentionRollout("max", 0.5, -2)]
     maps = explain(model, images, methods, query=(row, column)).maps
     start = torch.zeros(family.tokens, dtype=torch.float64)
     start[family.prefix + row * family.grid[1] + column] = 1
@@ -58,7 +58,7 @@ def test_a_patch_is_followed_instead_of_the_readout(name: str) -> None:
     for image in range(2):
         attentions = [a[image] for a in found.attentions[:blocks]]
         for method in methods:
-            if isinstance(method, Rollout):
+            if isinstance(method, AttentionRollout):
                 first = method.layers(blocks)[0]
                 options = (method.head_fusion, method.discard_ratio, first, family.class_token)
                 expected = oracle.rollout(attentions, None, start, *options)

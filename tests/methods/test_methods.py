@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.models import FAMILIES, random_images, tiny_vit
-from vit_explain_callback import Rollout, explain
+from vit_explain_callback import AttentionRollout, explain
 from vit_explain_callback.methods import Block, Fusion, Method
 from vit_explain_callback.vit.blocks import find_stack
 
@@ -69,7 +69,7 @@ def test_a_method_of_ones_own_gives_its_own_maps_beside_others(family: str) -> N
     kind = FAMILIES[family]
     model, images = kind.create(), random_images(2)
     found = oracle.matrices(model, images)
-    methods = [Rollout(), LastBlocks(1), LastBlocks(2, of_class=True)]
+    methods = [AttentionRollout(), LastBlocks(1), LastBlocks(2, of_class=True)]
     maps = explain(model, images, methods).maps
     assert list(maps) == ["rollout", "last_blocks_1", "last_blocks_2_of_class"]
     for image in range(2):
@@ -95,7 +95,7 @@ def test_the_tensors_of_a_block_are_let_go_once_it_is_done(monkeypatch: pytest.M
         references.extend(weakref.ref(tensor) for call in stack.calls for tensor in (call.output, call.value))
         return stack
 
-    class Watching(Rollout):
+    class Watching(AttentionRollout):
         def step(self, relevance: Tensor, block: Block) -> Tensor:
             alive.append(sum(reference() is not None for reference in references))
             return super().step(relevance, block)

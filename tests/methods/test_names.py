@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit_explain_callback import Attention, AttentionFlow, Chefer, GradRollout, Rollout
+from vit_explain_callback import Attention, AttentionFlow, AttentionRollout, Chefer, GradientRollout
 from vit_explain_callback.methods import Method, method_from_name, resolve_methods
 from vit_explain_callback.methods.base import OPTIONS
 from vit_explain_callback.methods.names import METHODS
@@ -19,7 +19,7 @@ BLOCK = st.one_of(st.integers(1, 100), st.integers(-100, -1))
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "head_fusion": st.sampled_from(["mean", "max", "min"]),
     "discard_ratio": st.one_of(st.sampled_from([0.0, 0.5, 1e-7]), st.floats(0, 1, exclude_max=True)),
-    "start_layer": BLOCK,
+    "start_block": BLOCK,
     "block": BLOCK,
     "head": st.one_of(st.none(), st.integers(1, 100)),
 }
@@ -43,21 +43,24 @@ def test_names_lead_back_to_the_method_and_differ_where_methods_do(one: Method, 
 
 def test_names_leave_out_defaults_and_have_one_order() -> None:
     assert [method().name for method in METHODS.values()] == list(METHODS)
-    assert GradRollout("min", 0.5, 3).name == "grad_rollout_min_0.5_from3"
-    assert Rollout("max", 0.9, -4).name == "rollout_max_0.9_from-4"
-    assert Rollout(discard_ratio=1e-7).name == "rollout_0.0000001"
+    assert GradientRollout("min", 0.5, 3).name == "grad_rollout_min_0.5_from3"
+    assert AttentionRollout("max", 0.9, -4).name == "rollout_max_0.9_from-4"
+    assert AttentionRollout(discard_ratio=1e-7).name == "rollout_0.0000001"
     assert Attention(block=12, head=3).name == "attention_block12_head3"
     assert Attention("max", -2).name == "attention_max_block-2"
     assert Chefer(-1).name == "chefer_from-1"
 
 
 def test_methods_of_different_kinds_differ() -> None:
-    assert len({Rollout(), GradRollout(), AttentionFlow(), Rollout()}) == 3
+    assert len({AttentionRollout(), GradientRollout(), AttentionFlow(), AttentionRollout()}) == 3
 
 
 def test_one_name_is_one_method() -> None:
-    assert resolve_methods("rollout") == (Rollout(),)
-    assert resolve_methods(["grad_rollout_0.9", Rollout("max")]) == (GradRollout(discard_ratio=0.9), Rollout("max"))
+    assert resolve_methods("rollout") == (AttentionRollout(),)
+    assert resolve_methods(["grad_rollout_0.9", AttentionRollout("max")]) == (
+        GradientRollout(discard_ratio=0.9),
+        AttentionRollout("max"),
+    )
 
 
 MISSPELT = (
@@ -77,7 +80,7 @@ def test_misspelt_names_are_refused(name: str) -> None:
     [
         ("rollout_median", "`head_fusion` to be one of"),
         ("rollout_1.5", r"`discard_ratio` in \[0, 1\), but got 1.5"),
-        ("rollout_from0", "`start_layer` of at least 1"),
+        ("rollout_from0", "`start_block` of at least 1"),
         ("attention_block0", r"`block` of at least 1 .* or negative \(-1 is the last block\), but got 0"),
         ("attention_head0", "`head` of at least 1"),
         ("attention_max_head2", "either a `head_fusion` or one `head`"),
@@ -88,7 +91,7 @@ def test_options_outside_their_range_are_refused(name: str, message: str) -> Non
         method_from_name(name)
 
 
-PARTS = {"head_fusion": "max", "discard_ratio": "0.5", "start_layer": "from2", "block": "block2", "head": "head2"}
+PARTS = {"head_fusion": "max", "discard_ratio": "0.5", "start_block": "from2", "block": "block2", "head": "head2"}
 
 
 @pytest.mark.parametrize(("kind", "option"), list(itertools.product(METHODS, OPTIONS)))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.methods.agreement import assert_maps_equal, of_pool, start_row
 from tests.models import FAMILIES, Family, random_images, tiny_vit
-from vit_explain_callback import GradAttention, GradSAM, explain
+from vit_explain_callback import GradientAttention, GradSAM, explain
 from vit_explain_callback.methods import Method
 
 
@@ -30,8 +30,8 @@ def summed(family: Family, attentions: list[Tensor], gradients: list[Tensor], me
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_maps_equal_the_oracle(name: str) -> None:
-    assert_maps_equal(name, [GradSAM(), GradSAM(-2), GradAttention(), GradAttention(3)], summed)
-    assert_maps_equal(name, [GradSAM(), GradAttention()], summed, target=3)
+    assert_maps_equal(name, [GradSAM(), GradSAM(-2), GradientAttention(), GradientAttention(3)], summed)
+    assert_maps_equal(name, [GradSAM(), GradientAttention()], summed, target=3)
 
 
 class Scaled(nn.Module):

@@ -18,7 +18,7 @@ from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking.distributed import Ranks
 from vit_explain_callback.tracking.errors import Guard
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.tracking.reliability import MOST_CHECKED, Checks, RemovalOrAuto
+from vit_explain_callback.tracking.reliability import MOST_CHECKED, ReliabilityMeter, RemovalOrAuto
 from vit_explain_callback.tracking.snapshot import Reliability
 
 IMAGES = 11
@@ -40,15 +40,15 @@ def explained(methods: Any = ("rollout", "grad_rollout"), vit: Any = None) -> tu
 
 def checked(removal: RemovalOrAuto | None = "auto", ranks: Ranks | None = None, **options: Any) -> Reliability:
     explainer, images, explanation = explained(**options)
-    return measured(Checks(1, removal, None, ranks or Ranks()), explainer, images, explanation)
+    return measured(ReliabilityMeter(1, removal, None, ranks or Ranks()), explainer, images, explanation)
 
 
-def removal_of(checks: Checks) -> object:
+def removal_of(checks: ReliabilityMeter) -> object:
     return checks.removal
 
 
 def measured(
-    checks: Checks,
+    checks: ReliabilityMeter,
     explainer: Explainer,
     images: Tensor,
     explanation: Explanation,
@@ -74,31 +74,33 @@ def test_a_mirror_is_used_where_the_output_holds_in_it() -> None:
     assert checked(None, vit=steady_vit()).mirror
     explainer, images, _ = explained()
     alike = images[:1] + 0.1 * images  # nearer to one another than to their mirror images
-    assert not measured(Checks(1, None, None, Ranks()), explainer, alike, explainer(alike), with_gains=False).mirror
+    assert not measured(
+        ReliabilityMeter(1, None, None, Ranks()), explainer, alike, explainer(alike), with_gains=False
+    ).mirror
     explainer, images, explanation = explained(vit=steady_vit())
     for mirror in (True, False):
         baseline = Reliability({}, {}, mirror)
-        later = measured(Checks(1, None, None, Ranks()), explainer, images, explanation, baseline)
+        later = measured(ReliabilityMeter(1, None, None, Ranks()), explainer, images, explanation, baseline)
         assert later.mirror is mirror, "as at the baseline"
         assert later.gains == {}
 
 
 def test_the_control_is_measured_once_and_kept_by_a_run_that_goes_on() -> None:
     explainer, images, explanation = explained()
-    first = Checks(1, "auto", None, Ranks())
+    first = ReliabilityMeter(1, "auto", None, Ranks())
     known = measured(first, explainer, images, explanation)
     assert first.removal == "tokens"
     assert first.passes(2, with_gains=True) == 1 + 20
     marked = Reliability(known.nudged, {**known.gains, "random": known.gains["random"] + 1}, known.mirror)
     cases: list[tuple[RemovalOrAuto, bool]] = [("auto", True), ("tokens", True), ("mean_colour", False)]
     for removal, kept in cases:
-        checks = Checks(1, removal, None, Ranks())
+        checks = ReliabilityMeter(1, removal, None, Ranks())
         checks.go_on("tokens", marked)
         assert checks.removal == ("tokens" if kept else "mean_colour")
         assert checks.passes(2, with_gains=True) == 1 + (20 if kept else 30)
         found = measured(checks, explainer, images, explanation, known).gains["random"]
         assert found.nan_to_num().equal(marked.gains["random"].nan_to_num()) is kept
-    fresh = Checks(1, "auto", None, Ranks())
+    fresh = ReliabilityMeter(1, "auto", None, Ranks())
     fresh.go_on(None, None)
     assert fresh.removal == "auto"
 
@@ -139,7 +141,7 @@ def test_positions_that_blocks_learn_later_are_found(recwarn: pytest.WarningsRec
     """From there on the gains, and the control's, are those of patches painted over."""
     model = Learnt()
     explainer, images, explanation = explained(vit=model)
-    checks, painted = Checks(1, "auto", None, Ranks()), Checks(1, "mean_colour", None, Ranks())
+    checks, painted = ReliabilityMeter(1, "auto", None, Ranks()), ReliabilityMeter(1, "mean_colour", None, Ranks())
     assert measured(checks, explainer, images, explanation)
     assert removal_of(checks) == "tokens"
     model.positions += torch.randn(17, 48)
@@ -159,7 +161,7 @@ def test_with_a_classifier_that_is_all_zero_nothing_is_settled() -> None:
     weight = vit.head.weight.detach().clone()
     torch.nn.init.zeros_(vit.head.weight)
     explainer, images, explanation = explained(vit=vit)
-    checks = Checks(1, "auto", None, Ranks())
+    checks = ReliabilityMeter(1, "auto", None, Ranks())
     first = measured(checks, explainer, images, explanation)
     assert first.gains["random"][:MOST_CHECKED].abs().max() < 1e-6
     assert removal_of(checks) == "auto"
@@ -180,7 +182,7 @@ def test_tokens_that_cannot_be_left_out_after_all(
     explainer, images, explanation = explained()
     expected = checked("mean_colour")
     monkeypatch.setattr(Explainer, "logits_without", broken)
-    checks = Checks(1, "auto", None, Ranks(), Guard(on_error))
+    checks = ReliabilityMeter(1, "auto", None, Ranks(), Guard(on_error))
     if on_error == "raise":
         with pytest.raises(ValueError, match="the model fails without tokens"):
             measured(checks, explainer, images, explanation)

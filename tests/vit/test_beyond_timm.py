@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.models import CLASSES, random_images, randomised, tiny_vit
-from vit_explain_callback import GradRollout, Rollout, explain
+from vit_explain_callback import AttentionRollout, GradientRollout, explain
 
-METHODS = [Rollout(), Rollout("max", 0.5), GradRollout(), GradRollout("max", 0.5, 2)]
+METHODS = [AttentionRollout(), AttentionRollout("max", 0.5), GradientRollout(), GradientRollout("max", 0.5, 2)]
 SMALL = {
     "hidden_size": 48,
     "num_hidden_layers": 3,
@@ -118,8 +118,8 @@ def check(
     for method in METHODS:
         for image in range(len(images)):
             blocks = [a[image] for a in found.attentions[:3]]
-            gradients = [g[image] for g in found.gradients[:3]] if isinstance(method, GradRollout) else None
-            options = (method.head_fusion, method.discard_ratio, method.start_layer, class_token)
+            gradients = [g[image] for g in found.gradients[:3]] if isinstance(method, GradientRollout) else None
+            options = (method.head_fusion, method.discard_ratio, method.start_block, class_token)
             expected = oracle.rollout(blocks, gradients, start, *options)[patches].reshape(grid)
             torch.testing.assert_close(explanation.maps[method.name][image], expected, rtol=1e-9, atol=1e-12)
 
@@ -198,7 +198,7 @@ def test_lucidrains(kind: str, pooling: str) -> None:
         start[0] = 1
     else:
         start[:] = 1 / len(start)
-    for method in (Rollout(), Rollout("max", 0.5)):
+    for method in (AttentionRollout(), AttentionRollout("max", 0.5)):
         maps = explain(model, images, [method]).maps[method.name]
         class_token = 0 if pooling == "cls" else None
         for image in range(2):

@@ -13,7 +13,7 @@ from tests import oracle
 from tests.models import CLASSES, random_images, randomised, tiny_vit
 from tests.other_models import saliency
 from tests.plain_vits import GRID, METHODS, SIZE, WIDTH, PlainViT, built, matrices
-from vit_explain_callback import GradRollout, MapFunction, explain
+from vit_explain_callback import GradientRollout, MapFunction, explain
 
 Read = Callable[[Any, Tensor], Tensor]
 
@@ -106,13 +106,13 @@ def test_sequence_pooling_is_an_attention_pool(read: Read) -> None:
     gradients = torch.autograd.grad(logits.amax(dim=1).sum(), attentions)
     for method in METHODS:
         for image in range(2):
-            weighted = isinstance(method, GradRollout)
+            weighted = isinstance(method, GradientRollout)
             row = attentions[-1][image].detach()
             row = (row * gradients[-1][image]).clamp(min=0) if weighted else row
             start = torch.cat([torch.zeros(skipped, dtype=torch.float64), row / row.sum()])
             blocks = [a[image].detach() for a in attentions[:-1]]
             of_blocks = [g[image] for g in gradients[:-1]] if weighted else None
-            options = (method.head_fusion, method.discard_ratio, method.start_layer, None)
+            options = (method.head_fusion, method.discard_ratio, method.start_block, None)
             expected = oracle.rollout(blocks, of_blocks, start, *options)[1:].reshape(GRID)
             torch.testing.assert_close(found.maps[method.name][image], expected, rtol=1e-9, atol=1e-12)
 

@@ -125,4 +125,4 @@ def _options(method: AnyMethod) -> str:
     if not isinstance(method, FusedMethod):
         return ", ".join(method.name.removeprefix(method.kind).split("_")[1:]) or "default"
     text = f"{method.head_fusion}, discard {method.discard_ratio:g}"
-    return text if method.start_layer == 1 else f"{text}, from {method.start_layer}"
+    return text if method.start_block == 1 else f"{text}, from {method.start_block}"

@@ -21,11 +21,11 @@ from vit_explain_callback.cli.own_methods import methods_of
 from vit_explain_callback.cli.parser import DISCARD_RATIO, HEAD_FUSIONS
 from vit_explain_callback.cli.results import INDEX
 from vit_explain_callback.cli.terminal import complain, say, table
-from vit_explain_callback.methods.grad_rollout import GradRollout
+from vit_explain_callback.methods.attention_rollout import AttentionRollout
+from vit_explain_callback.methods.gradient_rollout import GradientRollout
 from vit_explain_callback.methods.heads import HeadFusion
 from vit_explain_callback.methods.map_function import AnyMethod, of_attention
 from vit_explain_callback.methods.names import resolve_methods
-from vit_explain_callback.methods.rollout import Rollout
 from vit_explain_callback.page.document import page
 
 _FAILED = 2
@@ -172,7 +172,7 @@ def _chosen_methods(
     """The methods asked for; without names vit-explain's own choice, for names without options the options given."""
     if not names:
         discard = DISCARD_RATIO if ratio is None else ratio
-        return (GradRollout(fusion or "mean", discard) if of_class else Rollout(fusion or "max", discard),)
+        return (GradientRollout(fusion or "mean", discard) if of_class else AttentionRollout(fusion or "max", discard),)
     given: dict[str, Any] = {"head_fusion": fusion, "discard_ratio": ratio}
     options = {name: value for name, value in given.items() if value is not None}
     methods = methods_of(names)

@@ -123,7 +123,7 @@ def _cat(parts: list[Any], rows: list[int]) -> Any:
     return first
 
 
-class Watched:
+class BatchBuffer:
     """Keeps the images of validation batches as they go by, after every transfer hook, until there are enough.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer
-from vit_explain_callback.lightning.batches import Watched
+from vit_explain_callback.lightning.batches import BatchBuffer
 from vit_explain_callback.lightning.fit import Fit
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.state_key import changed_options
@@ -87,7 +87,7 @@ class ViTExplainCallback(Callback):
     training flag differs after a snapshot. Under several processes each explains a share.
 
     Args:
-        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `Rollout`, `GradRollout`,
+        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `AttentionRollout`, `GradientRollout`,
             `AttentionFlow` and `MapFunction` objects. `"flow"` takes seconds an image. With `MapFunction`s alone no ViT
             is looked for, and any classifier of images is explained. Maps of more than 64 cells a side, as of pixels,
             are saved as they are and measured pooled.
@@ -171,7 +171,7 @@ class ViTExplainCallback(Callback):
         self._fit: Fit | None = None
         self._before: Fit | None = None
         self._state: dict[str, Any] | None = None
-        self._watched, self._step = Watched(self.settings.num_images), StepWatch()
+        self._watched, self._step = BatchBuffer(self.settings.num_images), StepWatch()
 
     @property
     def tracker(self) -> ExplanationTracker | None:
@@ -181,7 +181,7 @@ class ViTExplainCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that everything asked for can work."""
         if stage == "fit":
-            self._watched, self._step = Watched(self.settings.num_images), StepWatch()
+            self._watched, self._step = BatchBuffer(self.settings.num_images), StepWatch()
             self.guard = Guard(self.settings.on_error)
             before, self._before, self._fit = self._fit, self._fit, None
             self._state = None

@@ -13,7 +13,7 @@ from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.isolation.wrappers import is_sharded
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind, is_overridden
 from vit_explain_callback.lightning.adapter import LightningAdapter, transferred
-from vit_explain_callback.lightning.batches import Watched, images_and_labels
+from vit_explain_callback.lightning.batches import BatchBuffer, images_and_labels
 from vit_explain_callback.lightning.outputs import Discovery
 from vit_explain_callback.lightning.probe_batch import class_names, probe_batch, validation_size
 from vit_explain_callback.lightning.settings import Settings
@@ -109,7 +109,7 @@ class Subject:
         trainer: Trainer,
         module: LightningModule,
         ranks: Ranks,
-        watched: Watched,
+        watched: BatchBuffer,
         trace: StepTrace | None,
     ) -> Subject | None:
         """Take the images that the user gives, or validation images; None where these must be watched first.
@@ -214,7 +214,7 @@ class Subject:
         return cls(explainer, probe, is_first)
 
 
-def _collected(trainer: Trainer, num_images: int, watched: Watched) -> tuple[Any, bool]:
+def _collected(trainer: Trainer, num_images: int, watched: BatchBuffer) -> tuple[Any, bool]:
     """A batch of validation images, and whether it has been through the transfer hooks; None if there is none yet.
 
     Images that were watched are the first of the data, and often of one class: they serve where no others can be had.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vit_explain_callback._terminal import announce, quoted
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
-from vit_explain_callback.lightning.batches import Watched
+from vit_explain_callback.lightning.batches import BatchBuffer
 from vit_explain_callback.lightning.discover import Subject, ranks_of
 from vit_explain_callback.lightning.loggers import LoggerWriter, renamed, run_folder
 from vit_explain_callback.lightning.sample import sample
@@ -53,7 +53,7 @@ class Fit:
         trainer: Trainer,
         pl_module: LightningModule,
         state: Mapping[str, Any] | None,
-        watched: Watched,
+        watched: BatchBuffer,
         step: StepWatch,
         guard: Guard,
         place: int = 0,

@@ -48,7 +48,7 @@ OPTIONS = {
         lambda value: 0 <= value < 1,
         "in [0, 1)",
     ),
-    "start_layer": Option(
+    "start_block": Option(
         r"from(-?\d+)",
         int,
         "from{}".format,
@@ -91,7 +91,7 @@ def block_number(name: str, value: int, blocks: int, method: str) -> int:
         ValueError: If the model does not have it.
 
     Example:
-        >>> block_number("start_layer", -4, 12, "rollout_from-4")
+        >>> block_number("start_block", -4, 12, "rollout_from-4")
         9
     """
     number = value if value > 0 else blocks + 1 + value
@@ -178,12 +178,12 @@ class Method(ABC):
     def layers(self, blocks: int) -> Sequence[int]:
         """The blocks that take part, counted from 1, of a model that has `blocks` of them.
 
-        By default all, or those from the option `start_layer` on.
+        By default all, or those from the option `start_block` on.
 
         Raises:
             ValueError: If the model does not have one that an option names.
         """
-        return range(block_number("start_layer", getattr(self, "start_layer", 1), blocks, self.name), blocks + 1)
+        return range(block_number("start_block", getattr(self, "start_block", 1), blocks, self.name), blocks + 1)
 
     @property
     def pool_fusion(self) -> Fusion:
@@ -217,7 +217,7 @@ class FusedMethod(Method):
     Args:
         head_fusion: How the heads of a block are fused: `mean`, `max` or `min`.
         discard_ratio: Share of the smallest entries of each fused matrix set to zero, in [0, 1).
-        start_layer: First block that takes part, counted from 1, or from the end if negative: -1 is the last.
+        start_block: First block that takes part, counted from 1, or from the end if negative: -1 is the last.
 
     Raises:
         ValueError: If an option is outside its range.
@@ -225,7 +225,7 @@ class FusedMethod(Method):
 
     head_fusion: HeadFusion = "mean"
     discard_ratio: float = 0.0
-    start_layer: int = 1
+    start_block: int = 1
 
     @property
     def fusion(self) -> Fusion:

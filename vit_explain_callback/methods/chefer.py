@@ -25,17 +25,17 @@ class Chefer(Method):
     rule for attention between two sets of tokens.
 
     Args:
-        start_layer: First block that takes part, counted from 1, or from the end if negative: -1 is the last.
+        start_block: First block that takes part, counted from 1, or from the end if negative: -1 is the last.
 
     Raises:
         ValueError: If it is 0.
 
     Example:
-        >>> Chefer(start_layer=-4).name
+        >>> Chefer(start_block=-4).name
         'chefer_from-4'
     """
 
-    start_layer: int = 1
+    start_block: int = 1
 
     kind = "chefer"
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vit_explain_callback.methods.flow import maximum_flow, row_normalised
+from vit_explain_callback.methods.attention_flow import maximum_flow, row_normalised
+from vit_explain_callback.methods.attention_rollout import rollout_step
 from vit_explain_callback.methods.heads import HeadFusion, discard_lowest, fuse_heads
-from vit_explain_callback.methods.rollout import rollout_step
 
 
 def attention_rollout(
@@ -20,7 +20,7 @@ def attention_rollout(
     *,
     head_fusion: HeadFusion = "mean",
     discard_ratio: float = 0.0,
-    start_layer: int = 1,
+    start_block: int = 1,
     readout: Tensor | None = None,
     class_token: int | None = 0,
 ) -> Tensor:
@@ -33,7 +33,7 @@ def attention_rollout(
         attentions: Softmax attention of each block, first block first: L tensors (B, H, N, N).
         head_fusion: How heads are fused: `mean`, `max` or `min`.
         discard_ratio: Share of the smallest entries of each fused matrix set to zero, in [0, 1).
-        start_layer: First block s that takes part, counted from 1.
+        start_block: First block s that takes part, counted from 1.
         readout: The starting row, (N,) or (B, N). Default: one-hot on token 0, the class token.
         class_token: Index of the class token, or None; see `discard_lowest`.
 
@@ -48,9 +48,9 @@ def attention_rollout(
         >>> attention_rollout([identity, identity])
         tensor([[1., 0., 0.]])
     """
-    checked_attentions(attentions, start_layer)
+    checked_attentions(attentions, start_block)
     row = starting_row(attentions[0], readout)
-    for attention in reversed(attentions[start_layer - 1 :]):
+    for attention in reversed(attentions[start_block - 1 :]):
         row = rollout_step(row, discard_lowest(fuse_heads(attention, head_fusion), discard_ratio, class_token))
     return row
 
@@ -61,7 +61,7 @@ def gradient_rollout(
     *,
     head_fusion: HeadFusion = "mean",
     discard_ratio: float = 0.0,
-    start_layer: int = 1,
+    start_block: int = 1,
     readout: Tensor | None = None,
     class_token: int | None = 0,
 ) -> Tensor:
@@ -73,7 +73,7 @@ def gradient_rollout(
             to the attention probabilities, not to the scores before the softmax.
         head_fusion: As in `attention_rollout`.
         discard_ratio: As in `attention_rollout`.
-        start_layer: As in `attention_rollout`.
+        start_block: As in `attention_rollout`.
         readout: As in `attention_rollout`.
         class_token: As in `attention_rollout`.
 
@@ -83,14 +83,14 @@ def gradient_rollout(
     Raises:
         ValueError: As `attention_rollout`; also if `gradients` does not match `attentions`.
     """
-    checked_attentions(attentions, start_layer)
+    checked_attentions(attentions, start_block)
     if [g.shape for g in gradients] != [a.shape for a in attentions]:
         raise ValueError(
             "Expected `gradients` of the same number and shapes as `attentions`, but got "
             f"{[tuple(g.shape) for g in gradients]} and {[tuple(a.shape) for a in attentions]}."
         )
     row = starting_row(attentions[0], readout)
-    for layer in range(len(attentions) - 1, start_layer - 2, -1):
+    for layer in range(len(attentions) - 1, start_block - 2, -1):
         fused = fuse_heads(attentions[layer] * gradients[layer], head_fusion).relu()
         row = rollout_step(row, discard_lowest(fused, discard_ratio, class_token))
     return row
@@ -101,7 +101,7 @@ def attention_flow(
     *,
     head_fusion: HeadFusion = "mean",
     discard_ratio: float = 0.0,
-    start_layer: int = 1,
+    start_block: int = 1,
     readout: Tensor | None = None,
     class_token: int | None = 0,
 ) -> Tensor:
@@ -114,7 +114,7 @@ def attention_flow(
         attentions: Softmax attention of each block, first block first: L tensors (B, H, N, N).
         head_fusion: As in `attention_rollout`.
         discard_ratio: As in `attention_rollout`.
-        start_layer: As in `attention_rollout`.
+        start_block: As in `attention_rollout`.
         readout: What the source can give to each token after the last block, (N,) or (B, N). Default: 1 to token 0.
         class_token: As in `attention_rollout`.
 
@@ -130,11 +130,11 @@ def attention_flow(
         >>> attention_flow([uniform, uniform])
         tensor([[1.0000, 0.5000]], dtype=torch.float64)
     """
-    checked_attentions(attentions, start_layer)
+    checked_attentions(attentions, start_block)
     row = starting_row(attentions[0], readout)
     matrices = [
         row_normalised(discard_lowest(fuse_heads(attention, head_fusion), discard_ratio, class_token))
-        for attention in attentions[start_layer - 1 :]
+        for attention in attentions[start_block - 1 :]
     ]
     tokens = range(row.shape[1])
     return torch.stack(
@@ -142,7 +142,7 @@ def attention_flow(
     )
 
 
-def checked_attentions(attentions: Sequence[Tensor], start_layer: int) -> None:
+def checked_attentions(attentions: Sequence[Tensor], start_block: int) -> None:
     """Refuse what is not the attention of a stack of blocks, or a start past its end.
 
     Raises:
@@ -151,8 +151,8 @@ def checked_attentions(attentions: Sequence[Tensor], start_layer: int) -> None:
     shapes = [tuple(a.shape) for a in attentions]
     if not shapes or any(len(s) != 4 or s[2] != s[3] or s != shapes[0] for s in shapes):
         raise ValueError(f"Expected `attentions` to be L >= 1 tensors of one shape (B, H, N, N), but got {shapes}.")
-    if not 1 <= start_layer <= len(shapes):
-        raise ValueError(f"Expected `start_layer` in 1 … {len(shapes)} (the number of blocks), but got {start_layer}.")
+    if not 1 <= start_block <= len(shapes):
+        raise ValueError(f"Expected `start_block` in 1 … {len(shapes)} (the number of blocks), but got {start_block}.")
 
 
 def starting_row(attention: Tensor, readout: Tensor | None) -> Tensor:

@@ -29,17 +29,17 @@ class GradSAM(Method):
     attention, the mean over its heads and queries.
 
     Args:
-        start_layer: First block that takes part, counted from 1, or from the end if negative: -1 is the last.
+        start_block: First block that takes part, counted from 1, or from the end if negative: -1 is the last.
 
     Raises:
         ValueError: If it is 0.
 
     Example:
-        >>> GradSAM(start_layer=7).name
+        >>> GradSAM(start_block=7).name
         'gradsam_from7'
     """
 
-    start_layer: int = 1
+    start_block: int = 1
 
     kind = "gradsam"
 

@@ -32,17 +32,17 @@ class LeGrad(Method):
     It takes a forward pass of its own. The authors' code takes the last two blocks by default, `legrad_from-2`.
 
     Args:
-        start_layer: First block that takes part, counted from 1, or from the end if negative: -1 is the last.
+        start_block: First block that takes part, counted from 1, or from the end if negative: -1 is the last.
 
     Raises:
         ValueError: If it is 0.
 
     Example:
-        >>> LeGrad(start_layer=-2).name
+        >>> LeGrad(start_block=-2).name
         'legrad_from-2'
     """
 
-    start_layer: int = 1
+    start_block: int = 1
 
     kind = "legrad"
 

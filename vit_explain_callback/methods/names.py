@@ -8,19 +8,28 @@ from dataclasses import fields
 from typing import Any
 
 from vit_explain_callback.methods.attention import Attention
+from vit_explain_callback.methods.attention_flow import AttentionFlow
+from vit_explain_callback.methods.attention_rollout import AttentionRollout
 from vit_explain_callback.methods.base import OPTIONS, Method
 from vit_explain_callback.methods.chefer import Chefer
-from vit_explain_callback.methods.flow import AttentionFlow
-from vit_explain_callback.methods.grad_attention import GradAttention
-from vit_explain_callback.methods.grad_rollout import GradRollout
+from vit_explain_callback.methods.gradient_attention import GradientAttention
+from vit_explain_callback.methods.gradient_rollout import GradientRollout
 from vit_explain_callback.methods.gradsam import GradSAM
 from vit_explain_callback.methods.legrad import LeGrad
 from vit_explain_callback.methods.map_function import AnyMethod, MapFunction
-from vit_explain_callback.methods.rollout import Rollout
 
 METHODS: dict[str, type[Method]] = {
     method.kind: method
-    for method in (Rollout, GradRollout, AttentionFlow, Attention, GradAttention, Chefer, GradSAM, LeGrad)
+    for method in (
+        AttentionRollout,
+        GradientRollout,
+        AttentionFlow,
+        Attention,
+        GradientAttention,
+        Chefer,
+        GradSAM,
+        LeGrad,
+    )
 }
 """Every method by its kind."""
 
@@ -33,7 +42,7 @@ def method_from_name(name: str) -> Method:
 
     Example:
         >>> method_from_name("grad_rollout_max_0.9")
-        GradRollout(head_fusion='max', discard_ratio=0.9, start_layer=1)
+        GradientRollout(head_fusion='max', discard_ratio=0.9, start_block=1)
     """
     kind = max((kind for kind in METHODS if f"{name}_".startswith(f"{kind}_")), key=len, default=None)
     if kind is None:

@@ -33,7 +33,7 @@ class Notices:
             sinks = values.get(f"explain/map/sink_lift/{method}", 0)
             if sinks > _SINK_LIFT and self._is_new(method, "sinks"):
                 yield (
-                    f"a later `start_layer` shows more of the `{method}` maps, as the 1 % of patches that receive the "
+                    f"a later `start_block` shows more of the `{method}` maps, as the 1 % of patches that receive the "
                     f"most attention have {sinks:.0f} times their share of them, like artifact tokens "
                     "(arXiv:2309.16588)."
                 )

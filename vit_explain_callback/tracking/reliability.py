@@ -33,7 +33,7 @@ MOST_CHECKED = 8
 _PAINTED = "faithfulness is measured with patches painted over from here on, and not with their tokens left out"
 
 
-class Checks:
+class ReliabilityMeter:
     """Measures the noise of maps, and their faithfulness.
 
     The baseline has its noise measured alone, as training waits for it: in one explanation more. Faithfulness comes

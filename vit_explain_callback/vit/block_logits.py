@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vit_explain_callback.vit.blocks import Stack
 from vit_explain_callback.vit.calls import AttentionCall
 from vit_explain_callback.vit.recorder import AttentionRecorder
-from vit_explain_callback.vit.session import Subject
+from vit_explain_callback.vit.session import Session
 
 Seen: TypeAlias = dict[tuple[str, int], tuple[Tensor | None, Any]]
 """What a module was first given, and what it gave, by its path and how often it had run before."""
@@ -45,7 +45,7 @@ class BlockLogit:
 
 
 def block_logits(
-    subject: Subject, stack: Stack, images: Tensor, targets: Sequence[Tensor], layers: Sequence[int]
+    session: Session, stack: Stack, images: Tensor, targets: Sequence[Tensor], layers: Sequence[int]
 ) -> dict[int, BlockLogit]:
     """The logit of some blocks, and its gradient, by the block's number.
 
@@ -53,7 +53,7 @@ def block_logits(
     through what follows the blocks, and through each block from its output to its attention.
 
     Args:
-        subject: The model.
+        session: The model.
         stack: Its attention in a pass before, with a pool only if the logits depend on it.
         images: (B, C, H, W), as the model is given them.
         targets: Classes, (B,) each.
@@ -65,15 +65,15 @@ def block_logits(
     """
     found: dict[int, BlockLogit] = {}
     with torch.enable_grad():
-        _, calls, inputs_and_outputs = _run(subject, images)
-        blocks = _blocks(subject.vit, [calls[place] for place in stack.places], inputs_and_outputs)
+        _, calls, inputs_and_outputs = _run(session, images)
+        blocks = _blocks(session.vit, [calls[place] for place in stack.places], inputs_and_outputs)
         outputs = [inputs_and_outputs[block][1] for block in blocks]
-        _check_chain(subject.vit, blocks, inputs_and_outputs, images, stack)
+        _check_chain(session.vit, blocks, inputs_and_outputs, images, stack)
         for layer in layers:
             tokens = _tokens_of(blocks[layer - 1], outputs[layer - 1], len(images), stack.tokens)
             read = tokens.detach().requires_grad_()
-            with _skipping(subject.vit, blocks, outputs, read):
-                logits, calls_behind, _ = _run(subject, images)
+            with _skipping(session.vit, blocks, outputs, read):
+                logits, calls_behind, _ = _run(session, images)
             chosen = [logits.gather(1, target[:, None]).sum() for target in targets]
             if stack.pool is not None:
                 pool = next(call for call in calls_behind if call.module == stack.pool.module)
@@ -88,7 +88,7 @@ def block_logits(
     return found
 
 
-def _run(subject: Subject, images: Tensor) -> tuple[Tensor, list[AttentionCall], Seen]:
+def _run(session: Session, images: Tensor) -> tuple[Tensor, list[AttentionCall], Seen]:
     """Logits (B, C) in the autograd graph, the attention, and what each call of a module was given and gave."""
     seen: Seen = {}
     runs: dict[str, int] = {}
@@ -98,11 +98,11 @@ def _run(subject: Subject, images: Tensor) -> tuple[Tensor, list[AttentionCall],
         seen[names[module], runs.get(names[module], 0)] = (given, output)
         runs[names[module]] = runs.get(names[module], 0) + 1
 
-    names = {module: name for name, module in subject.vit.named_modules() if module._modules}
+    names = {module: name for name, module in session.vit.named_modules() if module._modules}
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in names]
     try:
-        with AttentionRecorder(subject.vit, True, subject.twin.state) as recorder, subject.fed(True):
-            logits = subject.logits(images)
+        with AttentionRecorder(session.vit, True, session.twin.state) as recorder, session.fed(True):
+            logits = session.logits(images)
     finally:
         for handle in handles:
             handle.remove()

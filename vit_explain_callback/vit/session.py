@@ -22,7 +22,7 @@ from vit_explain_callback.vit.tokens import Memory, StatedLayout, TokenLayout
 
 
 @dataclass(frozen=True)
-class Subject:
+class Session:
     """A twin to explain, the ViT in it, and what the user says of them.
 
     Attributes:
@@ -42,8 +42,8 @@ class Subject:
     first: int = 0
 
     @classmethod
-    def of(cls, adapter: Adapter, twin: Twin, stated: StatedLayout, memory: Memory, has_vit: bool) -> Subject:
-        """A subject; without a ViT in it, its module stands for one."""
+    def of(cls, adapter: Adapter, twin: Twin, stated: StatedLayout, memory: Memory, has_vit: bool) -> Session:
+        """A session; without a ViT in it, its module stands for one."""
         return cls(adapter, twin, stated, memory, find_vit(twin.module, adapter.vit) if has_vit else twin.module)
 
     @property
@@ -264,21 +264,21 @@ def agreeing(agreement: Agreement) -> Iterator[None]:
 
 
 def in_parts(
-    subject: Subject, images: Tensor, size: int, first: int, work: Callable[[Subject, slice, Tensor], T]
+    session: Session, images: Tensor, size: int, first: int, work: Callable[[Session, slice, Tensor], T]
 ) -> list[T]:
     """Do `work` on copies of a few images at a time; on fewer where memory does not suffice.
 
     Args:
-        subject: What is run.
+        session: What is run.
         images: (B, C, H, W), copied onto the model's device and into its precision.
         size: Images at a time, at least 1.
         first: Place of the first image in the probe.
-        work: Given the subject, the place of the images in the batch, and the copies.
+        work: Given the session, the place of the images in the batch, and the copies.
 
     Returns:
         What `work` gave for each part, in order.
     """
-    weights = list(subject.vit.parameters())
+    weights = list(session.vit.parameters())
     device = next((part.device for part in weights), images.device)
     dtype = next((part.dtype for part in weights if part.is_floating_point()), images.dtype)
     parts: list[T] = []
@@ -288,7 +288,7 @@ def in_parts(
         own = images[part]
         own = own.to(device, dtype if own.is_floating_point() else own.dtype, copy=True)
         try:
-            found = work(replace(subject, first=first + start), part, own)
+            found = work(replace(session, first=first + start), part, own)
             too_large = _agreement.get()(False)
         except RuntimeError as error:
             if size == 1 or not is_out_of_memory(error):

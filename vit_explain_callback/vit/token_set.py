@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vit_explain_callback.isolation.undisturbed import preserved_random_state
-from vit_explain_callback.vit.session import Subject, is_out_of_memory
+from vit_explain_callback.vit.session import Session, is_out_of_memory
 from vit_explain_callback.vit.tokens import TokenLayout
 
 _SHARE = 0.01
@@ -26,7 +26,7 @@ _ROUNDINGS = 8
 _ORDERS = 2
 
 
-def treats_tokens_as_set(subject: Subject, images: Tensor, layout: TokenLayout, counts: Sequence[int]) -> bool | None:
+def treats_tokens_as_set(session: Session, images: Tensor, layout: TokenLayout, counts: Sequence[int]) -> bool | None:
     """Whether the logits (B, C) of images that were explained before do not depend on the order of their patches.
 
     Each of `counts` patches is left out too, from the beginning, the middle, the end and anywhere, and then only the
@@ -40,16 +40,16 @@ def treats_tokens_as_set(subject: Subject, images: Tensor, layout: TokenLayout, 
         Exception: What the model raised of whole images, and where memory does not suffice.
     """
     generator = torch.Generator().manual_seed(0)
-    whole = _logits(subject, images, None)
+    whole = _logits(session, images, None)
     if not whole.isfinite().all():
         return None
     none = torch.zeros(len(images), layout.grid[0] * layout.grid[1], dtype=torch.bool)
     changes, errors = [0.0], []
     try:
         for taken in [none] * _ORDERS + list(_taken(none, counts, generator)):
-            kept = _logits(subject, images, layout.kept(taken)) if taken.any() else whole
+            kept = _logits(session, images, layout.kept(taken)) if taken.any() else whole
             changes.append(_distance(kept, whole))
-            errors.append(_distance(_logits(subject, images, _shuffled(layout, taken, generator)), kept))
+            errors.append(_distance(_logits(session, images, _shuffled(layout, taken, generator)), kept))
     except Exception as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
@@ -62,13 +62,13 @@ def treats_tokens_as_set(subject: Subject, images: Tensor, layout: TokenLayout, 
     return None if all(error <= rounding * whole.double().pow(2).mean().sqrt() for error in errors) else False
 
 
-def _logits(subject: Subject, images: Tensor, index: Tensor | None) -> Tensor:
+def _logits(session: Session, images: Tensor, index: Tensor | None) -> Tensor:
     """(B, C) in the precision of the model."""
     with torch.no_grad(), preserved_random_state(seed=0):
         if index is None:
-            return subject.logits(images.clone()).cpu()
-        with subject.entered_by(images, index.to(images.device)):
-            return subject.logits(images.clone()).cpu()
+            return session.logits(images.clone()).cpu()
+        with session.entered_by(images, index.to(images.device)):
+            return session.logits(images.clone()).cpu()
 
 
 def _taken(none: Tensor, counts: Sequence[int], generator: torch.Generator) -> Iterator[Tensor]:

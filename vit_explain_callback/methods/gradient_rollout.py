@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vit_explain_callback.methods.attention_rollout import rollout_step
 from vit_explain_callback.methods.base import Block, FusedMethod
 from vit_explain_callback.methods.heads import Fusion
-from vit_explain_callback.methods.rollout import rollout_step
 
 
-class GradRollout(FusedMethod):
+class GradientRollout(FusedMethod):
     """Gradient rollout as in the vit-explain project: attention weighted by the gradient of the target's logit.
 
     F = relu(fuse_h(A ⊙ ∂y_c/∂A)), and then as attention rollout; so it depends on the class.
 
     Example:
-        >>> GradRollout(start_layer=4).name
+        >>> GradientRollout(start_block=4).name
         'grad_rollout_from4'
     """
 

@@ -15,7 +15,7 @@ from vit_explain_callback.methods.heads import Fusion
 
 
 @dataclass(frozen=True)
-class GradAttention(Method):
+class GradientAttention(Method):
     """Attention times its gradient with its sign, summed over blocks: what speaks for a class, and what against it.
 
     Σ_l r mean_h(A^l ⊙ ∂y_c/∂A^l), with r the readout: the class token's row, or the mean of the rows that are averaged.
@@ -28,17 +28,17 @@ class GradAttention(Method):
     the mean over its heads and queries.
 
     Args:
-        start_layer: First block that takes part, counted from 1, or from the end if negative: -1 is the last.
+        start_block: First block that takes part, counted from 1, or from the end if negative: -1 is the last.
 
     Raises:
         ValueError: If it is 0.
 
     Example:
-        >>> GradAttention().name
+        >>> GradientAttention().name
         'grad_attention'
     """
 
-    start_layer: int = 1
+    start_block: int = 1
 
     kind = "grad_attention"
 

@@ -18,7 +18,7 @@ from tests import oracle
 from tests.models import FAMILIES, random_images
 from tests.runs import fit, saved
 from vit_explain_callback import AttentionFlow, ViTExplainCallback, attention_flow, explain
-from vit_explain_callback.methods.flow import maximum_flow
+from vit_explain_callback.methods.attention_flow import maximum_flow
 
 
 def naive(matrices: Sequence[Tensor], readout: Tensor, sink: int) -> float:
@@ -117,7 +117,7 @@ def test_known_answers() -> None:
     # Token 0 attends to token 1 alone, and 1 to 2: half stays, half moves on, in each of two blocks.
     chain = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])[None, None]
     assert attention_flow([chain, chain])[0].tolist() == pytest.approx([0.5, 1.0, 0.5])
-    assert attention_flow([chain, chain], start_layer=2)[0].tolist() == pytest.approx([0.5, 0.5, 0.0])
+    assert attention_flow([chain, chain], start_block=2)[0].tolist() == pytest.approx([0.5, 0.5, 0.0])
 
 
 def attention(seed: int, batch: int = 2, heads: int = 3, tokens: int = 7, blocks: int = 3) -> list[Tensor]:
@@ -161,7 +161,7 @@ def test_flow_of_a_model_is_that_of_its_matrices(family: str) -> None:
                 )
                 for a in found.attentions[: len(model.blocks)]
             ]
-            matrices = [m + torch.eye(len(m), dtype=torch.float64) for m in blocks[method.start_layer - 1 :]]
+            matrices = [m + torch.eye(len(m), dtype=torch.float64) for m in blocks[method.start_block - 1 :]]
             matrices = [torch.stack([row / row.sum() for row in m]) for m in matrices]
             if kind.readout == "pool":
                 pool = oracle.fused_matrix(found.attentions[-1][image], None, method.head_fusion)[0]
@@ -188,6 +188,6 @@ def test_the_callback_takes_it(tmp_path: Any) -> None:
 
 
 def test_a_missing_solver_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vit_explain_callback.methods.flow.find_spec", lambda name: None)
+    monkeypatch.setattr("vit_explain_callback.methods.attention_flow.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'vit-explain-callback\[flow\]'"):
         ViTExplainCallback(methods=["flow"])

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests import oracle
 from vit_explain_callback import attention_rollout, gradient_rollout
+from vit_explain_callback.methods.attention_rollout import rollout_step
 from vit_explain_callback.methods.heads import HeadFuser, discard_lowest, fuse_heads
-from vit_explain_callback.methods.rollout import rollout_step
 
 
 def random_attention(blocks: int, batch: int, heads: int, tokens: int, seed: int) -> list[Tensor]:
@@ -37,17 +37,17 @@ def test_both_rollouts_equal_the_oracle(
     generator = torch.Generator().manual_seed(seed + 1)
     gradients = [torch.randn(a.shape, generator=generator, dtype=torch.float64) for a in attentions]
     start = torch.rand(tokens, generator=generator, dtype=torch.float64)
-    for start_layer in range(1, blocks + 1):
-        options = {"head_fusion": fusion, "discard_ratio": ratio, "start_layer": start_layer}
+    for start_block in range(1, blocks + 1):
+        options = {"head_fusion": fusion, "discard_ratio": ratio, "start_block": start_block}
         options |= {"readout": start, "class_token": class_token}
         plain = attention_rollout(attentions, **options)  # type: ignore[arg-type]
         weighted = gradient_rollout(attentions, gradients, **options)  # type: ignore[arg-type]
         for image in range(2):
             own, own_gradients = [a[image] for a in attentions], [g[image] for g in gradients]
-            expected = oracle.rollout(own, None, start, fusion, ratio, start_layer, class_token)
+            expected = oracle.rollout(own, None, start, fusion, ratio, start_block, class_token)
             torch.testing.assert_close(plain[image], expected, rtol=1e-12, atol=1e-15)
             # Where relu leaves many equal zeros, which of them are dropped makes no difference.
-            expected = oracle.rollout(own, own_gradients, start, fusion, ratio, start_layer, class_token)
+            expected = oracle.rollout(own, own_gradients, start, fusion, ratio, start_block, class_token)
             torch.testing.assert_close(weighted[image], expected, rtol=1e-12, atol=1e-15)
 
 
@@ -119,8 +119,8 @@ def test_heads_in_parts_equal_heads_at_once() -> None:
         ({"head_fusion": "median"}, "`head_fusion` to be one of mean, max, min, but got 'median'"),
         ({"discard_ratio": 1.0}, r"`discard_ratio` in \[0, 1\), but got 1.0"),
         ({"discard_ratio": -0.1}, r"`discard_ratio` in \[0, 1\), but got -0.1"),
-        ({"start_layer": 0}, r"`start_layer` in 1 … 2 \(the number of blocks\), but got 0"),
-        ({"start_layer": 3}, r"`start_layer` in 1 … 2"),
+        ({"start_block": 0}, r"`start_block` in 1 … 2 \(the number of blocks\), but got 0"),
+        ({"start_block": 3}, r"`start_block` in 1 … 2"),
         ({"readout": torch.ones(3)}, r"`readout` of shape \(4,\) or \(1, 4\), but got \(3,\)"),
     ],
 )

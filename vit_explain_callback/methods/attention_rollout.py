@@ -11,11 +11,11 @@ from torch import Tensor
 from vit_explain_callback.methods.base import Block, FusedMethod
 
 
-class Rollout(FusedMethod):
+class AttentionRollout(FusedMethod):
     """Attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928): where information flows from, whatever the class.
 
     Example:
-        >>> Rollout(head_fusion="max", discard_ratio=0.9).name
+        >>> AttentionRollout(head_fusion="max", discard_ratio=0.9).name
         'rollout_max_0.9'
     """
 

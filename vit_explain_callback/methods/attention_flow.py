@@ -34,14 +34,14 @@ class AttentionFlow(FusedMethod):
     """Attention flow (Abnar & Zuidema 2020, arXiv:2005.00928): how much can flow to a patch, whatever the class.
 
     Exact, and slow; it hardly differs from the attention that a patch receives in the first block that takes part (see
-    `attention_flow`), and `start_layer` makes that another block.
+    `attention_flow`), and `start_block` makes that another block.
 
     Raises:
         ImportError: If OR-Tools is not installed.
         ValueError: If an option is outside its range.
 
     Example:
-        >>> AttentionFlow(start_layer=9).name
+        >>> AttentionFlow(start_block=9).name
         'flow_from9'
     """
 
