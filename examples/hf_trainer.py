@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from vit_explain_callback import Explainer, ExplanationTracker, Probe
+from vit_explain_callback import Checks, Explainer, ExplanationTracker, Probe
 
 
 class TrackExplanations(TrainerCallback):
@@ -58,7 +58,7 @@ def main() -> None:
         probe,
         folder=Path("runs/hf_trainer/explanations"),
         target=probe.labels,
-        removal="tokens",
+        checks=Checks(removal="tokens"),
     )
     arguments = TrainingArguments(
         "runs/hf_trainer",

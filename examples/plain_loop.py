@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit_explain_callback import Explainer, ExplanationTracker, Probe
+from vit_explain_callback import Checks, Explainer, ExplanationTracker, Probe
 
 
 def batch(count: int) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ folder = Path("runs/plain_loop/explanations")
 probe = Probe.of(*batch(16))
 # Faithfulness by tokens left out: painted in the mean colour of the image, which is the class here, none is missed.
 tracker = ExplanationTracker(
-    Explainer(model, ["grad_rollout"]), probe, folder=folder, target=probe.labels, removal="tokens"
+    Explainer(model, ["grad_rollout"]), probe, folder=folder, target=probe.labels, checks=Checks(removal="tokens")
 )
 
 tracker.observe(step=0)  # the baseline

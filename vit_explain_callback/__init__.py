@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vit_explain_callback.tracker import ExplanationTracker
     from vit_explain_callback.tracking.probe import Probe
     from vit_explain_callback.tracking.run import Run, load_run
+    from vit_explain_callback.tracking.settings import Checks, Detail
     from vit_explain_callback.tracking.writers import Writer
 
 # Loaded at their first use: not everyone needs Lightning, and `vit-explain --help` needs nothing.
@@ -33,7 +34,9 @@ _HOME = {
     "Attention": "methods.attention",
     "AttentionFlow": "methods.attention_flow",
     "AttentionRollout": "methods.attention_rollout",
+    "Checks": "tracking.settings",
     "Chefer": "methods.chefer",
+    "Detail": "tracking.settings",
     "DriftMetric": "metrics.drift",
     "Explainer": "explainer",
     "Explanation": "explanation",
@@ -60,7 +63,9 @@ __all__ = [
     "Attention",
     "AttentionFlow",
     "AttentionRollout",
+    "Checks",
     "Chefer",
+    "Detail",
     "DriftMetric",
     "Explainer",
     "Explanation",

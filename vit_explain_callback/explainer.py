@@ -43,21 +43,29 @@ from vit_explain_callback.vit.tokens import Memory, StatedLayout
 T = TypeVar("T")
 
 
-class ModelOptions(TypedDict, total=False):
-    """What a model does not say of itself; all of it can be left out.
+class ViTOptions(TypedDict, total=False):
+    """What a model does not say of itself, for the callback too; all of it can be left out.
 
     Attributes:
         vit: Attribute path of the ViT inside the model, needed where it holds several.
         forward: How to get logits (B, C) from the model and images, if not by `model(images)`.
         prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
         grid_size: Patches as (grid_h, grid_w), likewise.
-        class_names: Name of each class, for captions.
     """
 
     vit: str | None
     forward: LogitsOf | None
     prefix_tokens: int | None
     grid_size: tuple[int, int] | None
+
+
+class ModelOptions(ViTOptions, total=False):
+    """What a model does not say of itself; all of it can be left out.
+
+    Attributes:
+        class_names: Name of each class, for captions.
+    """
+
     class_names: Sequence[str] | None
 
 

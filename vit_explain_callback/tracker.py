@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import check_removal
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
 from vit_explain_callback.options.images import as_target, check_images
-from vit_explain_callback.options.rules import checked_options
+from vit_explain_callback.options.rules import checked_options, refuse_unknown
 from vit_explain_callback.page.document import LivePage
 from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.tracking.errors import Guard, OnError, warn
@@ -25,14 +25,16 @@ from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.notices import Notices
 from vit_explain_callback.tracking.output import Output
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.tracking.reliability import ReliabilityMeter, RemovalOrAuto
+from vit_explain_callback.tracking.reliability import ReliabilityMeter
 from vit_explain_callback.tracking.run_folder import RunFolder
-from vit_explain_callback.tracking.scalars import Detail, drift_scalars, of_detail, scalars
+from vit_explain_callback.tracking.scalars import drift_scalars, of_detail, scalars
+from vit_explain_callback.tracking.settings import Checks, Detail, Level
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 from vit_explain_callback.tracking.summary import summary
 from vit_explain_callback.tracking.writers import Writer
 
 _VERSION = 2  # of the state
+_OPTIONS = ("folder", "writers", "target", "checks", "metrics", "detail", "batch_size", "progress", "on_error", "ranks")
 
 
 class ExplanationTracker:
@@ -47,16 +49,11 @@ class ExplanationTracker:
         writers: Where scalars and pictures go. A writer that fails does not stop the run.
         target: Class whose logit the gradients are of, an integer or (B,); None, and -1 for an image, is the prediction
             at the baseline.
-        check_every: Snapshots between those that also measure noise and faithfulness, the second being the first of
-            them. The last always does, and the baseline has its noise measured. None: none is measured.
-        removal: How faithfulness takes patches away, `"mean_colour"` or `"tokens"`; `"auto"` is `"tokens"` where the
-            model allows it.
+        checks: Snapshots between those that also measure noise and faithfulness, or `Checks`; None: none does.
+        metrics: Drift metrics to log besides rank correlation: names of built-in ones, or `DriftMetric` objects. One
+            that fails does not stop the run.
+        detail: `"brief"` writes what is worth a first look, `"full"` everything, or `Detail`.
         batch_size: Images explained in one pass; None takes all at once.
-        block_statistics: Whether to measure what each block attends to.
-        metrics: Measures of drift to log besides rank correlation: names of built-in ones, or `DriftMetric` objects.
-            One that fails does not stop the run.
-        detail: `"brief"` measures everything, and writes what is to be looked at first; `"full"` writes everything.
-        report: Whether to write the page `report.html` beside the maps, after a snapshot and at the end.
         progress: Whether a bar on standard error shows what takes longer than two seconds.
         on_error: What becomes of a writer or a check that fails: `"warn"` says it once and goes on, `"raise"` raises.
         ranks: Place of this process among those of the run.
@@ -77,7 +74,7 @@ class ExplanationTracker:
         >>> import timm, torch
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5)
         >>> probe = Probe.of(torch.randn(2, 3, 224, 224), torch.tensor([0, 3]))
-        >>> tracker = ExplanationTracker(Explainer(model, ["rollout"]), probe, check_every=None)
+        >>> tracker = ExplanationTracker(Explainer(model, ["rollout"]), probe, checks=None)
         >>> values = tracker.observe(step=0)  # before the first optimiser step, and as often as wanted after it
         >>> round(values["explain/drift/baseline_rank_correlation/rollout"], 3)
         1.0
@@ -94,31 +91,21 @@ class ExplanationTracker:
         folder: Path | RunFolder | None = None,
         writers: Sequence[Writer] = (),
         target: SupportsIndex | Tensor | None = None,
-        check_every: int | None = 20,
-        removal: RemovalOrAuto = "auto",
-        batch_size: int | None = None,
-        block_statistics: bool = True,
+        checks: int | Checks | None = 20,
         metrics: Sequence[str | DriftMetric] = (),
-        detail: Detail = "brief",
-        report: bool = True,
+        detail: Level | Detail = "brief",
+        batch_size: int | None = None,
         progress: bool = False,
         on_error: OnError = "warn",
         ranks: Ranks | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        refuse_unknown(unknown, _OPTIONS)
         read = checked_options(
-            {
-                "check_every": check_every,
-                "removal": removal,
-                "batch_size": batch_size,
-                "block_statistics": block_statistics,
-                "metrics": metrics,
-                "detail": detail,
-                "report": report,
-                "progress": progress,
-                "on_error": on_error,
-            }
+            {"metrics": metrics, "batch_size": batch_size, "progress": progress, "on_error": on_error}
         )
-        check_removal(removal, explainer.methods)
+        checks, detail = Checks.of("checks", checks), Detail.of("detail", detail)
+        check_removal(checks.removal, explainer.methods)
         if probe.images is None:
             raise ValueError("Expected a probe made with `Probe.of`, but got one that was read from a folder.")
         check_images(probe.images)
@@ -126,17 +113,18 @@ class ExplanationTracker:
         self.methods = [method.name for method in explainer.methods]
         self._images, self._target = probe.images, as_target(target, len(probe.images))
         self.explainer: Explainer | None = explainer
-        self._batch_size, self._block_statistics = read["batch_size"], read["block_statistics"]
+        self._batch_size, self._block_statistics = read["batch_size"], detail.block_statistics
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
-        removed = None if probe.regression else removal
-        checks = (read["check_every"], removed, self._batch_size)
-        self._checks = ReliabilityMeter(*checks, self._ranks, self._guard, probe.multilabel)
+        removal = None if probe.regression else checks.removal
+        self._checks = ReliabilityMeter(
+            checks.every_n_snapshots, removal, self._batch_size, self._ranks, self._guard, probe.multilabel
+        )
         self._notices = Notices(self.methods)
-        self._detail: Detail = detail
+        self._level: Level = detail.level
         self._metrics = resolve_metrics(read["metrics"])
         self._shows_progress = progress and self._ranks.rank == 0
         own = RunFolder(folder) if isinstance(folder, Path) else folder
-        self.output = Output(probe, own, writers, detail, LivePage().write if report else None, self._guard)
+        self.output = Output(probe, own, writers, detail.level, LivePage().write if detail.page else None, self._guard)
 
     def observe(self, step: int) -> dict[str, float]:
         """Take a snapshot: explain, measure and write. The first one is the baseline.
@@ -173,11 +161,11 @@ class ExplanationTracker:
             for notice in self._notices.of(values):
                 warn(notice)
             self.output.add(self.history, values, snapshot)
-        return of_detail(values, self._detail)
+        return of_detail(values, self._level)
 
     def scalars(self) -> dict[str, float]:
         """The scalars that are logged of the latest snapshot, by tag."""
-        return of_detail(self._values(), self._detail)
+        return of_detail(self._values(), self._level)
 
     def finish(self) -> str:
         """Check the latest snapshot, unless that is done, and write what is known at the end only.

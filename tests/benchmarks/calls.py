@@ -120,7 +120,7 @@ def main() -> None:
         without, _ = calls(project, None)
         row = []
         for every in (None, 1):
-            options: dict[str, Any] = {"num_images": 8, "check_every_n_snapshots": every}
+            options: dict[str, Any] = {"num_images": 8, "checks": every}
             found, snapshots = calls(project, ViTExplainCallback(**options))
             assert snapshots == 3
             row.append([found[key] - without[key] for key in ("step", "forward")])

@@ -106,7 +106,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Train with a snapshot after every step; a tiny ViT of 32 x 32 pixels, or one of timm's."""
     callback = ViTExplainCallback(
-        every_n_steps=1, num_images=num_images, num_shown=1, check_every_n_snapshots=check_every, on_error="raise"
+        every_n_steps=1, num_images=num_images, num_shown=1, checks=check_every, on_error="raise"
     )
     vit: Any = None if model is None else timm.create_model(model, num_classes=10)
     data = Pictures() if vit is None else smooth_images(16, vit.patch_embed.img_size[0])

@@ -200,7 +200,7 @@ def test_the_page_of_a_run_says_what_its_summary_says(tmp_path: Path) -> None:
 
 
 def test_the_scalars_of_a_saved_run_are_those_that_were_logged(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(check_every_n_snapshots=1, detail="full"), tmp_path)
+    trainer = fit(ViTExplainCallback(checks=1, detail="full"), tmp_path)
     board = events(trainer)
     rows = load_run(Path(trainer.log_dir or "")).scalars
     rebuilt = [(row["step"], {tag: value for tag, value in row.items() if tag != "step"}) for row in rows]

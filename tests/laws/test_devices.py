@@ -95,7 +95,7 @@ def observed(device: str, dtype: torch.dtype = torch.float64) -> tuple[list[dict
     """The scalars of a run of two snapshots with every check, and its summary."""
     model, labels = steady_vit().to(dtype).to(device), torch.tensor([0, 1, -1, 3])
     with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"folder": Path(folder, "run"), "on_error": "raise", "check_every": 1}
+        options: dict[str, Any] = {"folder": Path(folder, "run"), "on_error": "raise", "checks": 1}
         probe = Probe.of(random_images(4), labels)
         tracker = ExplanationTracker(Explainer(model, ["rollout_0.5", "grad_rollout"]), probe, target=labels, **options)
         values = [tracker.observe(0)]

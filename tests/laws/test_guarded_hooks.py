@@ -22,14 +22,14 @@ from tests.lightning.test_loggers import Spy
 from tests.models import tiny_vit
 from tests.processes import python
 from tests.runs import Classifier, Pictures, fit, loader, messages, saved
-from vit_explain_callback import ViTExplainCallback
+from vit_explain_callback import Detail, ViTExplainCallback
 from vit_explain_callback.lightning.fit import Fit
 from vit_explain_callback.options.images import check_images
 from vit_explain_callback.tracking.errors import Guard, is_refusal, raised_by_us, warn
 
 
 def short(**options: Any) -> ViTExplainCallback:
-    options = {"num_images": 2, "num_shown": 1, "check_every_n_snapshots": None} | options
+    options = {"num_images": 2, "num_shown": 1, "checks": None} | options
     return ViTExplainCallback(["rollout"], **options)
 
 
@@ -135,7 +135,7 @@ class Freed(Classifier):
 @pytest.mark.parametrize("steps", [1, 3], ids=["the last step is seen", "the last step is not"])
 @pytest.mark.parametrize("how", ["deleted", "a part deleted", "None", "no memory", "another model"])
 def test_a_module_that_is_freed_when_training_ends(tmp_path: Path, how: str, steps: int) -> None:
-    trainer, _, said = ending(short(every_n_steps=steps, check_every_n_snapshots=9), tmp_path, Freed(how))
+    trainer, _, said = ending(short(every_n_steps=steps, checks=9), tmp_path, Freed(how))
     assert trainer.global_step == 8
     assert [snapshot.step for snapshot in saved(trainer)] == ([*range(9)] if steps == 1 else [0, 3, 6])
     assert len(said) <= 2
@@ -225,7 +225,7 @@ NOTICES = {
     "another machine": lambda folder: fit(short(), "memory://runs", logger=Spy(), enable_checkpointing=False),
     "a failure": lambda folder: fit(short(every_n_steps=1), folder, Fails(lambda n: "no")),
     "degenerate": lambda folder: fit(ViTExplainCallback(["grad_rollout"]), folder, ZeroHead()),
-    "a full log": lambda folder: fit(short(max_pictures_mb=0.0001), folder),
+    "a full log": lambda folder: fit(short(detail=Detail(max_pictures_mb=0.0001)), folder),
 }
 
 
@@ -262,7 +262,7 @@ def test_warnings_that_are_errors_do_not_stop_a_run(
 
 WITH_ERRORS = """
     import sys, warnings
-    from vit_explain_callback import ViTExplainCallback
+    from vit_explain_callback import Detail, ViTExplainCallback
     from tests.runs import fit
     {setup}
     warnings.filterwarnings("error", message="ViTExplainCallback")

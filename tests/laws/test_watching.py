@@ -76,7 +76,7 @@ class Wrapped(Counted):
 @pytest.mark.parametrize("project", [Counted, HeadInStep, Wrapped])
 def test_no_step_is_run_and_no_forward_of_the_module(project: Any, tmp_path: Path) -> None:
     counts = []
-    for callback in (None, ViTExplainCallback(num_images=5, check_every_n_snapshots=1)):
+    for callback in (None, ViTExplainCallback(num_images=5, checks=1)):
         CALLS.clear()
         torch.manual_seed(0)
         trained(callback, tmp_path / str(callback is None), project())

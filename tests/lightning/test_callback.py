@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tests.models import CLASSES, random_images, steady_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
-from vit_explain_callback import AttentionRollout, ViTExplainCallback, explain
+from vit_explain_callback import AttentionRollout, Detail, ViTExplainCallback, explain
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.localisation import region_statistics
 from vit_explain_callback.metrics.shape import map_statistics
@@ -106,7 +106,7 @@ def test_regions_add_their_lift_to_the_first_scalars(tmp_path: Path) -> None:
 
 def test_what_is_not_asked_for_is_not_written(tmp_path: Path) -> None:
     callback = ViTExplainCallback(
-        ["rollout"], check_every_n_snapshots=None, block_statistics=False, margin_charts=False, detail="full"
+        ["rollout"], checks=None, detail=Detail("full", block_statistics=False, margin_charts=False)
     )
     tags = events(fit(callback, tmp_path, Classifier(steady_vit()))).Tags()
     left_out = re.compile("faithfulness|scale|noise_to|attention|drift_blocks|sink_lift|left")
@@ -153,7 +153,7 @@ def test_the_event_file_stays_small(tmp_path: Path) -> None:
 def test_pictures_stop_at_the_bound_and_it_is_said_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=1, max_pictures_mb=0.4), tmp_path)
+        trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=1, detail=Detail(max_pictures_mb=0.4)), tmp_path)
     assert len([text for text in messages(caught) if "a larger `max_pictures_mb` than 0.4" in text]) == 1
     board = events(trainer)
     pictures = [event for tag in board.Tags()["images"] for event in board.Images(tag)]
@@ -394,14 +394,14 @@ def test_fewer_images_than_asked_for_are_used_and_said(tmp_path: Path) -> None:
         ({"num_shown": 0}, ValueError, "`num_shown` to be an integer of at least 1"),
         ({"batch_size": 0}, ValueError, "`batch_size` to be an integer of at least 1"),
         ({"detail": "all"}, ValueError, "`detail` to be 'brief' or 'full', but got 'all'"),
-        ({"max_pictures_mb": 0}, ValueError, "`max_pictures_mb` to be a number above 0, but got 0"),
+        ({"detail": {"max_pictures_mb": 0}}, ValueError, "`max_pictures_mb` to be a number above 0, but got 0"),
         ({"target": "lable"}, ValueError, "'label', 'prediction' or a class index of at least 0, but got 'lable'"),
         ({"on_error": "ignore"}, ValueError, "`on_error` to be 'warn' or 'raise'"),
         ({"images": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, TypeError, "torch.uint8"),
         ({"images": torch.full((1, 3, 32, 32), 200.0)}, ValueError, "as of bytes"),
         ({"images": torch.full((1, 3, 32, 32), torch.inf)}, ValueError, "NaN or Inf"),
         ({"images": torch.zeros(3, 32, 32)}, ValueError, r"shape \(B, C, H, W\)"),
-        ({"mean": (0.5, 0.5, 0.5)}, ValueError, "both `mean` and `std`"),
+        ({"normalisation": ((0.5,) * 3, (0.5,) * 2)}, ValueError, "`normalisation` to be .mean, std."),
         ({"images": (torch.zeros(2, 3, 32, 32), torch.zeros(3).long())}, ValueError, "2 images but 3 labels"),
     ],
 )

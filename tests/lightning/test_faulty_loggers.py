@@ -23,7 +23,7 @@ from vit_explain_callback.tracking import run_folder as space
 
 
 def short() -> ViTExplainCallback:
-    return ViTExplainCallback(["rollout"], num_images=2, num_shown=1, check_every_n_snapshots=None)
+    return ViTExplainCallback(["rollout"], num_images=2, num_shown=1, checks=None)
 
 
 class Leaves(Spy):
@@ -193,7 +193,7 @@ def test_a_disk_that_fills_while_a_run_goes_on(tmp_path: Path, monkeypatch: pyte
                 monkeypatch.setattr(space, "SPARE_BYTES", 2**20)
 
     _, plain, _ = ending(None, tmp_path, Classifier())
-    callback = ViTExplainCallback(["rollout"], num_images=2, every_n_steps=1, check_every_n_snapshots=None)
+    callback = ViTExplainCallback(["rollout"], num_images=2, every_n_steps=1, checks=None)
     trainer, weights, said = ending(callback, tmp_path, Fills())
     assert_trained_alike(weights, plain)
     assert len(said) == 2

@@ -17,7 +17,7 @@ from vit_explain_callback.tracking.run import load_run
 
 
 def short(target: Any = "label") -> ViTExplainCallback:
-    return ViTExplainCallback(["rollout"], num_images=2, num_shown=1, check_every_n_snapshots=None, target=target)
+    return ViTExplainCallback(["rollout"], num_images=2, num_shown=1, checks=None, target=target)
 
 
 class SharesItsFolder(LikeWandb):

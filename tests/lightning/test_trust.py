@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tests.models import random_images, steady_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
-from vit_explain_callback import ViTExplainCallback, explain
+from vit_explain_callback import Checks, ViTExplainCallback, explain
 from vit_explain_callback._terminal import quoted
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.metrics.drift import spearman
@@ -37,7 +37,7 @@ from vit_explain_callback.tracking.snapshot import Snapshot
 def test_checks_begin_after_the_baseline_and_are_made_on_their_own_schedule_and_at_the_end(
     tmp_path: Path, every: int | None, steps: list[int]
 ) -> None:
-    callback = ViTExplainCallback(["rollout"], every_n_steps=2, check_every_n_snapshots=every, detail="full")
+    callback = ViTExplainCallback(["rollout"], every_n_steps=2, checks=every, detail="full")
     trainer = fit(callback, tmp_path)
     assert [one.step for one in saved(trainer) if one.reliability is not None] == steps
     assert [one.step for one in saved(trainer)] == [0, 2, 4, 6, 8]
@@ -52,7 +52,7 @@ def test_checks_begin_after_the_baseline_and_are_made_on_their_own_schedule_and_
 
 @pytest.mark.parametrize("removal", ["mean_colour", "tokens", "auto"])
 def test_checks_and_blocks_are_those_of_explain(tmp_path: Path, removal: Any) -> None:
-    callback = ViTExplainCallback(num_images=5, batch_size=2, removal=removal, on_error="raise")
+    callback = ViTExplainCallback(num_images=5, batch_size=2, checks=Checks(removal=removal), on_error="raise")
     module = Classifier()
     trainer = fit(callback, tmp_path, module)
     baseline, middle, last = saved(trainer)
@@ -112,7 +112,9 @@ def test_where_tokens_cannot_be_left_out_patches_are_painted_over(tmp_path: Path
     def last(removal: Any) -> Snapshot:
         torch.manual_seed(0)
         vit = tiny_vit("beit_base_patch16_224")
-        return saved(fit(ViTExplainCallback(["rollout"], removal=removal), tmp_path, Classifier(vit)))[-1]
+        return saved(fit(ViTExplainCallback(["rollout"], checks=Checks(removal=removal)), tmp_path, Classifier(vit)))[
+            -1
+        ]
 
     painted, chosen = last("mean_colour").reliability, last("auto").reliability
     assert painted is not None

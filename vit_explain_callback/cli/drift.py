@@ -161,7 +161,7 @@ def explain_series(
     if not missing:
         return
     own = RunFolder(folder, f"series {probe.fingerprint}")  # the next series of these images adds to it
-    options: dict[str, Any] = {"target": target, "check_every": check_every, "batch_size": batch_size}
+    options: dict[str, Any] = {"target": target, "checks": check_every, "batch_size": batch_size}
     tracker = ExplanationTracker(explainer(missing[0]), probe, folder=own, on_error="raise", **options)
     for step, path in tqdm(series, unit="checkpoint"):
         if step in kept:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer
 from vit_explain_callback.lightning.batches import BatchBuffer
 from vit_explain_callback.lightning.fit import Fit
-from vit_explain_callback.lightning.settings import Settings
+from vit_explain_callback.lightning.settings import MODEL_OPTIONS, CallbackModelOptions, Settings
 from vit_explain_callback.lightning.state_key import changed_options
 from vit_explain_callback.lightning.steps import StepWatch
 from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.metrics.drift import DriftMetric
+from vit_explain_callback.options.rules import refuse_unknown
 from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking.errors import Guard, guarded
-from vit_explain_callback.tracking.reliability import RemovalOrAuto
-from vit_explain_callback.tracking.scalars import Detail
-from vit_explain_callback.vit.adapter import LogitsOf
-from vit_explain_callback.vit.losses import Task
+from vit_explain_callback.tracking.settings import Checks, Detail, Level
 
 _METHODS = ("rollout", "grad_rollout")
+_NO_OPTIONS = ("self", "__class__", "model_options")
 
 
 class ViTExplainCallback(Callback):
@@ -78,55 +79,40 @@ class ViTExplainCallback(Callback):
 
     The raw maps, from which `load_run` computes all of this again, go to `explanations/step_{step}.safetensors`
     in the run's folder. TensorBoard's event file grows by at most 300 kB a snapshot with two methods and `num_shown=3`,
-    and by 500 kB more at the end; `max_pictures_mb` bounds it.
+    and by 500 kB more at the end; `Detail(max_pictures_mb=…)` bounds it.
 
-    Noise and faithfulness take extra passes. The baseline has its noise measured alone, as training waits for it; both
-    are measured in the next snapshot, in every `check_every_n_snapshots` from there, and at the end. Every scalar that
-    is logged is in `trainer.callback_metrics` too, for `ModelCheckpoint(monitor=…)` and `EarlyStopping`.
-    One line says at the start what is watched. Training is left as it was: no random stream, gradient, buffer or
-    training flag differs after a snapshot. Under several processes each explains a share.
+    Every scalar that is logged is in `trainer.callback_metrics` too, for `ModelCheckpoint(monitor=…)` and
+    `EarlyStopping`. One line says at the start what is watched. Training is left as it was: no random stream, gradient,
+    buffer or training flag differs after a snapshot. Under several processes each explains a share.
 
     Args:
-        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `AttentionRollout`, `GradientRollout`,
-            `AttentionFlow` and `MapFunction` objects. `"flow"` takes seconds an image. With `MapFunction`s alone no ViT
-            is looked for, and any classifier of images is explained. Maps of more than 64 cells a side, as of pixels,
-            are saved as they are and measured pooled.
-        every_n_epochs: Epochs between snapshots. `"auto"` is 1, unless `every_n_steps` is given.
-        every_n_steps: Optimiser steps between snapshots, instead of `every_n_epochs`.
-        check_every_n_snapshots: Snapshots between those that also measure noise and faithfulness: one explanation
-            more, 10 forward passes of 8 images for each method, 10 once a run, and 13 of two images. None: none does.
-        removal: How faithfulness takes patches away: `"mean_colour"` paints them over, `"tokens"` keeps their tokens
-            from the blocks, which takes half the time. Blocks with rotary or relative positions, masks or convolutions
-            would mistake where the others are; that is measured at each check, and patches are then painted over.
-            `"auto"` is `"tokens"` where the model allows it.
-        num_images: Images taken from the start of the validation set; drift is averaged over them.
-        images: Images to explain instead, (B, C, H, W) normalised for the model; or the pair (images, labels).
+        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or objects (`AttentionRollout()`,
+            `GradientRollout(head_fusion="max")`, `MapFunction("mine", function)`, …). `"flow"` takes seconds an image.
+            With `MapFunction`s alone no ViT is looked for, and any classifier of images is explained. Maps of more than
+            64 cells a side, as of pixels, are saved as they are and measured pooled.
+        images: Images to explain, (B, C, H, W) normalised for the model, or the pair (images, labels). None takes them
+            from the validation data.
+        num_images: Images taken from the validation data, spread over it and its classes.
         regions: Boolean masks (B, H, W) of the probe images by name, such as the object or a watermark.
-        num_shown: Images drawn, spread over the classes.
         target: Class whose logit gradient rollout follows: `"label"` is the image's label where the batch has one and
             else the prediction at the baseline; `"prediction"` is always the latter; or one class index. It stays
             fixed over the run.
-        block_statistics: Whether to measure what each block attends to.
-        metrics: Measures of drift to log besides rank correlation: names of those in
-            `vit_explain_callback.metrics.drift`, or `DriftMetric("mine", function, unchanged=1.0)`.
-        vit: Attribute path of the ViT inside the LightningModule, needed where it holds several.
-        class_names: Names for the captions. Default: the `classes` of the validation dataset, if it has them.
-        mean: Mean with which images were normalised, to undo it for display. Default: the timm model's own, or, where
-            there is none, the range of the images is stretched.
-        std: Standard deviation, likewise.
-        forward: How to get logits (B, C) from the LightningModule and images, if not those that the loss of its step
-            is computed of.
-        task: What the outputs are, `"classification"`, `"multilabel"` or `"regression"`, if not what the loss says.
-        prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
-        grid_size: Patches as (grid_h, grid_w), likewise.
-        batch_size: Images explained in one pass; None takes all at once.
-        save_maps: Whether to save the raw maps of every snapshot, from which `vit-explain report` makes a page.
-        report: Whether to write this page, `report.html` beside the maps, during the run as well.
-        margin_charts: Whether to lay out TensorBoard's custom scalars pane as charts of the median between p10 and p90,
-            with `detail="full"`. TensorBoard knows one layout a run.
-        detail: `"brief"` logs what is to be looked at first, `"full"` everything.
-        max_pictures_mb: Megabytes that all pictures of a run may take in TensorBoard's event file.
-        on_error: What becomes of a snapshot that fails during training: `"warn"` says so and goes on, `"raise"` stops.
+        class_names: Names for the captions. Default: the `classes` of the validation data set, if it has them.
+        normalisation: (mean, std) with which images were normalised, a number for each channel, to undo it for display.
+            Default: the timm model's own, or, where there is none, the range of the images is stretched.
+        every_n_epochs: Epochs between snapshots. `"auto"` takes one with each validation, unless `every_n_steps` is
+            given.
+        every_n_steps: Optimiser steps between snapshots, instead of `every_n_epochs`.
+        checks: Snapshots between those that also measure noise and faithfulness; None: none does. `Checks` says more.
+        metrics: Drift metrics to log besides rank correlation: names of those in `vit_explain_callback.metrics`, or
+            `DriftMetric("mine", function, unchanged=1.0)`.
+        detail: `"brief"` logs what is worth a first look, `"full"` everything. `Detail` says more.
+        num_shown: Images drawn, spread over the classes.
+        save_maps: Whether to save the raw maps of every snapshot, from which the page is made.
+        on_error: What happens when a snapshot fails during training: `"warn"` says so and training goes on, `"raise"`
+            stops it.
+        **model_options: What the LightningModule does not say of itself: `vit`, `forward`, `task`, `prefix_tokens`,
+            `grid_size` and `batch_size`; see `CallbackModelOptions`.
 
     Raises:
         TypeError: If methods or images are of the wrong type.
@@ -137,36 +123,28 @@ class ViTExplainCallback(Callback):
     def __init__(
         self,
         methods: Sequence[str | AnyMethod] = _METHODS,
+        images: Tensor | tuple[Tensor, Tensor] | None = None,
+        num_images: int = 16,
+        regions: Mapping[str, Tensor] | None = None,
+        target: Literal["label", "prediction"] | int = "label",
+        class_names: Sequence[str] | None = None,
+        normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
         every_n_epochs: int | Literal["auto"] | None = "auto",
         every_n_steps: int | None = None,
-        check_every_n_snapshots: int | None = 20,
-        removal: RemovalOrAuto = "auto",
-        num_images: int = 16,
-        images: Tensor | tuple[Tensor, Tensor] | None = None,
-        regions: Mapping[str, Tensor] | None = None,
-        num_shown: int = 3,
-        target: Literal["label", "prediction"] | int = "label",
-        block_statistics: bool = True,
+        checks: int | Checks | None = 20,
         metrics: Sequence[str | DriftMetric] = (),
-        vit: str | None = None,
-        class_names: Sequence[str] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        forward: LogitsOf | None = None,
-        task: Task | None = None,
-        prefix_tokens: int | None = None,
-        grid_size: tuple[int, int] | None = None,
-        batch_size: int | None = None,
+        detail: Level | Detail = "brief",
+        num_shown: int = 3,
         save_maps: bool = True,
-        report: bool = True,
-        margin_charts: bool = True,
-        detail: Detail = "brief",
-        max_pictures_mb: float = 100.0,
         on_error: Literal["warn", "raise"] = "warn",
+        **model_options: Unpack[CallbackModelOptions],
     ) -> None:
-        asked = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.settings = Settings.of(asked)
-        self._state_key = f"{type(self).__qualname__}{changed_options(asked, ViTExplainCallback.__init__)}"
+        refuse_unknown(model_options, _DEFAULTS)
+        options = {name: value for name, value in locals().items() if name not in _NO_OPTIONS}
+        options |= dict.fromkeys(MODEL_OPTIONS) | model_options
+        self.settings = Settings.of(options)
+        options |= {"checks": self.settings.checks, "detail": self.settings.detail}
+        self._state_key = f"{type(self).__qualname__}{changed_options(options, _DEFAULTS)}"
         self.guard = Guard(self.settings.on_error)
         self._fit: Fit | None = None
         self._before: Fit | None = None
@@ -275,3 +253,15 @@ def _ours(trainer: Trainer) -> list[ViTExplainCallback]:
     """The callbacks of this kind that a trainer has."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, ViTExplainCallback)]
+
+
+_DEFAULTS: dict[str, Any] = {
+    **{
+        name: parameter.default
+        for name, parameter in signature(ViTExplainCallback).parameters.items()
+        if name not in _NO_OPTIONS
+    },
+    **dict.fromkeys(MODEL_OPTIONS),
+    "checks": Checks(),
+    "detail": Detail(),
+}

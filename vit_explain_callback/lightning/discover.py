@@ -122,7 +122,7 @@ class Subject:
         vit = settings.model.get("vit")
         if settings.needs_vit:
             refuse_other_timm_models(module if vit is None else find_vit(module, vit))
-        discovery = Discovery(module, trainer, vit, settings.needs_vit, settings.task)
+        discovery = Discovery(module, trainer, vit, settings.needs_vit, settings.model.get("task"))
         if settings.given is not None:
             return cls._of_given(settings, trainer, module, ranks, discovery, trace)
         # The first process collects, and gives the images to all.
@@ -273,7 +273,7 @@ def _on_device(trainer: Trainer, module: LightningModule, batch: Any, is_ready: 
 
 def _called(settings: Settings, trainer: Trainer, module: LightningModule) -> Adapter:
     """The module, run by calling it, its ViT or the user's `forward`."""
-    vit, forward, task = settings.model.get("vit"), settings.model.get("forward"), settings.task
+    vit, forward, task = settings.model.get("vit"), settings.model.get("forward"), settings.model.get("task")
     model = explained_module(module, vit, forward, settings.needs_vit)
     if is_sharded(module):
         return PlainAdapter(

@@ -192,13 +192,10 @@ class Fit:
                 subject.probe,
                 folder=folder if settings.save_maps and not self._leaves_no_files else None,
                 target=self._first_target(subject.probe),
-                report=settings.report,
-                check_every=settings.check_every_n_snapshots,
-                removal=settings.removal,
-                batch_size=settings.batch_size,
-                block_statistics=settings.block_statistics,
+                checks=settings.checks,
                 metrics=settings.metrics,
                 detail=settings.detail,
+                batch_size=settings.model["batch_size"],
                 progress=self._trainer.progress_bar_callback is not None,
                 on_error=settings.on_error,
                 ranks=ranks,
@@ -236,13 +233,13 @@ class Fit:
         """Every logger, and a folder where none of them shows pictures; nothing but on the first process."""
         if not self._trainer.is_global_zero:
             return ()
-        settings, display = self._settings, self._settings.display
-        has_charts = display.margin_charts and settings.detail == "full"  # which alone logs what they show
+        settings, detail = self._settings, self._settings.detail
+        has_charts = detail.margin_charts and detail.level == "full"  # which alone logs what they show
         charts = [method.name for method in settings.methods] if has_charts else []
         loggers: list[LoggerWriter] = []
         for index, logger in enumerate(self._trainer.loggers):
             what = f"cannot write to {type(logger).__name__} (logger {index})"
-            make = partial(LoggerWriter, logger, index, charts, display.max_pictures_mb, self._prefix, self._logged)
+            make = partial(LoggerWriter, logger, index, charts, detail.max_pictures_mb, self._prefix, self._logged)
             made = self._guard.attempt(what, make)
             loggers += [] if made is None else [made]
         if self._leaves_no_files or any(logger.shows_pictures for logger in loggers):

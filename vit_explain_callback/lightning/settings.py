@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vit_explain_callback.explainer import ModelOptions
+from vit_explain_callback.explainer import ViTOptions
 from vit_explain_callback.lightning.batches import images_and_labels
 from vit_explain_callback.methods.map_function import AnyMethod, check_removal, check_vit_options, of_attention
 from vit_explain_callback.methods.names import resolve_methods
@@ -19,8 +19,7 @@ from vit_explain_callback.options.images import check_images
 from vit_explain_callback.options.rules import checked_options
 from vit_explain_callback.tracking.errors import OnError
 from vit_explain_callback.tracking.probe import check_regions
-from vit_explain_callback.tracking.reliability import RemovalOrAuto
-from vit_explain_callback.tracking.scalars import Detail
+from vit_explain_callback.tracking.settings import Checks, Detail
 from vit_explain_callback.vit.losses import Task
 
 
@@ -62,43 +61,39 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Display:
-    """How images are shown.
-
-    Raises:
-        ValueError: If one of `mean` and `std` is given without the other, or for another number of channels.
-    """
+    """How images are shown."""
 
     num_shown: int
     class_names: Sequence[str] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    margin_charts: bool
-    max_pictures_mb: float
-
-    def __post_init__(self) -> None:
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("Expected both `mean` and `std`, or neither, but got one of them.")
-        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
-            raise ValueError(
-                f"Expected `mean` and `std` for the same channels, but got {len(self.mean)} and {len(self.std)} values."
-            )
-
-    @property
-    def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
-        """Mean and standard deviation to undo, if given."""
-        return (self.mean, self.std) if self.mean and self.std else None
+    normalisation: tuple[Sequence[float], Sequence[float]] | None
 
     def check_channels(self, channels: int) -> None:
-        """Refuse a `mean` and `std` of other images than those that are explained.
+        """Refuse a normalisation of images with another number of channels.
 
         Raises:
-            ValueError: If they have not one value for each of the channels of these.
+            ValueError: If it does not have one mean and one standard deviation for each channel.
         """
-        if self.mean is not None and len(self.mean) != channels:
+        if self.normalisation is not None and len(self.normalisation[0]) != channels:
             raise ValueError(
-                f"Expected `mean` and `std` with one value for each of the {channels} channels of the images, but got "
-                f"{len(self.mean)}."
+                f"Expected `normalisation` with one value for each of the {channels} channels of the images, but got "
+                f"{len(self.normalisation[0])}."
             )
+
+
+class CallbackModelOptions(ViTOptions, total=False):
+    """What a LightningModule does not say of itself; all of it can be left out.
+
+    Attributes:
+        task: What the outputs are, if not what the loss of the step says.
+        batch_size: Images explained in one pass; None takes all at once.
+    """
+
+    task: Task | None
+    batch_size: int | None
+
+
+MODEL_OPTIONS = tuple(get_type_hints(CallbackModelOptions))
+_OF_OTHER_TYPES = ("images", "checks", "detail")
 
 
 @dataclass(frozen=True)
@@ -108,21 +103,16 @@ class Settings:
     methods: tuple[AnyMethod, ...]
     schedule: Schedule
     display: Display
-    model: ModelOptions
-    check_every_n_snapshots: int | None
-    removal: RemovalOrAuto
+    model: CallbackModelOptions
+    checks: Checks
     num_images: int
     given: tuple[Tensor, Tensor | None] | None
     regions: Mapping[str, Tensor]
     target: Literal["label", "prediction"] | int
-    block_statistics: bool
     metrics: tuple[DriftMetric, ...]
-    batch_size: int | None
     save_maps: bool
-    report: bool
     detail: Detail
     on_error: OnError
-    task: Task | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Settings:
@@ -133,19 +123,20 @@ class Settings:
             ValueError: If an option is outside its range, or two contradict each other.
         """
         given = _given(options["images"])
-        read = checked_options({name: value for name, value in options.items() if name != "images"})
+        read = checked_options({name: value for name, value in options.items() if name not in _OF_OTHER_TYPES})
         read |= {"methods": resolve_methods(read["methods"]), "metrics": resolve_metrics(read["metrics"])}
+        read |= {"checks": Checks.of("checks", options["checks"]), "detail": Detail.of("detail", options["detail"])}
         read["regions"] = read["regions"] or {}
 
-        def taken(kind: Any) -> dict[str, Any]:
-            return {name: read.pop(name) for name in [*read] if name in kind.__annotations__}
+        def grouped(names: Iterable[str]) -> Any:
+            return {name: read.pop(name) for name in [*read] if name in names}
 
-        # A `ModelOptions` has names of classes too, which are shown and not explained.
-        schedule, display = Schedule(**taken(Schedule)), Display(**taken(Display))
-        model = cast(ModelOptions, taken(ModelOptions))
+        schedule = Schedule(**grouped(Schedule.__annotations__))
+        display = Display(**grouped(Display.__annotations__))
+        model: CallbackModelOptions = grouped(MODEL_OPTIONS)
         settings = cls(schedule=schedule, display=display, model=model, given=given, **read)
         check_vit_options(settings.methods, model)
-        check_removal(settings.removal, settings.methods)
+        check_removal(settings.checks.removal, settings.methods)
         if given is not None:
             check_regions(settings.regions, len(given[0]))
         return settings

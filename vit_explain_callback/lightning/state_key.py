@@ -20,15 +20,9 @@ _DEPTH = 4
 _MOST_ITEMS = 1000
 
 
-def changed_options(asked: Mapping[str, Any], init: Callable[..., None]) -> str:
-    """The options that are not at their defaults, by name; nothing where all are.
-
-    Args:
-        asked: Each option by name.
-        init: Function whose parameters have the defaults.
-    """
-    defaults = {name: parameter.default for name, parameter in inspect.signature(init).parameters.items()}
-    changed = {name: value for name, value in asked.items() if in_words(value) != in_words(defaults[name])}
+def changed_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The options that are not at their defaults, by name; nothing where all are."""
+    changed = {name: value for name, value in options.items() if in_words(value) != in_words(defaults[name])}
     words = {name: _short(name, value) for name, value in changed.items()}
     return repr(words) if words else ""
 

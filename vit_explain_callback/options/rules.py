@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -84,10 +84,23 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: If one is of another type, or there is no such option.
         ValueError: If one is out of range.
     """
-    for name in options:
-        if name not in OPTIONS:
-            raise TypeError(f"Expected options out of {', '.join(OPTIONS)}, but got `{name}`.")
+    refuse_unknown(options, OPTIONS)
     return {name: checked(name, value) for name, value in options.items()}
+
+
+def refuse_unknown(options: Iterable[str], known_names: Iterable[str], within: str = "") -> None:
+    """Refuse options that do not exist; one that has been renamed is refused with its new name.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    for name in options:
+        if name in known_names:
+            continue
+        if name in _RENAMED:
+            raise TypeError(f"Expected `{_RENAMED[name]}`, the new name of `{name}`, but got `{name}`.")
+        where = f" of `{within}`" if within else ""
+        raise TypeError(f"Expected options{where} out of {', '.join(known_names)}, but got `{name}`.")
 
 
 def class_index(target: object) -> int | None:
@@ -167,6 +180,15 @@ def _numbers(value: Any, above_zero: bool) -> tuple[float, ...]:
     return numbers
 
 
+def _mean_and_std(value: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if isinstance(value, Tensor | np.ndarray) or len(_items(value)) != 2:
+        raise TypeError
+    mean, std = _numbers(value[0], above_zero=False), _numbers(value[1], above_zero=True)
+    if len(mean) != len(std):
+        raise ValueError
+    return mean, std
+
+
 def _grid(value: Any) -> tuple[int, int]:
     sides = [_integer(1, 2**15).read(side) for side in _items(value)]
     if len(sides) != 2:
@@ -234,14 +256,13 @@ def _none(value: Any) -> None:
 _NONE = Rule("None", _none)
 _COUNT = _integer(1)
 _FLAG = Rule("True or False", _flag)
-_SNAPSHOTS = _COUNT | _NONE
 
 OPTIONS: dict[str, Rule] = {
     "methods": Rule("a list of names, `Method` or `MapFunction` objects", _list_of_methods),
     "every_n_epochs": _COUNT | Rule("'auto'", partial(_word, ("auto",))) | _NONE,
     "every_n_steps": _COUNT | _NONE,
-    "check_every_n_snapshots": _SNAPSHOTS,
-    "check_every": _SNAPSHOTS,
+    "checks": _COUNT | _NONE,
+    "every_n_snapshots": _COUNT | _NONE,
     "removal": _one_of("mean_colour", "tokens", "auto"),
     "num_images": _integer(1, _MOST_IMAGES),
     "regions": Rule("boolean tensors (B, H, W) by name", _regions) | _NONE,
@@ -252,21 +273,34 @@ OPTIONS: dict[str, Rule] = {
     "metrics": Rule("a list of names or `DriftMetric` objects", _list_of_metrics),
     "vit": Rule("the attribute path of a submodule", _path) | _NONE,
     "class_names": Rule("a list of names", _names) | _NONE,
-    "mean": Rule("a finite number for each channel", partial(_numbers, above_zero=False)) | _NONE,
-    "std": Rule("a number above 0 for each channel", partial(_numbers, above_zero=True)) | _NONE,
+    "normalisation": Rule("(mean, std), a finite number and a number above 0 for each channel", _mean_and_std) | _NONE,
     "forward": Rule("a function of a module and images", _function) | _NONE,
     "prefix_tokens": _integer(0) | _NONE,
     "grid_size": Rule("(grid_h, grid_w), two integers of at least 1", _grid) | _NONE,
     "batch_size": _COUNT | _NONE,
     "save_maps": _FLAG,
-    "report": _FLAG,
+    "page": _FLAG,
     "progress": _FLAG,
     "margin_charts": _FLAG,
     "detail": _one_of("brief", "full"),
+    "level": _one_of("brief", "full"),
     "max_pictures_mb": Rule("a number above 0", _above_zero),
     "on_error": _one_of("warn", "raise"),
 }
 """Every option by its name, but for images and for what depends on the number of images."""
+
+_RENAMED = {
+    "check_every_n_snapshots": "checks=",
+    "check_every": "checks=",
+    "removal": "checks=Checks(removal=…)",
+    "block_statistics": "detail=Detail(block_statistics=…)",
+    "report": "detail=Detail(page=…)",
+    "margin_charts": "detail=Detail(margin_charts=…)",
+    "max_pictures_mb": "detail=Detail(max_pictures_mb=…)",
+    "mean": "normalisation=(mean, std)",
+    "std": "normalisation=(mean, std)",
+}
+"""What to write in place of options that were called or placed otherwise in earlier versions."""
 
 
 def _in_words(value: Any) -> str:

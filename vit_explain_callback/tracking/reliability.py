@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,9 +23,9 @@ from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.metrics.reference import nudged, output_holds
 from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.tracking.errors import Guard, warn
+from vit_explain_callback.tracking.settings import RemovalOrAuto
 from vit_explain_callback.tracking.snapshot import Reliability
 
-RemovalOrAuto: TypeAlias = Removal | Literal["auto"]
 CONTROL = "random"
 MOST_CHECKED = 8
 """Images whose faithfulness is measured: the first ones of the probe."""
