@@ -166,7 +166,7 @@ class ViTExplainCallback(Callback):
             if before is not None:
                 go_on = partial(before.state_for, trainer, pl_module)
                 self._state = self.guard.attempt("cannot go on from the fit before", go_on)
-            if self.settings.given is None and not trainer.enable_validation:
+            if self.settings.images is None and not trainer.enable_validation:
                 raise ValueError(
                     "Expected a validation loader (and a `validation_step`) to take the probe images from, but there "
                     "is none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
@@ -199,7 +199,7 @@ class ViTExplainCallback(Callback):
     ) -> None:
         """Keep images of validation data that cannot be read otherwise."""
         if trainer.state.fn == "fit" and (self._fit is None or self._fit.watches):
-            if self.settings.given is None:
+            if self.settings.images is None:
                 self._watched.take(batch)
             self._step.begin(trainer, pl_module)
 

@@ -123,7 +123,7 @@ class Subject:
         if settings.needs_vit:
             refuse_other_timm_models(module if vit is None else find_vit(module, vit))
         discovery = Discovery(module, trainer, vit, settings.needs_vit, settings.model.get("task"))
-        if settings.given is not None:
+        if settings.images is not None:
             return cls._of_given(settings, trainer, module, ranks, discovery, trace)
         # The first process collects, and gives the images to all.
         work = partial(_collected, trainer, settings.num_images, watched)
@@ -156,8 +156,8 @@ class Subject:
         discovery: Discovery,
         trace: StepTrace | None,
     ) -> Subject:
-        assert settings.given is not None
-        images, labels = settings.given
+        assert settings.images is not None
+        images, labels = settings.images
         first: StepTrace | None = None
         if settings.model.get("forward") is None and not is_sharded(module):
             first = ranks.together(lambda: trace)[0]
@@ -186,7 +186,7 @@ class Subject:
         is_first: bool = False,
     ) -> Subject:
         display, wanted = settings.display, settings.num_images
-        if settings.given is None:
+        if settings.images is None:
             images, labels = images[:wanted], None if labels is None else labels[:wanted]
             if len(images) < wanted:
                 warn(

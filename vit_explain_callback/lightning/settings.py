@@ -1,4 +1,4 @@
-"""Settings of the callback, grouped by what uses them, and checked."""
+"""The options of the callback, checked and grouped by what uses them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from vit_explain_callback.vit.losses import Task
 
 @dataclass(frozen=True)
 class Schedule:
-    """When snapshots are taken: with each validation, or by epochs or optimiser steps.
+    """When snapshots are taken: with each validation, every n epochs, or every n optimiser steps.
 
     Raises:
-        ValueError: If not exactly one is given.
+        ValueError: If both or neither schedule is set.
     """
 
     every_n_epochs: int | Literal["auto"] | None
@@ -47,15 +47,15 @@ class Schedule:
 
     @property
     def with_validation(self) -> bool:
-        """Whether a snapshot is due with each validation, and at the end of an epoch that has none."""
+        """Whether a snapshot is due with each validation, and after an epoch without one."""
         return self.every_n_epochs == "auto" and self.every_n_steps is None
 
     def steps_passed(self, last: int, step: int) -> bool:
-        """Whether a snapshot by steps was due after step `last` and until `step`."""
+        """Whether a step schedule had a snapshot due after step `last`, up to `step`."""
         return self.every_n_steps is not None and step // self.every_n_steps > last // self.every_n_steps
 
     def epochs_passed(self, epochs: int) -> bool:
-        """Whether a snapshot by epochs is due after so many."""
+        """Whether an epoch schedule has a snapshot due after this many epochs."""
         return isinstance(self.every_n_epochs, int) and self.every_n_steps is None and epochs % self.every_n_epochs == 0
 
 
@@ -98,7 +98,7 @@ _OF_OTHER_TYPES = ("images", "checks", "detail")
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `ViTExplainCallback`, which documents them; `given` holds the images of the user, if any."""
+    """The options of `ViTExplainCallback`, which documents them; `images` are the user's, with labels, if any."""
 
     methods: tuple[AnyMethod, ...]
     schedule: Schedule
@@ -106,7 +106,7 @@ class Settings:
     model: CallbackModelOptions
     checks: Checks
     num_images: int
-    given: tuple[Tensor, Tensor | None] | None
+    images: tuple[Tensor, Tensor | None] | None
     regions: Mapping[str, Tensor]
     target: Literal["label", "prediction"] | int
     metrics: tuple[DriftMetric, ...]
@@ -116,49 +116,49 @@ class Settings:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Settings:
-        """The settings that options ask for, each as the user gave it.
+        """Check options as the user passed them.
 
         Raises:
             TypeError: If an option is of the wrong type.
             ValueError: If an option is outside its range, or two contradict each other.
         """
-        given = _given(options["images"])
-        read = checked_options({name: value for name, value in options.items() if name not in _OF_OTHER_TYPES})
-        read |= {"methods": resolve_methods(read["methods"]), "metrics": resolve_metrics(read["metrics"])}
-        read |= {"checks": Checks.of("checks", options["checks"]), "detail": Detail.of("detail", options["detail"])}
-        read["regions"] = read["regions"] or {}
+        images = _checked_images(options["images"])
+        values = checked_options({name: value for name, value in options.items() if name not in _OF_OTHER_TYPES})
+        values |= {"methods": resolve_methods(values["methods"]), "metrics": resolve_metrics(values["metrics"])}
+        values |= {"checks": Checks.of("checks", options["checks"]), "detail": Detail.of("detail", options["detail"])}
+        values["regions"] = values["regions"] or {}
 
         def grouped(names: Iterable[str]) -> Any:
-            return {name: read.pop(name) for name in [*read] if name in names}
+            return {name: values.pop(name) for name in [*values] if name in names}
 
         schedule = Schedule(**grouped(Schedule.__annotations__))
         display = Display(**grouped(Display.__annotations__))
         model: CallbackModelOptions = grouped(MODEL_OPTIONS)
-        settings = cls(schedule=schedule, display=display, model=model, given=given, **read)
+        settings = cls(schedule=schedule, display=display, model=model, images=images, **values)
         check_vit_options(settings.methods, model)
         check_removal(settings.checks.removal, settings.methods)
-        if given is not None:
-            check_regions(settings.regions, len(given[0]))
+        if images is not None:
+            check_regions(settings.regions, len(images[0]))
         return settings
 
     @property
     def needs_vit(self) -> bool:
-        """Whether there is a method that needs the attention of a ViT."""
+        """Whether a method needs the attention of a ViT."""
         return bool(of_attention(self.methods))
 
 
-def _given(images: object) -> tuple[Tensor, Tensor | None] | None:
-    """Images and labels that the user gives.
+def _checked_images(images: object) -> tuple[Tensor, Tensor | None] | None:
+    """The user's images and labels.
 
     Raises:
-        TypeError: If they are something else.
+        TypeError: If they have the wrong type.
         ValueError: If they are out of range, or there is not one label for each image.
     """
     if images is None:
         return None
     pair = list(images) if isinstance(images, list | tuple) else [images]
     if isinstance(images, Mapping):
-        pair = _parts(images)
+        pair = _pair_of(images)
     if not 1 <= len(pair) <= 2 or not isinstance(pair[0], Tensor):
         got = f"a {type(images).__name__}" + (f" of {len(pair)}" if isinstance(images, list | tuple) else "")
         raise TypeError(f"Expected `images` to be a tensor (B, C, H, W) or a pair (images, labels), but got {got}.")
@@ -172,17 +172,17 @@ def _given(images: object) -> tuple[Tensor, Tensor | None] | None:
     if isinstance(labels, Tensor | list | tuple) and len(labels) != len(pair[0]):
         got = f"{len(pair[0])} images but {len(labels)} labels"
         raise ValueError(f"Expected `images=(images, labels)` to hold one label for each image, but got {got}.")
-    found = images_and_labels((pair[0], labels))
-    if found[1] is None:
+    images_with_labels = images_and_labels((pair[0], labels))
+    if images_with_labels[1] is None:
         raise TypeError(
             "Expected the labels of `images=(images, labels)` to be class indices (B,), but got "
             f"{type(pair[1]).__name__} of other values."
         )
-    return found
+    return images_with_labels
 
 
-def _parts(images: Mapping[Any, Any]) -> list[Any]:
-    """Images and labels of a mapping; nothing where it has none."""
+def _pair_of(images: Mapping[Any, Any]) -> list[Any]:
+    """Images and labels of a mapping; empty if it has none."""
     try:
         return list(images_and_labels(images))
     except (TypeError, ValueError):

@@ -1,6 +1,6 @@
-"""Every option that is asked for by name: its type, its range, and the one form in which others are refused.
+"""Every option by name: its type, its range, and the one form in which other values are refused.
 
-An option that several take, as the callback, `ExplanationTracker` and `explain`, is declared once.
+An option that the callback, `ExplanationTracker` and `explain` share is declared once.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _MOST_IMAGES = 100_000
 
 @dataclass(frozen=True)
 class Rule:
-    """What an option may be.
+    """The values that an option may have.
 
     Attributes:
-        expected: In words, as they follow "Expected `option` to be ".
-        read: Gives the value as it is used. Raises TypeError for one of another type, ValueError for one out of range.
+        expected: The values in words, to follow "Expected `option` to be ".
+        read: Converts a value to what is used. Raises TypeError for a wrong type, ValueError for a value out of range.
     """
 
     expected: str
     read: Callable[[Any], Any]
 
     def __or__(self, other: Rule) -> Rule:
-        """This, or else the other."""
+        """A rule that allows what either rule allows."""
 
         def read(value: Any) -> Any:
             try:
@@ -46,17 +46,17 @@ class Rule:
 
 
 class _PartRefused(Exception):
-    """One part of an option, at `place` in it, is refused for what it is."""
+    """One part of an option, at `place` in it, is refused."""
 
     def __init__(self, kind: type[Exception], place: str, expected: str, value: object) -> None:
         super().__init__(kind, place, expected, value)
 
 
 def checked(name: str, value: Any) -> Any:
-    """The value of an option, converted to what is used: tuples for lists, integers of Python for those of numpy.
+    """Check the value of an option and convert it: lists to tuples, numpy's integers to Python's.
 
     Raises:
-        TypeError: If it is of another type.
+        TypeError: If it has the wrong type.
         ValueError: If it is out of range.
 
     Example:
@@ -72,16 +72,16 @@ def checked(name: str, value: Any) -> Any:
         kind, place, expected, value = refused.args
     except ValueError:
         kind = ValueError
-    except Exception:  # what a value of the user's raises when it is looked at
+    except Exception:  # a value of the user's may raise anything when it is looked at
         pass
     raise kind(f"Expected `{name}{place}` to be {expected}, but got {_in_words(value)}.")
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Each option by its name, as `checked` gives it.
+    """Check and convert options by name; see `checked`.
 
     Raises:
-        TypeError: If one is of another type, or there is no such option.
+        TypeError: If one has the wrong type or does not exist.
         ValueError: If one is out of range.
     """
     refuse_unknown(options, OPTIONS)
@@ -104,9 +104,9 @@ def refuse_unknown(options: Iterable[str], known_names: Iterable[str], within: s
 
 
 def class_index(target: object) -> int | None:
-    """A class index of any integer type: of Python or numpy, or a tensor without dimensions; None if it is none.
+    """A class index of any integer type (Python, numpy, or a tensor without dimensions), else None.
 
-    Booleans are none: they answer another question.
+    A boolean is not a class index.
     """
     scalar = not isinstance(target, Tensor | np.ndarray) or target.ndim == 0
     truth = isinstance(target, bool) or getattr(target, "dtype", None) in (torch.bool, np.dtype(bool))
@@ -130,7 +130,7 @@ def _integer(least: int, most: int = _LARGEST) -> Rule:
 
 
 def _number(value: Any) -> float:
-    """A number of any type of Python, numpy or torch, but no boolean and no text."""
+    """A number of Python, numpy or torch; not a boolean, not text."""
     scalar = value.item() if isinstance(value, Tensor | np.ndarray | np.generic) else value
     if isinstance(scalar, bool) or not isinstance(scalar, int | float):
         raise TypeError
@@ -145,7 +145,7 @@ def _above_zero(value: Any) -> float:
 
 
 def _items(value: Any) -> list[Any]:
-    """What a list, a tuple, or an array of one dimension holds."""
+    """The items of a list, a tuple, or a one-dimensional array."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 1:
         return list(value.tolist())
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
@@ -215,14 +215,14 @@ def _function(value: Any) -> Any:
     try:
         inspect.signature(value.forward if isinstance(value, nn.Module) else value).bind(None, None)
     except TypeError as error:
-        raise ValueError from error  # it takes something else
-    except ValueError:  # it does not say what it takes
+        raise ValueError from error  # it takes other arguments
+    except ValueError:  # its signature cannot be read
         pass
     return value
 
 
 def _list_of_methods(value: Any) -> list[Any]:
-    """Names or objects, of which one may stand alone; what they are is checked where they are looked up."""
+    """Names or objects, one of them without a list too; the lookup checks what they are."""
     return [value] if isinstance(value, str) or hasattr(value, "name") else _items(value)
 
 
@@ -287,7 +287,7 @@ OPTIONS: dict[str, Rule] = {
     "max_pictures_mb": Rule("a number above 0", _above_zero),
     "on_error": _one_of("warn", "raise"),
 }
-"""Every option by its name, but for images and for what depends on the number of images."""
+"""Every option by name, except images and what depends on their number."""
 
 _RENAMED = {
     "check_every_n_snapshots": "checks=",
@@ -300,11 +300,11 @@ _RENAMED = {
     "mean": "normalisation=(mean, std)",
     "std": "normalisation=(mean, std)",
 }
-"""What to write in place of options that were called or placed otherwise in earlier versions."""
+"""What to write instead of options that earlier versions had."""
 
 
 def _in_words(value: Any) -> str:
-    """A value for an error: short, whatever its `repr` does."""
+    """A value in a few words, even if its `repr` is long or fails."""
     if isinstance(value, Tensor) and value.ndim:
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     try:
