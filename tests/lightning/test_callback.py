@@ -437,7 +437,7 @@ class NoHead(pl.LightningModule):
         ({}, {"module": Swin}, "SwinTransformer, which is not a stack of blocks"),
         ({}, {"module": NoHead}, "compare outputs, a row for each image, with labels in a loss, but saw no such loss"),
         ({"vit": "head"}, {}, "'head'"),
-        ({}, {"validation": None}, "Expected a validation loader .* Give the images yourself"),
+        ({}, {"validation": None}, "Expected a validation loader .* Pass the images"),
         ({"methods": [AttentionRollout(start_block=4)]}, {}, r"`start_block` in 1 … 3"),
         ({"images": torch.zeros(1, 3, 40, 32)}, {}, "images of 32x32 pixels .* but got 40x32"),
         ({"images": torch.zeros(1, 3, 40, 32)}, {"sanity": 1}, "images of 32x32 pixels .* but got 40x32"),
