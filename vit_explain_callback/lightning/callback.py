@@ -152,9 +152,9 @@ class ViTExplainCallback(Callback):
         self._state_key = f"{type(self).__qualname__}{changed_options(options, _DEFAULTS)}"
         self.guard = Guard(self.settings.on_error)
         self._fit: Fit | None = None
-        self._before: Fit | None = None
+        self._previous: Fit | None = None
         self._state: dict[str, Any] | None = None
-        self._watched, self._step = BatchBuffer(self.settings.num_images), StepWatch()
+        self._buffer, self._step = BatchBuffer(self.settings.num_images), StepWatch()
 
     @property
     def tracker(self) -> ExplanationTracker | None:
@@ -164,13 +164,12 @@ class ViTExplainCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer without validation images, and continue from the previous fit of the same module."""
         if stage == "fit":
-            self._watched, self._step = BatchBuffer(self.settings.num_images), StepWatch()
+            self._buffer, self._step = BatchBuffer(self.settings.num_images), StepWatch()
             self.guard = Guard(self.settings.on_error)
-            before, self._before, self._fit = self._fit, self._fit, None
-            self._state = None
-            if before is not None:
-                go_on = partial(before.state_for, trainer, pl_module)
-                self._state = self.guard.attempt("cannot continue from the previous fit", go_on)
+            self._previous, self._fit, self._state = self._fit, None, None
+            if self._previous is not None:
+                state_for = partial(self._previous.state_for, trainer, pl_module)
+                self._state = self.guard.attempt("cannot continue from the previous fit", state_for)
             if self.settings.images is None and not trainer.enable_validation:
                 raise ValueError(
                     "Expected a validation loader and a `validation_step` to take the probe images from, but there is "
@@ -181,9 +180,9 @@ class ViTExplainCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the probe images and take the baseline, unless a checkpoint holds one."""
         place = _ours(trainer).index(self)
-        seen = self._watched, self._step
-        self._fit = Fit(self.settings, trainer, pl_module, self._state, *seen, self.guard, place, self._before)
-        self._before = None
+        watched = self._buffer, self._step
+        self._fit = Fit(self.settings, trainer, pl_module, self._state, *watched, self.guard, place, self._previous)
+        self._previous = None
         self._fit.begin()
 
     @guarded
@@ -205,7 +204,7 @@ class ViTExplainCallback(Callback):
         """Watch the first validation step, and buffer its images in case the data cannot be read otherwise."""
         if trainer.state.fn == "fit" and (self._fit is None or self._fit.watches):
             if self.settings.images is None:
-                self._watched.take(batch)
+                self._buffer.take(batch)
             self._step.begin(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
