@@ -22,7 +22,7 @@ def test_without_a_logger_maps_are_still_saved_and_it_is_said_once(tmp_path: Pat
         warnings.simplefilter("always")
         fit(ViTExplainCallback(["rollout"]), tmp_path, logger=False)
     assert len(messages(caught)) == 1
-    assert "add a `TensorBoardLogger` to see every picture" in messages(caught)[0]
+    assert "Add a `TensorBoardLogger` to see them all" in messages(caught)[0]
     assert len(list((tmp_path / "explanations").glob("step_*.safetensors"))) == 3
     pictures = {path.name for path in (tmp_path / "explanations").glob("*.png")}
     assert pictures == {"explain-filmstrip-rollout.png", "explain-heatmap-blocks.png"}

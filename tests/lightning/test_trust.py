@@ -310,10 +310,9 @@ def test_a_run_needs_no_standard_output(tmp_path: Path, kind: str, monkeypatch: 
         stream = io.TextIOWrapper(raw, "ascii" if kind == "closed" else kind)
     if kind == "closed":
         stream.close()
-    for name in ("_terminal", "tracking.progress"):
-        monkeypatch.setattr(
-            f"vit_explain_callback.{name}.sys", SimpleNamespace(stdout=stream, stderr=stream, platform=sys.platform)
-        )
+    monkeypatch.setattr(
+        "vit_explain_callback._terminal.sys", SimpleNamespace(stdout=stream, stderr=stream, platform=sys.platform)
+    )
     fit(ViTExplainCallback(["rollout"], on_error="raise", class_names=["ä→"] * 5), tmp_path)
     if kind in ("ascii", "cp1252"):
         lines = raw.getvalue().decode(kind).splitlines()
