@@ -36,8 +36,8 @@ class Adapter(Protocol):
     def evaluating(self) -> AbstractContextManager[Twin]:
         """A twin to run."""
 
-    def outputs(self, twin: nn.Module, images: Tensor, first: int) -> object:
-        """What the twin makes of images, (B, C, H, W), of which the first is image `first` of the probe."""
+    def outputs(self, twin: nn.Module, images: Tensor, rows: range) -> object:
+        """Run the twin on images, (B, C, H, W), which stand at `rows` of all images to be explained."""
 
 
 @dataclass
@@ -60,6 +60,6 @@ class PlainAdapter:
         """A twin to run."""
         return undisturbed(self.model)
 
-    def outputs(self, twin: nn.Module, images: Tensor, first: int) -> object:
-        """What the twin makes of images."""
+    def outputs(self, twin: nn.Module, images: Tensor, rows: range) -> object:
+        """Run the twin on images, wherever they stand."""
         return twin(images) if self.forward is None else self.forward(twin, images)

@@ -31,7 +31,7 @@ class Session:
         stated: What the user says of the tokens.
         memory: What was found out before.
         vit: The ViT in the twin, or the twin's module itself.
-        first: Place of the images among those of the probe.
+        first_row: Row of the first image among all images to be explained.
     """
 
     adapter: Adapter
@@ -39,12 +39,15 @@ class Session:
     stated: StatedLayout
     memory: Memory
     vit: nn.Module
-    first: int = 0
+    first_row: int = 0
 
     @classmethod
-    def of(cls, adapter: Adapter, twin: Twin, stated: StatedLayout, memory: Memory, has_vit: bool) -> Session:
+    def of(
+        cls, adapter: Adapter, twin: Twin, stated: StatedLayout, memory: Memory, has_vit: bool, first_row: int = 0
+    ) -> Session:
         """A session; without a ViT in it, its module stands for one."""
-        return cls(adapter, twin, stated, memory, find_vit(twin.module, adapter.vit) if has_vit else twin.module)
+        vit = find_vit(twin.module, adapter.vit) if has_vit else twin.module
+        return cls(adapter, twin, stated, memory, vit, first_row)
 
     @property
     def is_bare(self) -> bool:
@@ -58,7 +61,8 @@ class Session:
             TypeError: If the model does not return a tensor, or something that carries `logits`.
             ValueError: If it is not (B, C).
         """
-        outputs = self.adapter.outputs(self.twin.module, images, self.first)
+        rows = range(self.first_row, self.first_row + len(images))
+        outputs = self.adapter.outputs(self.twin.module, images, rows)
         return _checked(outputs, len(images), self.adapter.regression)
 
     @contextmanager
@@ -263,16 +267,13 @@ def agreeing(agreement: Agreement) -> Iterator[None]:
         _agreement.reset(token)
 
 
-def in_parts(
-    session: Session, images: Tensor, size: int, first: int, work: Callable[[Session, slice, Tensor], T]
-) -> list[T]:
+def in_parts(session: Session, images: Tensor, size: int, work: Callable[[Session, slice, Tensor], T]) -> list[T]:
     """Do `work` on copies of a few images at a time; on fewer where memory does not suffice.
 
     Args:
         session: What is run.
         images: (B, C, H, W), copied onto the model's device and into its precision.
         size: Images at a time, at least 1.
-        first: Place of the first image in the probe.
         work: Given the session, the place of the images in the batch, and the copies.
 
     Returns:
@@ -288,7 +289,7 @@ def in_parts(
         own = images[part]
         own = own.to(device, dtype if own.is_floating_point() else own.dtype, copy=True)
         try:
-            found = work(replace(session, first=first + start), part, own)
+            found = work(replace(session, first_row=session.first_row + start), part, own)
             too_large = _agreement.get()(False)
         except RuntimeError as error:
             if size == 1 or not is_out_of_memory(error):
