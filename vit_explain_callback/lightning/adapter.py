@@ -109,6 +109,11 @@ class LightningAdapter:
         """Whether its outputs are quantities."""
         return self.task == "regression"
 
+    @property
+    def calls_model(self) -> bool:
+        """False: it runs parts of the module or its step."""
+        return False
+
     def in_words(self, loss: str | None, columns: int) -> str:
         """What is explained, for the first line that is printed.
 
@@ -134,7 +139,7 @@ class LightningAdapter:
             yield twin
 
     def outputs(self, twin: nn.Module, images: Tensor, rows: range) -> object:
-        """Run the twin on images, (B, C, H, W), which stand at `rows` of the batch; from its end, it starts again."""
+        """Run the twin on images, (B, C, H, W), which are at `rows` of the batch, counted modulo its size."""
         if self.forward is not None:
             with unheard():
                 return self.forward(twin, images)
