@@ -75,7 +75,7 @@ def _check_softmax(name: str, recorder: AttentionRecorder) -> None:
 
 
 def _self_attention(name: str, calls: Sequence[AttentionCall]) -> tuple[int, ...]:
-    """Places of the attention with as many queries as keys."""
+    """Indices of the calls with equally many queries and keys."""
     places = tuple(place for place, call in enumerate(calls) if call.shape[2] == call.shape[3])
     if not places:
         raise ValueError(
@@ -86,7 +86,7 @@ def _self_attention(name: str, calls: Sequence[AttentionCall]) -> tuple[int, ...
 
 
 def _pool_place(name: str, calls: Sequence[AttentionCall], images: int, tokens: int) -> int | None:
-    """Place of the attention of a pooling head over the tokens, None without one."""
+    """Index of the attention of a pooling head over the tokens, None without one."""
     # With keys for less than half the tokens it is a gate, or belongs to a few tokens of something else.
     pools = [place for place, call in enumerate(calls) if call.shape[2] != call.shape[3] and 2 * call.shape[3] > tokens]
     if len(pools) > 1 or any(calls[place].shape[0] != images for place in pools):
@@ -98,7 +98,7 @@ def _pool_place(name: str, calls: Sequence[AttentionCall], images: int, tokens: 
 
 
 def _over_all_tokens(name: str, call: AttentionCall, images: int, tokens: int) -> AttentionCall:
-    """A block's attention, with heads unfolded from the batch where the model folded them into it."""
+    """A block's attention, with heads unfolded from the batch if the model folded them into it."""
     if call.shape[0] != images and call.shape[1] == 1 and call.shape[0] % images == 0 and call.shape[2] == tokens:
         return call.with_heads(images)
     if call.shape[0] != images or call.shape[2] != tokens:

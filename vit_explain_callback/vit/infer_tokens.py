@@ -34,8 +34,8 @@ DETACHED = (
     "it is unknown which tokens the classifier reads. Remove `detach()` from the model's forward."
 )
 NEEDS_NO_READOUT = (
-    "What a patch attends to needs no classifier: `query=(row, column)` with `rollout` or `attention`. A `MapFunction` "
-    "explains any classifier."
+    "To see what a patch attends to, use `query=(row, column)` with `rollout` or `attention`, which needs no "
+    "classifier. A `MapFunction` explains any classifier."
 )
 _CURE = "State it: `prefix_tokens=`, `grid_size=`."
 

@@ -50,7 +50,7 @@ def find_ports(trace: Trace, places: Sequence[int]) -> Ports | None:
         The ports; None if the logits are detached from the last attention.
 
     Raises:
-        ValueError: If there are no such places, or if tokens are mixed in another way.
+        ValueError: If there are no such places, or if anything else mixes tokens.
     """
     attention = [leaf_of(call.output) for call in trace.calls]
     before_logits = reach([trace.logits], None)

@@ -60,7 +60,7 @@ class Session:
         return self.vit is self.twin.module and self.adapter.calls_model
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, C) of (B, C, H, W) images; a head with one logit gives two classes.
+        """Compute the logits, (B, C), of images, (B, C, H, W); a head with one logit gives two classes.
 
         Raises:
             TypeError: If the model does not return a tensor, or something with `logits`.
@@ -164,7 +164,7 @@ class Session:
         return layout
 
     def explained_layout(self, images: Tensor) -> TokenLayout | None:
-        """The layout of images of this shape, (B, C, H, W), None where none were explained before."""
+        """The layout of images of this shape, (B, C, H, W), None if none were explained before."""
         _, layout = self.memory.of(self.adapter.model).entries.get(tuple(images.shape[1:]), ("", None))
         return layout
 
@@ -222,7 +222,7 @@ class Session:
         return layout if by_timm is None else replace(layout, class_token=by_timm.class_token)
 
     def _is_read(self, layout: TokenLayout, stack: Stack, ports: Ports | None, images: Tensor) -> bool:
-        """Whether the logits depend on the tokens that a layout says they do, as far as that can be told."""
+        """Whether the logits depend on exactly the tokens of a layout's readout, as far as that can be told."""
         if layout.readout is None or layout.tokens != stack.tokens or ports is None:
             return stack.pool is not None or ports is None
         read = tokens_read(self.logits, self.vit, ports, images[:1].detach())
@@ -294,6 +294,6 @@ def in_parts(session: Session, images: Tensor, size: int, work: Callable[[Sessio
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error means that; only CUDA has an exception of its own for it."""
+    """Whether the error means that memory ran out; only CUDA has its own exception for it."""
     text = str(error).lower()
     return any(words in text for words in ("out of memory", "can't allocate memory", "not enough memory"))

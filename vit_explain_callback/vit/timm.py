@@ -1,4 +1,4 @@
-"""Find the Vision Transformer in a model, and read the layout and the normalisation that timm gives its models."""
+"""Find the Vision Transformer in a model, and read the layout and normalisation of timm's models."""
 
 from __future__ import annotations
 
@@ -150,24 +150,13 @@ def normalisation(model: nn.Module) -> Normalisation:
     return next(iter(pairs)) if len(pairs) == 1 else None
 
 
-def num_classes(vit: nn.Module) -> int | None:
-    """C, the number of classes of the ViT's own head; 0 if it returns features, None if unknown."""
-    return getattr(vit, "num_classes", None)
-
-
-def num_blocks(vit: nn.Module) -> int:
-    """L, the number of blocks of a timm ViT."""
-    model: Any = vit
-    return len(model.blocks)
-
-
 def check_classifier(vit: nn.Module) -> None:
     """Refuse a ViT that returns features instead of logits.
 
     Raises:
         ValueError: If it has no classifier.
     """
-    if num_classes(vit) == 0:
+    if getattr(vit, "num_classes", None) == 0:
         raise ValueError(
             f"Expected logits from {type(vit).__name__}, but it has no classifier (`num_classes` is 0). Explain the "
             "module whose forward turns images into logits, or give the model one with `reset_classifier`."

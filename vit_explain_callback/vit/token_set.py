@@ -29,8 +29,8 @@ _ORDERS = 2
 def treats_tokens_as_set(session: Session, images: Tensor, layout: TokenLayout, counts: Sequence[int]) -> bool | None:
     """Whether the logits, (B, C), of images that were explained before are independent of the order of patches.
 
-    For each of `counts`, as many patches are also left out, from the beginning, the middle, the end or anywhere, and
-    the order of the others is changed. Each count takes two passes, and the whole images three.
+    The same is then asked with each of `counts` patches left out, from the beginning, the middle, the end or anywhere.
+    Each count takes two passes, and the whole images three.
 
     Returns:
         None if it cannot be told: the logits are not finite, or do not depend on the tokens, as with a classifier that
@@ -53,7 +53,7 @@ def treats_tokens_as_set(session: Session, images: Tensor, layout: TokenLayout, 
     except Exception as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
-        return False  # blocks that take only as many tokens as there are patches
+        return False  # blocks that take only the full number of tokens
     if max(changes) == 0:
         return None
     rounding = _ROUNDINGS * torch.finfo(whole.dtype).eps
