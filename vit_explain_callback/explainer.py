@@ -5,6 +5,7 @@ Shapes: B images, C channels of the image or classes of the logits, N tokens, H 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -199,6 +200,7 @@ class Explainer:
         self._adapter = adapter
         self._stated = StatedLayout(options.get("prefix_tokens"), options.get("grid_size"))
         self._memory = Memory()
+        self._first_row = 0
 
     @property
     def name(self) -> str:
@@ -211,24 +213,30 @@ class Explainer:
         """The ViT, where a method needs one; else the model."""
         return find_vit(model, self._adapter.vit) if self._attention else model
 
+    def starting_at(self, row: int) -> Explainer:
+        """This explainer for images of which the first is image `row` of the probe.
+
+        It matters to a model that is run with a batch of the user's, of which images are only a part.
+        """
+        explainer = copy.copy(self)
+        explainer._first_row = row
+        return explainer
+
     def __call__(
         self,
         images: Tensor,
         target: int | Tensor | None = None,
         batch_size: int | None = None,
         block_statistics: bool = False,
-        first: int = 0,
         query: tuple[int, int] | None = None,
     ) -> Explanation:
         """Explain a batch, in parts of `batch_size` images; in smaller ones where memory does not suffice.
-
-        `first` is the place of the first image in the probe, for models that are given more than images.
 
         Raises:
             TypeError: If images, target or the model's output are of the wrong type.
             ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
         """
-        return self.for_targets(images, [target], batch_size, block_statistics, first, query)[0]
+        return self.for_targets(images, [target], batch_size, block_statistics, query)[0]
 
     def for_targets(
         self,
@@ -236,7 +244,6 @@ class Explainer:
         targets: Sequence[int | Tensor | None],
         batch_size: int | None = None,
         block_statistics: bool = False,
-        first: int = 0,
         query: tuple[int, int] | None = None,
     ) -> list[Explanation]:
         """Explain a batch for several targets: one forward pass, and one backward pass for each target.
@@ -261,9 +268,9 @@ class Explainer:
             mean_std.append(normalisation(session.vit))
             return explain_batch(session, copied, self._attention, own, block_statistics, query)
 
-        parts = self._in_parts(images, batch_size, first, work)
+        parts = self._in_parts(images, batch_size, work)
         found = [Explanation.joined(of_one) for of_one in zip(*parts, strict=True)]
-        more = self._of_functions(images, [one.target for one in found], batch_size, first)
+        more = self._of_functions(images, [one.target for one in found], batch_size)
         about: Any = {"images": images, "normalisation": mean_std[0], "class_names": self.class_names}
         return [
             replace(one, maps=self._in_order({**one.maps, **own}), **about)
@@ -274,7 +281,7 @@ class Explainer:
         return {method.name: maps[method.name] for method in self.methods}
 
     def _of_functions(
-        self, images: Tensor, targets: Sequence[Tensor], batch_size: int | None, first: int
+        self, images: Tensor, targets: Sequence[Tensor], batch_size: int | None
     ) -> list[dict[str, Tensor]]:
         """Maps of the functions by name, for each target; each function has a twin of its own."""
         maps: list[dict[str, Tensor]] = [{} for _ in targets]
@@ -283,19 +290,17 @@ class Explainer:
             def work(session: Session, part: slice, copied: Tensor, function: MapFunction = function) -> list[Tensor]:
                 return function_maps(session, copied, function, [target[part] for target in targets])
 
-            parts = self._in_parts(images, batch_size, first, work)
+            parts = self._in_parts(images, batch_size, work)
             for own, of_one in zip(maps, zip(*parts, strict=True), strict=True):
                 own[function.name] = torch.cat(of_one)
         return maps
 
-    def logits(self, images: Tensor, batch_size: int | None = None, first: int = 0) -> Tensor:
+    def logits(self, images: Tensor, batch_size: int | None = None) -> Tensor:
         """What the model makes of images (B, C, H, W), explained or not: (B, C) logits."""
         with torch.no_grad():
-            return torch.cat(
-                self._in_parts(images, batch_size, first, lambda session, _, copied: session.logits(copied))
-            )
+            return torch.cat(self._in_parts(images, batch_size, lambda session, _, copied: session.logits(copied)))
 
-    def logits_without(self, images: Tensor, taken: Tensor, batch_size: int | None = None, first: int = 0) -> Tensor:
+    def logits_without(self, images: Tensor, taken: Tensor, batch_size: int | None = None) -> Tensor:
         """Logits (B, C) when the tokens of some patches never enter the first block.
 
         For models that give tokens their position before the blocks, see `can_leave_out_tokens`, and whose images were
@@ -305,7 +310,6 @@ class Explainer:
             images: (B, C, H, W).
             taken: Patches to leave out, (B, grid_h, grid_w) boolean, as many of each image.
             batch_size: Images per pass.
-            first: Place of the first image in the probe.
 
         Raises:
             ValueError: If the model fails without them; not always where blocks need to know where tokens are.
@@ -324,7 +328,7 @@ class Explainer:
                     ) from error
 
         with torch.no_grad():
-            return torch.cat(self._in_parts(images, batch_size, first, work))
+            return torch.cat(self._in_parts(images, batch_size, work))
 
     def can_leave_out_tokens(self, images: Tensor, grid: tuple[int, int]) -> bool | None:
         """Whether `logits_without` takes nothing but the tokens away: the blocks do not know where tokens are.
@@ -349,21 +353,21 @@ class Explainer:
                 return False
             return treats_tokens_as_set(session, copied, layout, counts)
 
-        found = self._in_parts(images[:2], None, 0, work)
+        found = self._in_parts(images[:2], None, work)
         return None if None in found and False not in found else all(found)
 
     def _in_parts(
         self,
         images: Tensor,
         batch_size: int | None,
-        first: int,
         work: Callable[[Session, slice, Tensor], T],
     ) -> list[T]:
         """Do `work` on copies of a few images at a time, undisturbed; on fewer where memory does not suffice."""
         size = min(checked("batch_size", batch_size) or len(images), len(images))
         with self._adapter.evaluating() as twin:
-            session = Session.of(self._adapter, twin, self._stated, self._memory, has_vit=bool(self._attention))
-            return in_parts(session, images, size, first, work)
+            has_vit = bool(self._attention)
+            session = Session.of(self._adapter, twin, self._stated, self._memory, has_vit, self._first_row)
+            return in_parts(session, images, size, work)
 
 
 def _as_targets(target: int | Tensor | None, count: int) -> Tensor | None:

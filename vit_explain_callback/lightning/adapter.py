@@ -109,6 +109,11 @@ class LightningAdapter:
         """Whether its outputs are quantities."""
         return self.task == "regression"
 
+    @property
+    def calls_model(self) -> bool:
+        """False: it runs parts of the module or its step."""
+        return False
+
     def in_words(self, loss: str | None, columns: int) -> str:
         """What is explained, for the first line that is printed.
 
@@ -133,16 +138,16 @@ class LightningAdapter:
         with evaluating(self.model, self.trainer) as twin:
             yield twin
 
-    def outputs(self, twin: nn.Module, images: Tensor, first: int) -> object:
-        """What the twin makes of images, (B, C, H, W), of which the first is image `first` of the batch."""
+    def outputs(self, twin: nn.Module, images: Tensor, rows: range) -> object:
+        """Run the twin on images, (B, C, H, W), which are at `rows` of the batch, counted modulo its size."""
         if self.forward is not None:
             with unheard():
                 return self.forward(twin, images)
-        rows = [(first + place) % max(self.count, 1) for place in range(len(images))]
+        in_batch = [row % max(self.count, 1) for row in rows]
         with self._feeding(twin, images):
             if not self.parts:
-                return self.of_step(twin, rows, images)
-            return self.of_parts(twin, images if self.inputs is None else self.inputs[rows].to(images.device))
+                return self.of_step(twin, in_batch, images)
+            return self.of_parts(twin, images if self.inputs is None else self.inputs[in_batch].to(images.device))
 
     def of_parts(self, twin: nn.Module, inputs: Tensor) -> Any:
         """What the parts make of what the first of them is called with."""

@@ -17,7 +17,7 @@ from vit_explain_callback.lightning.adapter import LightningAdapter, StepName, t
 from vit_explain_callback.lightning.batches import images_and_labels
 from vit_explain_callback.lightning.steps import CURE, Steps
 from vit_explain_callback.lightning.trace import StepTrace, leaves_of
-from vit_explain_callback.vit.locate import Look, look
+from vit_explain_callback.vit.locate import LocatedViT, locate_vit
 from vit_explain_callback.vit.losses import Task, read_labels
 
 
@@ -153,9 +153,9 @@ class Discovery:
         self, adapter: LightningAdapter, trace: StepTrace, inputs: Tensor, labels: Tensor | None
     ) -> Discovered:
         found = self._look(adapter, inputs)
-        if found.fed is None:
+        if found.images is None:
             raise self._imageless(adapter.step)
-        images = _plain(found.fed)
+        images = _plain(found.images)
         if not adapter.parts or images.shape != inputs.shape or not images.equal(inputs.to(images.dtype)):
             adapter = replace(adapter, feed=found.feed, inputs=inputs if adapter.parts else None)
         adapter = replace(adapter, vit=found.vit, batch=None if adapter.parts else adapter.batch)
@@ -228,9 +228,9 @@ class Discovery:
             except Exception as error:
                 return error
 
-    def _look(self, adapter: LightningAdapter, inputs: Tensor) -> Look:
+    def _look(self, adapter: LightningAdapter, inputs: Tensor) -> LocatedViT:
         """The ViT behind the outputs, in one of the parts, and what reaches it, seen on a twin with gradients."""
-        found: Look | None = None
+        found: LocatedViT | None = None
         for path in self._paths(adapter.parts or ("",)):
             with adapter.evaluating() as twin:
                 own = inputs.to(self._module.device, copy=True)
@@ -243,12 +243,12 @@ class Discovery:
                 parts = [twin.module.get_submodule(part) for part in adapter.parts if part]
                 weights = [weight for part in parts for weight in part.parameters()]
                 model = twin.module.get_submodule(path)
-                found = look(model, run, self._within(path), self._needs_vit, weights)
+                found = locate_vit(model, run, self._within(path), self._needs_vit, weights)
             if found.attends or not self._needs_vit:
                 break
         assert found is not None
-        if found.fed is None and adapter.parts:
-            found = replace(found, fed=inputs, feed=adapter.parts[0])  # the parts before make features of them
+        if found.images is None and adapter.parts:
+            found = replace(found, images=inputs, feed=adapter.parts[0])  # the parts before make features of them
         else:
             found = replace(found, feed=".".join(filter(None, (path, found.feed))))
         vit = path if found.vit is None else ".".join(filter(None, (path, found.vit)))

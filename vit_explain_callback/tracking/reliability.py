@@ -195,12 +195,13 @@ class ReliabilityMeter:
     ) -> dict[str, Tensor]:
         """Gains by order, each process measuring its share of the images."""
         share, batch_size = self._ranks.share(len(images)), self._batch_size
+        explainer = explainer.starting_at(share.start)
 
         def remove_and_advance(images: Tensor, taken: Tensor) -> Tensor:
             if removal == "tokens":
-                logits = explainer.logits_without(images, taken, batch_size, share.start)
+                logits = explainer.logits_without(images, taken, batch_size)
             else:
-                logits = mean_colour(partial(explainer.logits, batch_size=batch_size, first=share.start))(images, taken)
+                logits = mean_colour(partial(explainer.logits, batch_size=batch_size))(images, taken)
             advance()
             return logits
 
