@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.models import CLASSES, random_images, tiny_vit
-from tests.runs import Classifier, Pictures, fit, loader
+from tests.runs import Classifier, Pictures, fit, loader, quiet
 from vit_explain_callback import Explainer, ExplanationTracker, Probe, ViTExplainCallback, explain
 from vit_explain_callback._options import OPTIONS, checked
 from vit_explain_callback.metrics.drift import DriftMetric
@@ -116,7 +116,8 @@ def with_what_belongs_to_it(name: str, value: Any) -> dict[str, Any]:
     if name == "every_n_steps":
         more = {"every_n_epochs": "auto"}
     checked = {} if name in ("removal", "batch_size") else {"check_every_n_snapshots": None}  # checks take most time
-    return {"num_images": 2, "num_shown": 1, "methods": ["rollout"]} | checked | more | {name: value}
+    unseen = {"report": False, "block_statistics": False, "num_shown": 1}
+    return {"num_images": 2, "methods": ["rollout"]} | unseen | checked | more | {name: value}
 
 
 def test_there_are_many_and_every_option_has_some() -> None:
@@ -211,7 +212,7 @@ def test_what_only_the_model_can_tell_is_refused_before_the_first_step(
     module = Classifier()
     before = [parameter.detach().clone() for parameter in module.parameters()]
     with pytest.raises(ValueError, match=message):
-        fit(ViTExplainCallback(**{"num_images": 2} | options), tmp_path, module)
+        fit(quiet(**{"num_images": 2} | options), tmp_path, module)
     assert all(one.equal(other) for one, other in zip(before, module.parameters(), strict=True))
 
 
@@ -243,7 +244,7 @@ def test_images_of_many_channels_are_shown_by_the_first_three_of_their_mean() ->
 
 @pytest.mark.parametrize("names", [["only one"], list("abcdefgh")])
 def test_too_few_names_of_classes_leave_indices(tmp_path: Path, names: list[str]) -> None:
-    callback = ViTExplainCallback(["rollout"], class_names=names, num_images=4, check_every_n_snapshots=None)
+    callback = quiet(["rollout"], class_names=names, num_images=4)
     fit(callback, tmp_path, max_epochs=1)
     assert callback.tracker is not None
     assert callback.tracker.probe.class_names == names
@@ -254,7 +255,7 @@ def test_regions_of_another_size_count_by_their_share(tmp_path: Path) -> None:
     half[:, :16] = True
     lifts = []
     for masks in (half, half[:, ::4, ::4], half.repeat_interleave(3, 1).repeat_interleave(3, 2)):
-        callback = ViTExplainCallback(["rollout"], images=IMAGES, regions={"top": masks}, check_every_n_snapshots=None)
+        callback = quiet(["rollout"], images=IMAGES, regions={"top": masks})
         fit(callback, tmp_path, max_epochs=1)
         assert callback.tracker is not None
         lifts.append(callback.tracker.scalars()["explain/lift/top/rollout"])
