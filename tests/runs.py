@@ -101,5 +101,19 @@ def saved(trainer: pl.Trainer) -> list[Snapshot]:
     return [Snapshot.load(path) for path in sorted(Path(trainer.log_dir or "").glob("explanations/step_*.safetensors"))]
 
 
+QUIET: dict[str, Any] = {
+    "report": False,
+    "block_statistics": False,
+    "check_every_n_snapshots": None,
+    "num_shown": 1,
+}
+"""What takes most of a short run's time, left out."""
+
+
+def quiet(*methods: Any, **options: Any) -> ViTExplainCallback:
+    """The callback for tests that look at no picture, page, check or statistics of blocks, or at those they ask for."""
+    return ViTExplainCallback(*methods, **QUIET | options)
+
+
 def messages(caught: list[warnings.WarningMessage]) -> list[str]:
     return [str(w.message) for w in caught if "ViTExplainCallback" in str(w.message)]

@@ -21,16 +21,16 @@ from tests.laws.test_faults import assert_trained_alike, ending
 from tests.lightning.test_loggers import Spy
 from tests.models import tiny_vit
 from tests.processes import python
-from tests.runs import Classifier, Pictures, fit, loader, messages, saved
-from vit_explain_callback import Detail, ViTExplainCallback
+from tests.runs import Classifier, Pictures, fit, loader, messages, quiet, saved
+from vit_explain_callback import ViTExplainCallback
+from vit_explain_callback._checks import check_images
 from vit_explain_callback.lightning.fit import Fit
 from vit_explain_callback.options.images import check_images
 from vit_explain_callback.tracking.errors import Guard, is_refusal, raised_by_us, warn
 
 
 def short(**options: Any) -> ViTExplainCallback:
-    options = {"num_images": 2, "num_shown": 1, "checks": None} | options
-    return ViTExplainCallback(["rollout"], **options)
+    return quiet(["rollout"], **{"num_images": 2} | options)
 
 
 class Sized(nn.Identity):
@@ -224,8 +224,8 @@ NOTICES = {
     "few images": lambda folder: fit(short(num_images=64), folder),
     "another machine": lambda folder: fit(short(), "memory://runs", logger=Spy(), enable_checkpointing=False),
     "a failure": lambda folder: fit(short(every_n_steps=1), folder, Fails(lambda n: "no")),
-    "degenerate": lambda folder: fit(ViTExplainCallback(["grad_rollout"]), folder, ZeroHead()),
-    "a full log": lambda folder: fit(short(detail=Detail(max_pictures_mb=0.0001)), folder),
+    "degenerate": lambda folder: fit(quiet(["grad_rollout"]), folder, ZeroHead()),
+    "a full log": lambda folder: fit(short(max_pictures_mb=0.0001), folder),
 }
 
 
@@ -262,11 +262,10 @@ def test_warnings_that_are_errors_do_not_stop_a_run(
 
 WITH_ERRORS = """
     import sys, warnings
-    from vit_explain_callback import Detail, ViTExplainCallback
-    from tests.runs import fit
+    from tests.runs import fit, quiet
     {setup}
     warnings.filterwarnings("error", message="ViTExplainCallback")
-    trainer = fit(ViTExplainCallback(["rollout"], num_images=64, num_shown=1), sys.argv[1])
+    trainer = fit(quiet(["rollout"], num_images=64), sys.argv[1])
     open(sys.argv[1] + "/done", "w").write(str(trainer.global_step))
 """
 STREAMS = {

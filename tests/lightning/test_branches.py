@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.lightning.test_loggers import Spy
 from tests.models import random_images, tiny_vit
-from tests.runs import Classifier, Pictures, events, fit, loader, messages
+from tests.runs import Classifier, Pictures, events, fit, loader, messages, quiet
 from vit_explain_callback import Explainer, ExplanationTracker, Probe, ViTExplainCallback, load_run
 from vit_explain_callback.tracking.run_folder import RunFolder
 from vit_explain_callback.tracking.snapshot import Snapshot
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no logger of this run shows pi
 
 
 def small(**options: Any) -> ViTExplainCallback:
-    options = {"num_images": 2, "num_shown": 1, "checks": None} | options
-    return ViTExplainCallback(["rollout"], **options)
+    options = {"num_images": 2, "num_shown": 1, "check_every_n_snapshots": None} | options
+    return quiet(["rollout"], **options)
 
 
 def loggers(kind: str, folder: Path) -> Any:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.models import CLASSES, random_images, tiny_vit
-from tests.runs import Classifier, Pictures, fit, loader
-from vit_explain_callback import Checks, Detail, Explainer, ExplanationTracker, Probe, ViTExplainCallback, explain
-from vit_explain_callback.lightning.settings import MODEL_OPTIONS
+from tests.runs import Classifier, Pictures, fit, loader, quiet
+from vit_explain_callback import Explainer, ExplanationTracker, Probe, ViTExplainCallback, explain
+from vit_explain_callback._options import OPTIONS, checked
 from vit_explain_callback.metrics.drift import DriftMetric
 from vit_explain_callback.options.rules import OPTIONS, checked
 
@@ -117,14 +117,9 @@ def with_what_belongs_to_it(name: str, value: Any) -> dict[str, Any]:
     more: dict[str, Any] = {"images": (IMAGES, LABELS)} if name in ("regions", "target") else {}
     if name == "every_n_steps":
         more = {"every_n_epochs": "auto"}
-    checked = {} if name in ("removal", "batch_size") else {"checks": None}  # checks take most time
-    return {"num_images": 2, "num_shown": 1, "methods": ["rollout"]} | checked | more | grouped(name, value)
-
-
-def grouped(name: str, value: Any) -> dict[str, Any]:
-    """An option as the callback takes it: in a mapping where it belongs to a group."""
-    group = next((option for option, group in GROUPS.items() if name in group.__annotations__), None)
-    return {name: value} if group is None else {group: {name: value}}
+    checked = {} if name in ("removal", "batch_size") else {"check_every_n_snapshots": None}  # checks take most time
+    unseen = {"report": False, "block_statistics": False, "num_shown": 1}
+    return {"num_images": 2, "methods": ["rollout"]} | unseen | checked | more | {name: value}
 
 
 def test_there_are_many_and_every_option_has_some() -> None:
@@ -219,7 +214,7 @@ def test_what_only_the_model_can_tell_is_refused_before_the_first_step(
     module = Classifier()
     before = [parameter.detach().clone() for parameter in module.parameters()]
     with pytest.raises(ValueError, match=message):
-        fit(ViTExplainCallback(**{"num_images": 2} | options), tmp_path, module)
+        fit(quiet(**{"num_images": 2} | options), tmp_path, module)
     assert all(one.equal(other) for one, other in zip(before, module.parameters(), strict=True))
 
 
@@ -257,7 +252,7 @@ def test_images_of_many_channels_are_shown_by_the_first_three_of_their_mean() ->
 
 @pytest.mark.parametrize("names", [["only one"], list("abcdefgh")])
 def test_too_few_names_of_classes_leave_indices(tmp_path: Path, names: list[str]) -> None:
-    callback = ViTExplainCallback(["rollout"], class_names=names, num_images=4, checks=None)
+    callback = quiet(["rollout"], class_names=names, num_images=4)
     fit(callback, tmp_path, max_epochs=1)
     assert callback.tracker is not None
     assert callback.tracker.probe.class_names == names
@@ -268,7 +263,7 @@ def test_regions_of_another_size_count_by_their_share(tmp_path: Path) -> None:
     half[:, :16] = True
     lifts = []
     for masks in (half, half[:, ::4, ::4], half.repeat_interleave(3, 1).repeat_interleave(3, 2)):
-        callback = ViTExplainCallback(["rollout"], images=IMAGES, regions={"top": masks}, checks=None)
+        callback = quiet(["rollout"], images=IMAGES, regions={"top": masks})
         fit(callback, tmp_path, max_epochs=1)
         assert callback.tracker is not None
         lifts.append(callback.tracker.scalars()["explain/lift/top/rollout"])

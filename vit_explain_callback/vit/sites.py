@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -121,11 +121,11 @@ def changing(module: nn.Module, site: Site, change: Callable[[Tensor], Tensor]) 
     Raises:
         ValueError: If nothing went by there.
     """
-    reached = False
+    reached, wanted = False, (site.module, site.kind, site.key, site.call)
 
     def visit(here: Site, given: Tensor) -> Tensor:
         nonlocal reached
-        if replace(here, call=here.call % site.calls, calls=site.calls, batch_first=site.batch_first) != site:
+        if (here.module, here.kind, here.key, here.call % site.calls) != wanted:
             return given
         reached = True
         return site.tokens(change(site.tokens(given)))
