@@ -22,8 +22,7 @@ from tests.lightning.test_loggers import Spy
 from tests.models import tiny_vit
 from tests.processes import python
 from tests.runs import Classifier, Pictures, fit, loader, messages, quiet, saved
-from vit_explain_callback import ViTExplainCallback
-from vit_explain_callback._checks import check_images
+from vit_explain_callback import Detail, ViTExplainCallback
 from vit_explain_callback.lightning.fit import Fit
 from vit_explain_callback.options.images import check_images
 from vit_explain_callback.tracking.errors import Guard, is_refusal, raised_by_us, warn
@@ -225,7 +224,7 @@ NOTICES = {
     "another machine": lambda folder: fit(short(), "memory://runs", logger=Spy(), enable_checkpointing=False),
     "a failure": lambda folder: fit(short(every_n_steps=1), folder, Fails(lambda n: "no")),
     "degenerate": lambda folder: fit(quiet(["grad_rollout"]), folder, ZeroHead()),
-    "a full log": lambda folder: fit(short(max_pictures_mb=0.0001), folder),
+    "a full log": lambda folder: fit(short(detail=Detail(max_pictures_mb=0.0001)), folder),
 }
 
 

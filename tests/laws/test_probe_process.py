@@ -33,7 +33,7 @@ from tests.laws.test_user_data import NO_THREAD, RIGHT, Recording
 from tests.laws.user_project import Case, check, leave, of_user
 from tests.runs import quiet
 from tests.situations.project import COUNT, LABELS, Samples, loader, pictures, training
-from vit_explain_callback.lightning import child
+from vit_explain_callback.isolation import child
 
 pytestmark = pytest.mark.skipif(not child.can_fork(), reason="needs fork")
 

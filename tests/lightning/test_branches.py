@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no logger of this run shows pi
 
 
 def small(**options: Any) -> ViTExplainCallback:
-    options = {"num_images": 2, "num_shown": 1, "check_every_n_snapshots": None} | options
+    options = {"num_images": 2, "num_shown": 1, "checks": None} | options
     return quiet(["rollout"], **options)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from tests.models import CLASSES, random_images, tiny_vit
 from tests.runs import Classifier, Pictures, fit, loader, quiet
-from vit_explain_callback import Explainer, ExplanationTracker, Probe, ViTExplainCallback, explain
-from vit_explain_callback._options import OPTIONS, checked
+from vit_explain_callback import Checks, Detail, Explainer, ExplanationTracker, Probe, ViTExplainCallback, explain
+from vit_explain_callback.lightning.settings import MODEL_OPTIONS
 from vit_explain_callback.metrics.drift import DriftMetric
 from vit_explain_callback.options.rules import OPTIONS, checked
 
@@ -117,9 +117,19 @@ def with_what_belongs_to_it(name: str, value: Any) -> dict[str, Any]:
     more: dict[str, Any] = {"images": (IMAGES, LABELS)} if name in ("regions", "target") else {}
     if name == "every_n_steps":
         more = {"every_n_epochs": "auto"}
-    checked = {} if name in ("removal", "batch_size") else {"check_every_n_snapshots": None}  # checks take most time
-    unseen = {"report": False, "block_statistics": False, "num_shown": 1}
-    return {"num_images": 2, "methods": ["rollout"]} | unseen | checked | more | {name: value}
+    checked = {} if name in ("removal", "batch_size") else {"checks": None}  # checks take most time
+    unseen: dict[str, Any] = {"detail": {"page": False, "block_statistics": False}, "num_shown": 1}
+    options = {"num_images": 2, "methods": ["rollout"]} | unseen | checked | more
+    option = grouped(name, value)
+    if "detail" in option and name != "detail":
+        option = {"detail": unseen["detail"] | option["detail"]}
+    return options | option
+
+
+def grouped(name: str, value: Any) -> dict[str, Any]:
+    """An option as the callback takes it: in a mapping where it belongs to a group."""
+    group = next((option for option, group in GROUPS.items() if name in group.__annotations__), None)
+    return {name: value} if group is None else {group: {name: value}}
 
 
 def test_there_are_many_and_every_option_has_some() -> None:

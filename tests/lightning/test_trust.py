@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tests.models import random_images, steady_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, quiet, saved
-from vit_explain_callback import ViTExplainCallback, explain
+from vit_explain_callback import Checks, ViTExplainCallback, explain
 from vit_explain_callback._terminal import quoted
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.metrics.drift import spearman
