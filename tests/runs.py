@@ -104,7 +104,7 @@ def saved(trainer: pl.Trainer) -> list[Snapshot]:
 def quiet(*methods: Any, **options: Any) -> ViTExplainCallback:
     """The callback for tests that look at no picture, page, check or statistics of blocks, or at those they ask for."""
     level: Any = options.pop("detail", "brief")
-    detail = Detail(level, block_statistics=False, page=False) if isinstance(level, str) else level
+    detail = level if isinstance(level, Detail) else Detail(level, block_statistics=False, page=False)
     left_out: dict[str, Any] = {"checks": None, "num_shown": 1, "detail": detail}
     return ViTExplainCallback(*methods, **left_out | options)
 
