@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Annotated, Any, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,18 @@ from vit_explain_callback.methods.map_function import (
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.faithfulness import removed_counts
 from vit_explain_callback.options.images import as_target, check_images
-from vit_explain_callback.options.rules import checked, checked_options
+from vit_explain_callback.options.rules import (
+    CLASS_NAMES,
+    COUNT,
+    FORWARD,
+    GRID_SIZE,
+    NONE,
+    PATH,
+    checked,
+    checked_options,
+    integer,
+    rules_of,
+)
 from vit_explain_callback.vit.adapter import Adapter, LogitsOf, PlainAdapter
 from vit_explain_callback.vit.session import Session, in_parts, is_out_of_memory
 from vit_explain_callback.vit.timm import (
@@ -54,10 +65,10 @@ class ViTOptions(TypedDict, total=False):
         grid_size: Patches as (grid_h, grid_w), likewise.
     """
 
-    vit: str | None
-    forward: LogitsOf | None
-    prefix_tokens: int | None
-    grid_size: tuple[int, int] | None
+    vit: Annotated[str | None, PATH]
+    forward: Annotated[LogitsOf | None, FORWARD]
+    prefix_tokens: Annotated[int | None, integer(0) | NONE]
+    grid_size: Annotated[tuple[int, int] | None, GRID_SIZE]
 
 
 class ModelOptions(ViTOptions, total=False):
@@ -67,7 +78,7 @@ class ModelOptions(ViTOptions, total=False):
         class_names: Name of each class, for captions.
     """
 
-    class_names: Sequence[str] | None
+    class_names: Annotated[Sequence[str] | None, CLASS_NAMES]
 
 
 def explain(
@@ -170,7 +181,7 @@ class Explainer:
         methods: Sequence[str | AnyMethod],
         **options: Unpack[ModelOptions],
     ) -> None:
-        options = cast(ModelOptions, checked_options(options))
+        options = cast(ModelOptions, checked_options(options, rules_of(ModelOptions)))
         forward = options.get("forward")
         self._set_up(PlainAdapter(model, options.get("vit"), forward), methods, **options)
         check_vit_options(self.methods, options)
@@ -363,7 +374,7 @@ class Explainer:
         work: Callable[[Session, slice, Tensor], T],
     ) -> list[T]:
         """Do `work` on copies of a few images at a time, undisturbed; on fewer where memory does not suffice."""
-        size = min(checked("batch_size", batch_size) or len(images), len(images))
+        size = min(checked("batch_size", batch_size, COUNT | NONE) or len(images), len(images))
         with self._adapter.evaluating() as twin:
             has_vit = bool(self._attention)
             session = Session.of(self._adapter, twin, self._stated, self._memory, has_vit, self._first_row)

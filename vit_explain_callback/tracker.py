@@ -17,7 +17,7 @@ from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import check_removal
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
 from vit_explain_callback.options.images import as_target, check_images
-from vit_explain_callback.options.rules import checked_options, refuse_unknown
+from vit_explain_callback.options.rules import COUNT, FLAG, METRICS, NONE, ON_ERROR, checked_options, refuse_unknown
 from vit_explain_callback.page.document import LivePage
 from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.tracking.errors import Guard, OnError, warn
@@ -34,6 +34,7 @@ from vit_explain_callback.tracking.summary import summary
 from vit_explain_callback.tracking.writers import Writer
 
 _VERSION = 2  # of the state
+_RULES = {"metrics": METRICS, "batch_size": COUNT | NONE, "progress": FLAG, "on_error": ON_ERROR}
 _OPTIONS = ("folder", "writers", "target", "checks", "metrics", "detail", "batch_size", "progress", "on_error", "ranks")
 
 
@@ -102,7 +103,7 @@ class ExplanationTracker:
     ) -> None:
         refuse_unknown(unknown, _OPTIONS)
         options = checked_options(
-            {"metrics": metrics, "batch_size": batch_size, "progress": progress, "on_error": on_error}
+            {"metrics": metrics, "batch_size": batch_size, "progress": progress, "on_error": on_error}, _RULES
         )
         checks, detail = Checks.of("checks", checks), Detail.of("detail", detail)
         check_removal(checks.removal, explainer.methods)

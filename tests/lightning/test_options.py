@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tests.models import CLASSES, random_images, tiny_vit
 from tests.runs import Classifier, Pictures, fit, loader, quiet
 from vit_explain_callback import Checks, Detail, Explainer, ExplanationTracker, Probe, ViTExplainCallback, explain
-from vit_explain_callback.lightning.settings import MODEL_OPTIONS
+from vit_explain_callback.lightning.settings import MODEL_OPTIONS, CallbackModelOptions, Display, Schedule, Settings
 from vit_explain_callback.metrics.drift import DriftMetric
-from vit_explain_callback.options.rules import OPTIONS, checked
+from vit_explain_callback.options.rules import CLASS_NAMES, FLAG, checked, rules_of
 
 IMAGES, LABELS = random_images(2), torch.tensor([0, 1])
 MASKS = torch.ones(2, 32, 32, dtype=torch.bool)
@@ -135,7 +135,8 @@ def grouped(name: str, value: Any) -> dict[str, Any]:
 def test_there_are_many_and_every_option_has_some() -> None:
     assert len(CASES) >= 200
     assert set(VALUES) == set(PARAMETERS).union(*(group.__annotations__ for group in GROUPS.values()))
-    assert set(VALUES) - {"images"} <= set(OPTIONS)
+    classes = (Settings, Schedule, Display, CallbackModelOptions, Checks, Detail)
+    assert set(VALUES) - {"images", *GROUPS} == set().union(*map(rules_of, classes))
 
 
 @pytest.mark.parametrize(("name", "value"), CASES, ids=in_words)
@@ -320,8 +321,8 @@ def test_what_is_converted() -> None:
     assert type(settings.num_images) is type(settings.schedule.every_n_steps) is int
     assert settings.model["grid_size"] == (4, 4)
     assert settings.display.normalisation == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    assert checked("class_names", ("a", 1)) == ["a", "1"]
-    assert checked("page", np.bool_(True)) is True
+    assert checked("class_names", ("a", 1), CLASS_NAMES) == ["a", "1"]
+    assert checked("page", np.bool_(True), FLAG) is True
 
 
 @pytest.mark.parametrize(

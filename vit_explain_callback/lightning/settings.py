@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,22 @@ from vit_explain_callback.methods.map_function import AnyMethod, check_removal, 
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
 from vit_explain_callback.options.images import check_images
-from vit_explain_callback.options.rules import checked_options
+from vit_explain_callback.options.rules import (
+    CLASS_NAMES,
+    COUNT,
+    FLAG,
+    METHODS,
+    METRICS,
+    NONE,
+    NORMALISATION,
+    ON_ERROR,
+    REGIONS,
+    TARGET,
+    checked_options,
+    integer,
+    one_of,
+    rules_of,
+)
 from vit_explain_callback.tracking.errors import OnError
 from vit_explain_callback.tracking.probe import check_regions
 from vit_explain_callback.tracking.settings import Checks, Detail
@@ -31,8 +46,8 @@ class Schedule:
         ValueError: If both or neither schedule is set.
     """
 
-    every_n_epochs: int | Literal["auto"] | None
-    every_n_steps: int | None
+    every_n_epochs: Annotated[int | Literal["auto"] | None, COUNT | one_of("auto") | NONE]
+    every_n_steps: Annotated[int | None, COUNT | NONE]
 
     def __post_init__(self) -> None:
         if isinstance(self.every_n_epochs, int) and self.every_n_steps is not None:
@@ -63,9 +78,9 @@ class Schedule:
 class Display:
     """How images are shown."""
 
-    num_shown: int
-    class_names: Sequence[str] | None
-    normalisation: tuple[Sequence[float], Sequence[float]] | None
+    num_shown: Annotated[int, COUNT]
+    class_names: Annotated[Sequence[str] | None, CLASS_NAMES]
+    normalisation: Annotated[tuple[Sequence[float], Sequence[float]] | None, NORMALISATION]
 
     def check_channels(self, channels: int) -> None:
         """Refuse a normalisation of images with another number of channels.
@@ -88,31 +103,30 @@ class CallbackModelOptions(ViTOptions, total=False):
         batch_size: Images explained in one pass; None takes all at once.
     """
 
-    task: Task | None
-    batch_size: int | None
+    task: Annotated[Task | None, one_of("classification", "multilabel", "regression") | NONE]
+    batch_size: Annotated[int | None, COUNT | NONE]
 
 
-MODEL_OPTIONS = tuple(get_type_hints(CallbackModelOptions))
-_OF_OTHER_TYPES = ("images", "checks", "detail")
+MODEL_OPTIONS = tuple(rules_of(CallbackModelOptions))
 
 
 @dataclass(frozen=True)
 class Settings:
     """The options of `ViTExplainCallback`, which documents them; `images` are the user's, with labels, if any."""
 
-    methods: tuple[AnyMethod, ...]
     schedule: Schedule
     display: Display
     model: CallbackModelOptions
     checks: Checks
-    num_images: int
-    images: tuple[Tensor, Tensor | None] | None
-    regions: Mapping[str, Tensor]
-    target: Literal["label", "prediction"] | int
-    metrics: tuple[DriftMetric, ...]
-    save_maps: bool
     detail: Detail
-    on_error: OnError
+    images: tuple[Tensor, Tensor | None] | None
+    methods: Annotated[tuple[AnyMethod, ...], METHODS]
+    num_images: Annotated[int, integer(1, 100_000)]
+    regions: Annotated[Mapping[str, Tensor], REGIONS]
+    target: Annotated[Literal["label", "prediction"] | int, TARGET]
+    metrics: Annotated[tuple[DriftMetric, ...], METRICS]
+    save_maps: Annotated[bool, FLAG]
+    on_error: Annotated[OnError, ON_ERROR]
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Settings:
@@ -122,18 +136,17 @@ class Settings:
             TypeError: If an option is of the wrong type.
             ValueError: If an option is outside its range, or two contradict each other.
         """
-        images = _checked_images(options["images"])
-        values = checked_options({name: value for name, value in options.items() if name not in _OF_OTHER_TYPES})
+
+        def of(kind: Any) -> Any:
+            rules = rules_of(kind)
+            return checked_options({name: options[name] for name in rules}, rules)
+
+        values, images = of(cls), _checked_images(options["images"])
         values |= {"methods": resolve_methods(values["methods"]), "metrics": resolve_metrics(values["metrics"])}
         values |= {"checks": Checks.of("checks", options["checks"]), "detail": Detail.of("detail", options["detail"])}
         values["regions"] = values["regions"] or {}
-
-        def grouped(names: Iterable[str]) -> Any:
-            return {name: values.pop(name) for name in [*values] if name in names}
-
-        schedule = Schedule(**grouped(Schedule.__annotations__))
-        display = Display(**grouped(Display.__annotations__))
-        model: CallbackModelOptions = grouped(MODEL_OPTIONS)
+        model: CallbackModelOptions = of(CallbackModelOptions)
+        schedule, display = Schedule(**of(Schedule)), Display(**of(Display))
         settings = cls(schedule=schedule, display=display, model=model, images=images, **values)
         check_vit_options(settings.methods, model)
         check_removal(settings.checks.removal, settings.methods)

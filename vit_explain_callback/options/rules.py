@@ -1,6 +1,6 @@
-"""Every option by name: its type, its range, and the one form in which other values are refused.
+"""What an option may be, and the one form in which other values are refused.
 
-An option that the callback, `ExplanationTracker` and `explain` share is declared once.
+A rule is declared beside the option, `Annotated[int, COUNT]`, in the class that holds it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 _LARGEST = 2**31 - 1
-_MOST_IMAGES = 100_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,13 @@ class _PartRefused(Exception):
         super().__init__(kind, place, expected, value)
 
 
-def checked(name: str, value: Any) -> Any:
+def rules_of(kind: Any) -> dict[str, Rule]:
+    """The rules of a class whose fields are options, each declared as `Annotated[type, rule]`, by name."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
+
+
+def checked(name: str, value: Any, rule: Rule) -> Any:
     """Check the value of an option and convert it: lists to tuples, numpy's integers to Python's.
 
     Raises:
@@ -60,10 +65,9 @@ def checked(name: str, value: Any) -> Any:
         ValueError: If it is out of range.
 
     Example:
-        >>> checked("grid_size", [4, 4])
+        >>> checked("grid_size", [4, 4], GRID_SIZE)
         (4, 4)
     """
-    rule = OPTIONS[name]
     kind: type[Exception]
     kind, place, expected = TypeError, "", rule.expected
     try:
@@ -77,15 +81,15 @@ def checked(name: str, value: Any) -> Any:
     raise kind(f"Expected `{name}{place}` to be {expected}, but got {_in_words(value)}.")
 
 
-def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def checked_options(options: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
     """Check and convert options by name; see `checked`.
 
     Raises:
         TypeError: If one has the wrong type or does not exist.
         ValueError: If one is out of range.
     """
-    refuse_unknown(options, OPTIONS)
-    return {name: checked(name, value) for name, value in options.items()}
+    refuse_unknown(options, rules)
+    return {name: checked(name, value, rules[name]) for name, value in options.items()}
 
 
 def refuse_unknown(options: Iterable[str], known_names: Iterable[str], within: str = "") -> None:
@@ -116,7 +120,9 @@ def class_index(target: object) -> int | None:
         return None
 
 
-def _integer(least: int, most: int = _LARGEST) -> Rule:
+def integer(least: int, most: int = _LARGEST) -> Rule:
+    """An integer of any library, in a range."""
+
     def read(value: Any) -> int:
         index = class_index(value)
         if index is None:
@@ -169,7 +175,8 @@ def _word(words: Sequence[str], value: Any) -> str:
     return value
 
 
-def _one_of(*words: str) -> Rule:
+def one_of(*words: str) -> Rule:
+    """One of a few words."""
     return Rule(" or ".join(map(repr, words)), partial(_word, words))
 
 
@@ -190,7 +197,7 @@ def _mean_and_std(value: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _grid(value: Any) -> tuple[int, int]:
-    sides = [_integer(1, 2**15).read(side) for side in _items(value)]
+    sides = [integer(1, 2**15).read(side) for side in _items(value)]
     if len(sides) != 2:
         raise ValueError
     return sides[0], sides[1]
@@ -245,7 +252,7 @@ def _regions(value: Any) -> dict[str, Tensor]:
 
 
 def _target(value: Any) -> Any:
-    return _word(("label", "prediction"), value) if isinstance(value, str) else _integer(0).read(value)
+    return _word(("label", "prediction"), value) if isinstance(value, str) else integer(0).read(value)
 
 
 def _none(value: Any) -> None:
@@ -253,41 +260,21 @@ def _none(value: Any) -> None:
         raise TypeError
 
 
-_NONE = Rule("None", _none)
-_COUNT = _integer(1)
-_FLAG = Rule("True or False", _flag)
-
-OPTIONS: dict[str, Rule] = {
-    "methods": Rule("a list of names, `Method` or `MapFunction` objects", _list_of_methods),
-    "every_n_epochs": _COUNT | Rule("'auto'", partial(_word, ("auto",))) | _NONE,
-    "every_n_steps": _COUNT | _NONE,
-    "checks": _COUNT | _NONE,
-    "every_n_snapshots": _COUNT | _NONE,
-    "removal": _one_of("mean_colour", "tokens", "auto"),
-    "num_images": _integer(1, _MOST_IMAGES),
-    "regions": Rule("boolean tensors (B, H, W) by name", _regions) | _NONE,
-    "num_shown": _COUNT,
-    "target": Rule("'label', 'prediction' or a class index of at least 0", _target),
-    "task": _one_of("classification", "multilabel", "regression") | _NONE,
-    "block_statistics": _FLAG,
-    "metrics": Rule("a list of names or `DriftMetric` objects", _list_of_metrics),
-    "vit": Rule("the attribute path of a submodule", _path) | _NONE,
-    "class_names": Rule("a list of names", _names) | _NONE,
-    "normalisation": Rule("(mean, std), a finite number and a number above 0 for each channel", _mean_and_std) | _NONE,
-    "forward": Rule("a function of a module and images", _function) | _NONE,
-    "prefix_tokens": _integer(0) | _NONE,
-    "grid_size": Rule("(grid_h, grid_w), two integers of at least 1", _grid) | _NONE,
-    "batch_size": _COUNT | _NONE,
-    "save_maps": _FLAG,
-    "page": _FLAG,
-    "progress": _FLAG,
-    "margin_charts": _FLAG,
-    "detail": _one_of("brief", "full"),
-    "level": _one_of("brief", "full"),
-    "max_pictures_mb": Rule("a number above 0", _above_zero),
-    "on_error": _one_of("warn", "raise"),
-}
-"""Every option by name, except images and what depends on their number."""
+NONE = Rule("None", _none)
+COUNT = integer(1)
+FLAG = Rule("True or False", _flag)
+ABOVE_ZERO = Rule("a number above 0", _above_zero)
+LEVEL = one_of("brief", "full")
+ON_ERROR = one_of("warn", "raise")
+METHODS = Rule("a list of names, `Method` or `MapFunction` objects", _list_of_methods)
+METRICS = Rule("a list of names or `DriftMetric` objects", _list_of_metrics)
+REGIONS = Rule("boolean tensors (B, H, W) by name", _regions) | NONE
+TARGET = Rule("'label', 'prediction' or a class index of at least 0", _target)
+NORMALISATION = Rule("(mean, std), a finite number and a number above 0 for each channel", _mean_and_std) | NONE
+CLASS_NAMES = Rule("a list of names", _names) | NONE
+PATH = Rule("the attribute path of a submodule", _path) | NONE
+FORWARD = Rule("a function of a module and images", _function) | NONE
+GRID_SIZE = Rule("(grid_h, grid_w), two integers of at least 1", _grid) | NONE
 
 _RENAMED = {
     "check_every_n_snapshots": "checks=",

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from vit_explain_callback.metrics.faithfulness import Removal
-from vit_explain_callback.options.rules import checked, refuse_unknown
+from vit_explain_callback.options.rules import (
+    ABOVE_ZERO,
+    COUNT,
+    FLAG,
+    LEVEL,
+    NONE,
+    checked,
+    one_of,
+    refuse_unknown,
+    rules_of,
+)
 
 RemovalOrAuto: TypeAlias = Removal | Literal["auto"]
 Level: TypeAlias = Literal["brief", "full"]
@@ -18,8 +28,8 @@ class _Group:
     """A frozen dataclass whose fields are options; the first one may stand for all."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]
-            object.__setattr__(self, field.name, checked(field.name, getattr(self, field.name)))
+        for name, rule in rules_of(type(self)).items():
+            object.__setattr__(self, name, checked(name, getattr(self, name), rule))
 
     @classmethod
     def of(cls: type[G], option: str, value: object) -> G:
@@ -31,11 +41,12 @@ class _Group:
         """
         if isinstance(value, cls):
             return value
-        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        rules = rules_of(cls)
         if isinstance(value, Mapping) and value:
-            refuse_unknown(value, names, within=option)
+            refuse_unknown(value, rules, within=option)
             return cls(**value)
-        return cls(**{names[0]: checked(option, value)})
+        first, rule = next(iter(rules.items()))
+        return cls(**{first: checked(option, value, rule)})
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,8 @@ class Checks(_Group):
         Checks(every_n_snapshots=5, removal='tokens')
     """
 
-    every_n_snapshots: int | None = 20
-    removal: RemovalOrAuto = "auto"
+    every_n_snapshots: Annotated[int | None, COUNT | NONE] = 20
+    removal: Annotated[RemovalOrAuto, one_of("mean_colour", "tokens", "auto")] = "auto"
 
 
 @dataclass(frozen=True)
@@ -87,8 +98,8 @@ class Detail(_Group):
         100.0
     """
 
-    level: Level = "brief"
-    block_statistics: bool = True
-    page: bool = True
-    margin_charts: bool = True
-    max_pictures_mb: float = 100.0
+    level: Annotated[Level, LEVEL] = "brief"
+    block_statistics: Annotated[bool, FLAG] = True
+    page: Annotated[bool, FLAG] = True
+    margin_charts: Annotated[bool, FLAG] = True
+    max_pictures_mb: Annotated[float, ABOVE_ZERO] = 100.0
