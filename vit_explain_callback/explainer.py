@@ -66,8 +66,8 @@ def explain(
     images: Tensor,
     methods: Sequence[str | AnyMethod] = ("rollout", "grad_rollout"),
     target: int | Tensor | None = None,
-    batch_size: int | None = None,
     *,
+    batch_size: int | None = None,
     block_statistics: bool = False,
     query: tuple[int, int] | None = None,
     **options: Unpack[ModelOptions],
@@ -111,13 +111,15 @@ def explain(
         >>> {name: tuple(maps.shape) for name, maps in explanation.maps.items()}
         {'rollout': (1, 14, 14), 'grad_rollout_max': (1, 14, 14)}
     """
-    return Explainer(model, methods, **options)(images, target, batch_size, block_statistics, query=query)
+    explainer = Explainer(model, methods, **options)
+    return explainer(images, target, batch_size=batch_size, block_statistics=block_statistics, query=query)
 
 
 def explain_targets(
     model: nn.Module,
     images: Tensor,
     targets: Sequence[int | Tensor | None],
+    *,
     methods: Sequence[str | AnyMethod] = ("rollout", "grad_rollout"),
     batch_size: int | None = None,
     **options: Unpack[ModelOptions],
@@ -139,7 +141,7 @@ def explain_targets(
         TypeError: As `explain`.
         ValueError: As `explain`, and if there is no target.
     """
-    return Explainer(model, methods, **options).for_targets(images, targets, batch_size)
+    return Explainer(model, methods, **options).for_targets(images, targets, batch_size=batch_size)
 
 
 class Explainer:
@@ -207,6 +209,7 @@ class Explainer:
         self,
         images: Tensor,
         target: int | Tensor | None = None,
+        *,
         batch_size: int | None = None,
         block_statistics: bool = False,
         first: int = 0,
@@ -220,12 +223,31 @@ class Explainer:
             TypeError: If images, target or the model's output are of the wrong type.
             ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
         """
-        return self.for_targets(images, [target], batch_size, block_statistics, first, query)[0]
+        options: Any = {"batch_size": batch_size, "block_statistics": block_statistics, "first": first, "query": query}
+        return self.for_targets(images, [target], **options)[0]
+
+    def attribute(
+        self,
+        images: Tensor,
+        target: int | Tensor | None = None,
+        *,
+        batch_size: int | None = None,
+        query: tuple[int, int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Maps of a batch by method name, (B, grid_h, grid_w) each; call the explainer for the whole `Explanation`.
+
+        Raises:
+            TypeError: As a call.
+            ValueError: As a call.
+            RuntimeError: As a call.
+        """
+        return self(images, target, batch_size=batch_size, query=query).maps
 
     def for_targets(
         self,
         images: Tensor,
         targets: Sequence[int | Tensor | None],
+        *,
         batch_size: int | None = None,
         block_statistics: bool = False,
         first: int = 0,
@@ -280,14 +302,14 @@ class Explainer:
                 own[function.name] = torch.cat(of_one)
         return maps
 
-    def logits(self, images: Tensor, batch_size: int | None = None, first: int = 0) -> Tensor:
+    def logits(self, images: Tensor, *, batch_size: int | None = None, first: int = 0) -> Tensor:
         """What the model makes of images (B, C, H, W), explained or not: (B, C) logits."""
         with torch.no_grad():
             return torch.cat(
                 self._in_parts(images, batch_size, first, lambda session, _, copied: session.logits(copied))
             )
 
-    def logits_without(self, images: Tensor, taken: Tensor, batch_size: int | None = None, first: int = 0) -> Tensor:
+    def logits_without(self, images: Tensor, taken: Tensor, *, batch_size: int | None = None, first: int = 0) -> Tensor:
         """Logits (B, C) when the tokens of some patches never enter the first block.
 
         For models that give tokens their position before the blocks, see `can_leave_out_tokens`, and whose images were

@@ -92,7 +92,7 @@ def measured(task: Task, labels: Sequence[str], seed: int, advance: Callable[[],
 
 def explained(task: Task, names: Sequence[str], images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Maps by name, and logits."""
-    found = Explainer(task.model, names)(images, task.labels, BATCH)
+    found = Explainer(task.model, names)(images, task.labels, batch_size=BATCH)
     return dict(found.maps), found.logits
 
 

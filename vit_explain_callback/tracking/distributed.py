@@ -219,7 +219,8 @@ def explain_together(
     own_target = share.of(target) if isinstance(target, Tensor) else target
 
     def explain_share() -> Explanation:
-        explained = explainer(share.of(images), own_target, batch_size, block_statistics, share.start)
+        options: Any = {"batch_size": batch_size, "block_statistics": block_statistics, "first": share.start}
+        explained = explainer(share.of(images), own_target, **options)
         # Without the images: every process has them already.
         return _first(replace(explained, images=None).cpu(), share.own)
 
