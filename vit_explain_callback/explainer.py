@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from vit_explain_callback._explain_batch import explain_batch, function_maps
+from vit_explain_callback._explain_batch import explain_batch, function_maps, logits_without_tokens
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import (
     AnyMethod,
@@ -29,9 +29,8 @@ from vit_explain_callback.metrics.faithfulness import removed_counts
 from vit_explain_callback.options.images import as_target, check_images
 from vit_explain_callback.options.rules import checked, checked_options
 from vit_explain_callback.vit.adapter import Adapter, LogitsOf, PlainAdapter
-from vit_explain_callback.vit.session import Session, in_parts, is_out_of_memory
+from vit_explain_callback.vit.session import Session, in_parts
 from vit_explain_callback.vit.timm import (
-    Normalisation,
     check_classifier,
     find_vit,
     normalisation,
@@ -148,62 +147,36 @@ class Explainer:
     """Explains one model again and again; what was found out about its tokens is remembered.
 
     Args:
-        model: As for `explain`, like the others.
+        model: As for `explain`, or an `Adapter` for a model that is not run by calling it.
         methods: Names or objects.
-        **options: As for `explain`.
+        **options: As for `explain`; `vit` and `forward` belong to an adapter that is given.
 
     Raises:
-        TypeError: If methods are of the wrong type.
+        TypeError: If methods or options are of the wrong type.
         ValueError: If the model can be seen not to be a ViT, or not a classifier.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Adapter,
         methods: Sequence[str | AnyMethod],
         **options: Unpack[ModelOptions],
     ) -> None:
         options = cast(ModelOptions, checked_options(options))
-        forward = options.get("forward")
-        self._set_up(PlainAdapter(model, options.get("vit"), forward), methods, **options)
-        check_vit_options(self.methods, options)
-        vit = self._found_in(model)
-        if self._attention:
-            refuse_other_timm_models(vit)
-        if forward is None and model is vit and any(method.needs_target for method in self.methods):
-            check_classifier(model)
-
-    @classmethod
-    def of(cls, adapter: Adapter, methods: Sequence[str | AnyMethod], **options: Unpack[ModelOptions]) -> Explainer:
-        """An explainer of a model that is not run by calling it.
-
-        Args:
-            adapter: How it is run.
-            methods: Names or objects.
-            **options: As for `explain`; `vit` and `forward` are the adapter's.
-        """
-        explainer = cls.__new__(cls)
-        explainer._set_up(adapter, methods, **options)
-        return explainer
-
-    def _set_up(self, adapter: Adapter, methods: Sequence[str | AnyMethod], **options: Unpack[ModelOptions]) -> None:
         self.methods = resolve_methods(methods)
-        self._attention, self._functions = of_attention(self.methods), of_functions(self.methods)
         self.class_names = options.get("class_names")
-        self._adapter = adapter
+        self._attention, self._functions = of_attention(self.methods), of_functions(self.methods)
+        self._adapter = _adapted(model, self.methods, options) if isinstance(model, nn.Module) else model
         self._stated = StatedLayout(options.get("prefix_tokens"), options.get("grid_size"))
         self._memory = Memory()
 
     @property
     def name(self) -> str:
-        """Class of the ViT, or of the model where none is looked for, and its path in the model where it has one."""
-        vit = self._found_in(self._adapter.model)
-        path = next((path for path, module in self._adapter.model.named_modules() if module is vit), "")
+        """Class of the ViT, or of the model where no method needs one, and its path in the model if it has one."""
+        model = self._adapter.model
+        vit = find_vit(model, self._adapter.vit) if self._attention else model
+        path = next((path for path, module in model.named_modules() if module is vit), "")
         return f"{type(vit).__name__} at `{path}`" if path else type(vit).__name__
-
-    def _found_in(self, model: nn.Module) -> nn.Module:
-        """The ViT, where a method needs one; else the model."""
-        return find_vit(model, self._adapter.vit) if self._attention else model
 
     def __call__(
         self,
@@ -214,17 +187,26 @@ class Explainer:
         block_statistics: bool = False,
         first: int = 0,
         query: tuple[int, int] | None = None,
+        keep_images: bool = True,
     ) -> Explanation:
-        """Explain a batch, in parts of `batch_size` images; in smaller ones where memory does not suffice.
+        """Explain a batch, `batch_size` images at a time; fewer where memory does not suffice.
 
-        `first` is the place of the first image in the probe, for models that are given more than images.
+        Args:
+            images: As for `explain`, like the others.
+            target: None, one index, or (B,) integer indices.
+            batch_size: Images per pass.
+            block_statistics: Whether to compute what each block attends to.
+            first: Place of the first image in the probe, for models that are given more than images.
+            query: Patch to start from, as (row, column).
+            keep_images: Whether the explanation refers to the images.
 
         Raises:
             TypeError: If images, target or the model's output are of the wrong type.
             ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
+            RuntimeError: If a `MapFunction` fails.
         """
         options: Any = {"batch_size": batch_size, "block_statistics": block_statistics, "first": first, "query": query}
-        return self.for_targets(images, [target], **options)[0]
+        return self.for_targets(images, [target], keep_images=keep_images, **options)[0]
 
     def attribute(
         self,
@@ -234,13 +216,7 @@ class Explainer:
         batch_size: int | None = None,
         query: tuple[int, int] | None = None,
     ) -> dict[str, Tensor]:
-        """Maps of a batch by method name, (B, grid_h, grid_w) each; call the explainer for the whole `Explanation`.
-
-        Raises:
-            TypeError: As a call.
-            ValueError: As a call.
-            RuntimeError: As a call.
-        """
+        """Maps of a batch by method name, (B, grid_h, grid_w) each; arguments and errors are those of a call."""
         return self(images, target, batch_size=batch_size, query=query).maps
 
     def for_targets(
@@ -252,45 +228,43 @@ class Explainer:
         block_statistics: bool = False,
         first: int = 0,
         query: tuple[int, int] | None = None,
+        keep_images: bool = True,
     ) -> list[Explanation]:
         """Explain a batch for several targets: one forward pass, and one backward pass for each target.
 
-        The explanations share what does not depend on the target.
+        The explanations share what does not depend on the target. Arguments and errors are those of a call.
 
         Raises:
-            TypeError: As for one target.
-            ValueError: As for one target, and if there is none.
-            RuntimeError: If a function fails.
+            ValueError: Also if there is no target.
         """
         check_images(images)
         check_functions(self._functions, self._adapter.model, query)
         if not targets:
             raise ValueError("Expected `targets` to hold at least one target, but got none.")
-        wanted = [_as_targets(target, len(images)) for target in targets]
+        classes = [_as_classes(target, len(images)) for target in targets]
 
-        mean_std: list[Normalisation] = []
+        def explain_part(session: Session, part: slice, part_images: Tensor) -> list[Explanation]:
+            part_classes = [None if target is None else target[part] for target in classes]
+            explained = explain_batch(session, part_images, self._attention, part_classes, block_statistics, query)
+            about: Any = {"normalisation": normalisation(session.vit), "class_names": self.class_names}
+            return [replace(explanation, **about) for explanation in explained]
 
-        def work(session: Session, part: slice, copied: Tensor) -> list[Explanation]:
-            own = [None if target is None else target[part] for target in wanted]
-            mean_std.append(normalisation(session.vit))
-            return explain_batch(session, copied, self._attention, own, block_statistics, query)
-
-        parts = self._in_parts(images, batch_size, first, work)
-        found = [Explanation.joined(of_one) for of_one in zip(*parts, strict=True)]
-        more = self._of_functions(images, [one.target for one in found], batch_size, first)
-        about: Any = {"images": images, "normalisation": mean_std[0], "class_names": self.class_names}
+        parts = self._in_parts(images, batch_size, first, explain_part)
+        explanations = [Explanation.joined(of_target) for of_target in zip(*parts, strict=True)]
+        by_function = self._function_maps(images, [each.target for each in explanations], batch_size, first)
+        held = images if keep_images else None
         return [
-            replace(one, maps=self._in_order({**one.maps, **own}), **about)
-            for one, own in zip(found, more, strict=True)
+            replace(explanation, maps=self._in_order({**explanation.maps, **maps}), images=held)
+            for explanation, maps in zip(explanations, by_function, strict=True)
         ]
 
     def _in_order(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {method.name: maps[method.name] for method in self.methods}
 
-    def _of_functions(
+    def _function_maps(
         self, images: Tensor, targets: Sequence[Tensor], batch_size: int | None, first: int
     ) -> list[dict[str, Tensor]]:
-        """Maps of the functions by name, for each target; each function has a twin of its own."""
+        """Maps of the functions by name, for each target; each function gets a fresh twin."""
         maps: list[dict[str, Tensor]] = [{} for _ in targets]
         for function in self._functions:
 
@@ -298,26 +272,27 @@ class Explainer:
                 return function_maps(session, copied, function, [target[part] for target in targets])
 
             parts = self._in_parts(images, batch_size, first, work)
-            for own, of_one in zip(maps, zip(*parts, strict=True), strict=True):
-                own[function.name] = torch.cat(of_one)
+            for of_target, pieces in zip(maps, zip(*parts, strict=True), strict=True):
+                of_target[function.name] = torch.cat(pieces)
         return maps
 
     def logits(self, images: Tensor, *, batch_size: int | None = None, first: int = 0) -> Tensor:
-        """What the model makes of images (B, C, H, W), explained or not: (B, C) logits."""
+        """Logits (B, C) of images (B, C, H, W), explained before or not."""
         with torch.no_grad():
-            return torch.cat(
-                self._in_parts(images, batch_size, first, lambda session, _, copied: session.logits(copied))
-            )
+            parts = self._in_parts(images, batch_size, first, lambda session, _, copied: session.logits(copied))
+        return torch.cat(parts)
 
-    def logits_without(self, images: Tensor, taken: Tensor, *, batch_size: int | None = None, first: int = 0) -> Tensor:
+    def logits_without(
+        self, images: Tensor, removed: Tensor, *, batch_size: int | None = None, first: int = 0
+    ) -> Tensor:
         """Logits (B, C) when the tokens of some patches never enter the first block.
 
-        For models that give tokens their position before the blocks, see `can_leave_out_tokens`, and whose images were
-        explained before.
+        For images that were explained before, and models that give tokens their position before the blocks; see
+        `can_leave_out_tokens`.
 
         Args:
             images: (B, C, H, W).
-            taken: Patches to leave out, (B, grid_h, grid_w) boolean, as many of each image.
+            removed: Patches to leave out, (B, grid_h, grid_w) boolean, as many of each image.
             batch_size: Images per pass.
             first: Place of the first image in the probe.
 
@@ -326,16 +301,7 @@ class Explainer:
         """
 
         def work(session: Session, part: slice, copied: Tensor) -> Tensor:
-            with session.without_tokens(copied, taken[part].to(copied.device)):
-                try:
-                    return session.logits(copied)
-                except Exception as error:
-                    if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                        raise
-                    raise ValueError(
-                        f"Expected the blocks of {type(session.vit).__name__} to take any number of tokens, but "
-                        f"they do not ({error}): paint patches over instead, with `removal='mean_colour'`."
-                    ) from error
+            return logits_without_tokens(session, copied, removed[part])
 
         with torch.no_grad():
             return torch.cat(self._in_parts(images, batch_size, first, work))
@@ -343,7 +309,7 @@ class Explainer:
     def can_leave_out_tokens(self, images: Tensor, grid: tuple[int, int]) -> bool | None:
         """Whether `logits_without` takes nothing but the tokens away: the blocks do not know where tokens are.
 
-        It is measured, in 13 passes of the first two images; see `vit.token_set`.
+        It is tested in 13 passes of the first two images; see `vit.token_set`.
 
         Args:
             images: (B, C, H, W) that were explained before.
@@ -363,8 +329,8 @@ class Explainer:
                 return False
             return treats_tokens_as_set(session, copied, layout, counts)
 
-        found = self._in_parts(images[:2], None, 0, work)
-        return None if None in found and False not in found else all(found)
+        answers = self._in_parts(images[:2], None, 0, work)
+        return None if None in answers and False not in answers else all(answers)
 
     def _in_parts(
         self,
@@ -380,6 +346,19 @@ class Explainer:
             return in_parts(session, images, size, first, work)
 
 
-def _as_targets(target: int | Tensor | None, count: int) -> Tensor | None:
-    checked = as_target(target, count)
-    return torch.full((count,), checked) if isinstance(checked, int) else checked
+def _adapted(model: nn.Module, methods: Sequence[AnyMethod], options: ModelOptions) -> Adapter:
+    """A model that is run by calling it; refused where it can be seen that no method explains it."""
+    check_vit_options(methods, options)
+    adapter = PlainAdapter(model, options.get("vit"), options.get("forward"))
+    vit = model
+    if of_attention(methods):
+        vit = find_vit(model, adapter.vit)
+        refuse_other_timm_models(vit)
+    if adapter.forward is None and model is vit and any(method.needs_target for method in methods):
+        check_classifier(model)
+    return adapter
+
+
+def _as_classes(target: int | Tensor | None, count: int) -> Tensor | None:
+    classes = as_target(target, count)
+    return torch.full((count,), classes) if isinstance(classes, int) else classes

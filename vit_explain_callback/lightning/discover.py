@@ -205,7 +205,7 @@ class Subject:
             num_shown=display.num_shown,
         )
         options = settings.model
-        explainer = Explainer.of(
+        explainer = Explainer(
             adapter,
             settings.methods,
             prefix_tokens=options.get("prefix_tokens"),

@@ -220,9 +220,9 @@ def explain_together(
 
     def explain_share() -> Explanation:
         options: Any = {"batch_size": batch_size, "block_statistics": block_statistics, "first": share.start}
-        explained = explainer(share.of(images), own_target, **options)
         # Without the images: every process has them already.
-        return _first(replace(explained, images=None).cpu(), share.own)
+        explained = explainer(share.of(images), own_target, keep_images=False, **options)
+        return _first(explained.cpu(), share.own)
 
     parts = ranks.together(explain_share)
     return Explanation.joined(parts) if ranks.divided else parts[0]
