@@ -18,7 +18,7 @@ from vit_explain_callback.vit.block_logits import BlockLogit, block_logits
 from vit_explain_callback.vit.blocks import Stack, find_stack
 from vit_explain_callback.vit.calls import AttentionCall
 from vit_explain_callback.vit.recorder import AttentionRecorder
-from vit_explain_callback.vit.session import Session
+from vit_explain_callback.vit.session import Session, is_out_of_memory
 from vit_explain_callback.vit.tokens import TokenLayout, mean_of
 
 
@@ -123,6 +123,24 @@ def function_maps(session: Session, images: Tensor, function: MapFunction, targe
             "that the function is given: it is a copy."
         )
     return maps if function.needs_target else maps * len(targets)
+
+
+def logits_without_tokens(session: Session, images: Tensor, removed: Tensor) -> Tensor:
+    """Logits (b, C) of images (b, C, H, W) when the tokens of some patches, (b, grid_h, grid_w) boolean, are left out.
+
+    Raises:
+        ValueError: If the model fails without them.
+    """
+    with session.without_tokens(images, removed.to(images.device)):
+        try:
+            return session.logits(images)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"Expected the blocks of {type(session.vit).__name__} to take any number of tokens, but they do not "
+                f"({error}): paint patches over instead, with `removal='mean_colour'`."
+            ) from error
 
 
 def _forward(session: Session, images: Tensor, methods: Sequence[Method]) -> tuple[Tensor, Stack, Tensor]:

@@ -265,7 +265,7 @@ class ExplanationTracker:
         target = self._target
         if not isinstance(target, Tensor) or (target >= 0).all():
             return target
-        logits = self._ranks.alike(lambda: self._model().logits(self._images, self._batch_size).cpu())
+        logits = self._ranks.alike(lambda: self._model().logits(self._images, batch_size=self._batch_size).cpu())
         return torch.where(target < 0, logits.argmax(dim=1), target)
 
     def _model(self) -> Explainer:

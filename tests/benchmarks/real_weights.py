@@ -138,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     model = fine_tuned(args.steps, args.seed)
     images, labels, masks = batch(1, args.num_images)
-    accuracy = (Explainer(model, ["rollout"]).logits(images, 64).argmax(dim=1) == labels).float().mean()
+    accuracy = (Explainer(model, ["rollout"]).logits(images, batch_size=64).argmax(dim=1) == labels).float().mean()
     print(f"\naccuracy after {args.steps} steps: {accuracy:.2f} on {args.num_images} images")
     faithfulness(model, images, labels, masks)
     cascade(model, images, labels)

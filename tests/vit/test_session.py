@@ -35,7 +35,7 @@ class Alone(Ranks):
 
 def test_the_adapter_is_told_the_rows_of_each_part() -> None:
     adapter = Recording(tiny_vit())
-    explainer = Explainer.of(adapter, ["rollout"])
+    explainer = Explainer(adapter, ["rollout"])
     explainer.starting_at(4).logits(random_images(5), batch_size=2)
     explainer.logits(random_images(2))
     assert adapter.rows == [range(4, 6), range(6, 8), range(8, 9), range(2)]
@@ -43,5 +43,5 @@ def test_the_adapter_is_told_the_rows_of_each_part() -> None:
 
 def test_the_share_of_a_process_starts_behind_those_before() -> None:
     adapter = Recording(tiny_vit())
-    explain_together(Alone(1, 2), Explainer.of(adapter, ["rollout"]), random_images(5), None, None)
+    explain_together(Alone(1, 2), Explainer(adapter, ["rollout"]), random_images(5), None, None)
     assert adapter.rows[0] == range(3, 6)

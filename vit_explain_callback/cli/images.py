@@ -141,7 +141,7 @@ def _explained(
             yield batch
             continue
         names, photographs, images = batch
-        found = explainer.for_targets(images, list(classes) or [None], batch_size)
+        found = explainer.for_targets(images, list(classes) or [None], batch_size=batch_size)
         found = [explanation.cpu() for explanation in found]
         for place, (name, photograph) in enumerate(zip(names, photographs, strict=True)):
             image = _ExplainedImage(classifier, photograph, found, place)

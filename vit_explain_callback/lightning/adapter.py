@@ -17,7 +17,7 @@ from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_
 from vit_explain_callback.lightning.batches import picked
 from vit_explain_callback.lightning.read_only_trainer import StandIns, unheard
 from vit_explain_callback.lightning.trace import leaves_of, says_more
-from vit_explain_callback.vit.adapter import LogitsOf
+from vit_explain_callback.options.model import LogitsOf
 from vit_explain_callback.vit.losses import IMAGES, LossRecorder, Task
 
 StepName = Literal["validation_step", "training_step"]

@@ -19,10 +19,11 @@ from vit_explain_callback.lightning.probe_batch import class_names, probe_batch,
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.steps import Steps
 from vit_explain_callback.lightning.trace import StepTrace
+from vit_explain_callback.options.model import LogitsOf
 from vit_explain_callback.tracking.distributed import Ranks
 from vit_explain_callback.tracking.errors import is_refusal, warn
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.vit.adapter import Adapter, LogitsOf, PlainAdapter
+from vit_explain_callback.vit.adapter import Adapter, PlainAdapter
 from vit_explain_callback.vit.timm import check_classifier, find_vit, normalisation, refuse_other_timm_models
 
 
@@ -205,7 +206,7 @@ class Subject:
             num_shown=display.num_shown,
         )
         options = settings.model
-        explainer = Explainer.of(
+        explainer = Explainer(
             adapter,
             settings.methods,
             prefix_tokens=options.get("prefix_tokens"),

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_explain_callback.explainer import ViTOptions
 from vit_explain_callback.lightning.batches import images_and_labels
 from vit_explain_callback.methods.map_function import AnyMethod, check_removal, check_vit_options, of_attention
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
 from vit_explain_callback.options.images import check_images
+from vit_explain_callback.options.model import ViTOptions
 from vit_explain_callback.options.rules import (
     CLASS_NAMES,
     COUNT,

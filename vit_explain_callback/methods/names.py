@@ -7,29 +7,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from vit_explain_callback.methods.attention import Attention
-from vit_explain_callback.methods.attention_flow import AttentionFlow
-from vit_explain_callback.methods.attention_rollout import AttentionRollout
+from vit_explain_callback import methods as package
 from vit_explain_callback.methods.base import OPTIONS, Method
-from vit_explain_callback.methods.chefer import Chefer
-from vit_explain_callback.methods.gradient_attention import GradientAttention
-from vit_explain_callback.methods.gradient_rollout import GradientRollout
-from vit_explain_callback.methods.gradsam import GradSAM
-from vit_explain_callback.methods.legrad import LeGrad
 from vit_explain_callback.methods.map_function import AnyMethod, MapFunction
 
 METHODS: dict[str, type[Method]] = {
-    method.kind: method
-    for method in (
-        AttentionRollout,
-        GradientRollout,
-        AttentionFlow,
-        Attention,
-        GradientAttention,
-        Chefer,
-        GradSAM,
-        LeGrad,
-    )
+    method.kind: method for method in (getattr(package, name) for name in package.BUILT_IN)
 }
 """Every method by its kind."""
 

@@ -134,7 +134,7 @@ class ReliabilityMeter:
         few = images[:MOST_CHECKED]
 
         def work() -> bool:
-            mirrored = explainer.logits(few.flip(-1), self._batch_size).cpu()
+            mirrored = explainer.logits(few.flip(-1), batch_size=self._batch_size).cpu()
             return output_holds(explanation.logits[: len(few)], mirrored)
 
         return self._ranks.together(work)[0]
@@ -199,7 +199,7 @@ class ReliabilityMeter:
 
         def remove_and_advance(images: Tensor, taken: Tensor) -> Tensor:
             if removal == "tokens":
-                logits = explainer.logits_without(images, taken, batch_size)
+                logits = explainer.logits_without(images, taken, batch_size=batch_size)
             else:
                 logits = mean_colour(partial(explainer.logits, batch_size=batch_size))(images, taken)
             advance()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vit_explain_callback.isolation.twin import Twin
 from vit_explain_callback.isolation.undisturbed import undisturbed
-
-LogitsOf: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
+from vit_explain_callback.options.model import LogitsOf
 
 
 class Adapter(Protocol):
