@@ -2,7 +2,8 @@
 
 The logit s of a block is the target's logit if the final norm, pooling and head read the tokens that leave this block
 instead of those that leave the last: the class token in a model that reads the class token, the mean of the patches in
-one that averages them.
+one that averages them. Its gradients run back through what follows the blocks, and through the block from its output to
+its attention.
 
 Shapes: B images, H heads, N tokens, M keys and Q queries of a pool, D channels, C classes.
 """
@@ -51,8 +52,7 @@ def block_logits(
 ) -> dict[int, BlockLogit]:
     """Compute the gradient of the logit of some blocks, by the block's number.
 
-    It takes one more forward pass, and for each of these blocks one that skips all blocks. The gradients run back
-    through what follows the blocks, and through each block from its output to its attention.
+    It takes one more forward pass, and for each of these blocks one that skips all blocks.
 
     Args:
         session: The model.
@@ -78,15 +78,14 @@ def block_logits(
                 logits, calls_behind, _ = _run(session, images)
             chosen = [logits.gather(1, target[:, None]).sum() for target in targets]
             if stack.pool is not None:
-                pool = next(call for call in calls_behind if call.module == stack.pool.module)
-                gradients = _gradients(chosen, [None] * len(chosen), pool.output, pool.module)
-                logits_of_blocks[layer] = BlockLogit(replace(pool, output=pool.output.detach()), gradients)
+                call = next(call for call in calls_behind if call.module == stack.pool.module)
+                gradients = _gradients(chosen, [None] * len(chosen), call.output, call.module)
             else:
                 call = calls[stack.places[layer - 1]]
                 call = call if call.shape == stack.calls[layer - 1].shape else call.with_heads(len(images))
                 upstream = _gradients(chosen, [None] * len(chosen), read, call.module)
                 gradients = _gradients([tokens] * len(chosen), upstream, call.output, call.module)
-                logits_of_blocks[layer] = BlockLogit(replace(call, output=call.output.detach()), gradients)
+            logits_of_blocks[layer] = BlockLogit(replace(call, output=call.output.detach()), gradients)
     return logits_of_blocks
 
 

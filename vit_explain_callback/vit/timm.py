@@ -87,7 +87,28 @@ def timm_layout(vit: nn.Module, image_shape: Sequence[int], own_head: bool = Tru
     model: Any = vit
     if not is_timm_vit(vit) or not hasattr(vit, "patch_embed"):
         return None
-    name = type(vit).__name__
+    _check_image_shape(model, image_shape)
+    height, width = model.patch_embed.dynamic_feat_size(tuple(image_shape[1:]))
+    prefix = int(model.num_prefix_tokens)
+    tokens = prefix + height * width
+    class_token = 0 if getattr(model, "cls_token", None) is not None else None
+    rows = _rows_read(model, prefix, tokens, class_token)
+    has_pool = getattr(model, "attn_pool", None) is not None
+    if rows is None and not has_pool:
+        if not own_head:
+            return None
+        raise ValueError(
+            f"Expected {type(vit).__name__} to read its class token, the mean of its tokens or an attention pool, but "
+            f"its `global_pool` is {model.global_pool!r}: no single row of the rollout stands for its prediction. "
+            "A `MapFunction` explains any classifier."
+        )
+    readout = None if has_pool or rows is None else mean_of(rows, tokens)
+    return TokenLayout(tokens, prefix, (height, width), class_token, readout)
+
+
+def _check_image_shape(model: Any, image_shape: Sequence[int]) -> None:
+    """Refuse images, (C, H, W), that a timm ViT does not take."""
+    name = type(model).__name__
     channels, *size = image_shape
     expected_channels = next((p.shape[1] for p in model.patch_embed.parameters() if p.ndim == 4), channels)
     if channels != expected_channels:
@@ -99,22 +120,6 @@ def timm_layout(vit: nn.Module, image_shape: Sequence[int], own_head: bool = Tru
             f"Expected images of {expected_size[0]}x{expected_size[1]} pixels (height x width) for {name}, but got "
             f"{size[0]}x{size[1]}. Resize them, or create the model with that `img_size`."
         )
-    height, width = model.patch_embed.dynamic_feat_size(tuple(size))
-    prefix = int(model.num_prefix_tokens)
-    tokens = prefix + height * width
-    class_token = 0 if getattr(model, "cls_token", None) is not None else None
-    rows = _rows_read(model, prefix, tokens, class_token)
-    has_pool = getattr(model, "attn_pool", None) is not None
-    if rows is None and not has_pool:
-        if not own_head:
-            return None
-        raise ValueError(
-            f"Expected {name} to read its class token, the mean of its tokens or an attention pool, but its "
-            f"`global_pool` is {model.global_pool!r}: no single row of the rollout stands for its prediction. "
-            "A `MapFunction` explains any classifier."
-        )
-    readout = None if has_pool or rows is None else mean_of(rows, tokens)
-    return TokenLayout(tokens, prefix, (height, width), class_token, readout)
 
 
 def _rows_read(model: Any, prefix: int, tokens: int, class_token: int | None) -> range | None:
