@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from tqdm import tqdm
-
 _REDACTED = "***"
 _URL = r"(?i)\b([a-z][a-z0-9+.-]+:/{1,2}"  # `Path` makes one slash of two
 _SECRET = (
@@ -91,6 +89,8 @@ def progress(what: str, units: int, shown: bool) -> Iterator[Advance]:
         units: Of work, such as passes.
         shown: Whether to show it at all.
     """
+    from tqdm import tqdm
+
     stream = sys.stderr
     if not shown or stream is None or stream.closed:
         yield lambda: None

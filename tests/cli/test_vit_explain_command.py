@@ -195,7 +195,7 @@ def gone(*_: Any, **how: Any) -> Any:
         (["both.png", "--checkpoint", "both.png", "--model", NAME], "cannot be read as weights"),
         (["both.png", "--model", "vit_tiny_patch16_225"], "did you mean vit_tiny_patch16_224"),
         (["both.png", "--model", "resnet18"], "hold a Vision Transformer"),
-        (["both.png", "--hf", "nowhere", "--model", NAME], "--hf to stand without"),
+        (["both.png", "--hf", "nowhere", "--model", NAME], "--hf without"),
         (["compare", "both.png", "else.png", *OWN], "Expected one image"),
     ],
 )
