@@ -26,7 +26,7 @@ import pytest
 from tests.cli.photographs import ANIMALS, OWN, index, photograph
 from vit_explain_callback._terminal import printable
 from vit_explain_callback.cli.command import main
-from vit_explain_callback.cli.parser import HEAD_FUSIONS
+from vit_explain_callback.cli.subparsers import HEAD_FUSIONS
 from vit_explain_callback.cli.terminal import shortened, table
 from vit_explain_callback.methods import heads as fusion
 

@@ -96,6 +96,12 @@ def test_folders_names_and_what_cannot_be_read(here: Path, capsys: pytest.Captur
     assert len(index("in/out")["images"]) == 3
 
 
+def test_a_folder_named_images_is_no_subcommand(here: Path) -> None:
+    photograph("images/a.png", 0)
+    assert main(["images", *OWN]) == 0
+    assert [image["file"] for image in index()["images"]] == [str(Path("images/a.png"))]
+
+
 def test_a_batch_gives_what_single_images_give(here: Path) -> None:
     for seed in range(3):
         photograph(f"in/{seed}.png", seed, (40 + seed, 60))

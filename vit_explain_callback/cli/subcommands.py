@@ -18,8 +18,8 @@ from vit_explain_callback.cli.compare import compare
 from vit_explain_callback.cli.drift import Architecture, explain_series, read_images
 from vit_explain_callback.cli.images import explain_gallery
 from vit_explain_callback.cli.own_methods import methods_of
-from vit_explain_callback.cli.parser import DISCARD_RATIO, HEAD_FUSIONS
 from vit_explain_callback.cli.results import INDEX
+from vit_explain_callback.cli.subparsers import DISCARD_RATIO, HEAD_FUSIONS
 from vit_explain_callback.cli.terminal import complain, say, table
 from vit_explain_callback.methods.attention_rollout import AttentionRollout
 from vit_explain_callback.methods.gradient_rollout import GradientRollout
