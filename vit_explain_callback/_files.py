@@ -97,10 +97,10 @@ def check_tensors(path: str | Path, tensors: Mapping[str, Tensor], shapes: Mappi
         if name not in tensors:
             raise ValueError(f"Expected {path} to hold `{name}`, but it does not.")
         shape = tuple(tensors[name].shape)
-        wanted = [f"{letter} = {sizes[letter]}" if letter in sizes else letter for letter in letters]
+        expected = [f"{letter} = {sizes[letter]}" if letter in sizes else letter for letter in letters]
         same = len(shape) == len(letters) and 0 not in shape
         if not same or any(sizes.setdefault(letter, size) != size for letter, size in zip(letters, shape, strict=True)):
-            raise ValueError(f"Expected `{name}` in {path} of shape ({', '.join(wanted)}), but got {shape}.")
+            raise ValueError(f"Expected `{name}` in {path} of shape ({', '.join(expected)}), but got {shape}.")
 
 
 def check_dtype(path: str | Path, tensors: Mapping[str, Tensor], name: str, allowed: tuple[torch.dtype, ...]) -> None:

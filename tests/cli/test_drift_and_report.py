@@ -23,7 +23,7 @@ from vit_explain_callback import ViTExplainCallback, explain
 from vit_explain_callback.cli.classifier import timm_transform
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.drift import read_images
-from vit_explain_callback.cli.weights import Weights, with_weights
+from vit_explain_callback.cli.weights import Weights, model_with_weights
 from vit_explain_callback.page.document import page
 from vit_explain_callback.tracking.run import load_run
 from vit_explain_callback.tracking.snapshot import Snapshot
@@ -107,9 +107,9 @@ def test_a_series_that_was_interrupted_goes_on(
 
     def spy(name: str, weights: Weights) -> Any:
         asked.append(weights.path.name)
-        return with_weights(name, weights)
+        return model_with_weights(name, weights)
 
-    monkeypatch.setattr("vit_explain_callback.cli.drift.with_weights", spy)
+    monkeypatch.setattr("vit_explain_callback.cli.drift.model_with_weights", spy)
     assert drift(checkpoints, images, output) == 0
     assert asked == ["2.safetensors"]
 
@@ -143,7 +143,7 @@ def test_lightning_checkpoints_give_their_step_and_lose_their_prefix(tmp_path: P
         "step_00000030.safetensors",
         "step_00000070.safetensors",
     ]
-    loaded = with_weights(NAME, Weights.read(paths[0]))
+    loaded = model_with_weights(NAME, Weights.read(paths[0]))
     assert all(a.equal(b) for a, b in zip(loaded.parameters(), model(1).parameters(), strict=True))
 
 

@@ -152,7 +152,7 @@ SPEAKING = """
 import sys
 from vit_explain_callback.cli import command, terminal
 def parse(words):
-    terminal.say("a line")
+    terminal.print_output("a line")
     raise ValueError("the end")
 command.parse = parse
 sys.exit(command.main())

@@ -18,10 +18,10 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from vit_explain_callback.cli.photograph import Transform, View
-from vit_explain_callback.cli.weights import Weights, with_weights
+from vit_explain_callback.cli.weights import Weights, model_with_weights
 from vit_explain_callback.vit.timm import Normalisation, normalisation, refuse_other_timm_models
 
-_CLOSE = 5
+_MAX_SUGGESTIONS = 5
 
 
 def timm_transform(model: nn.Module, image_size: int | None = None) -> Transform:
@@ -87,7 +87,7 @@ class Classifier:
         options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
         try:
             if checkpoint is not None:
-                model = with_weights(name, Weights.read(checkpoint, prefix), **options)
+                model = model_with_weights(name, Weights.read(checkpoint, prefix), **options)
             else:
                 with _quiet_hub():
                     model = timm.create_model(name, pretrained=True, **options)
@@ -99,7 +99,7 @@ class Classifier:
             if checkpoint is not None:
                 raise
             raise OSError(
-                f"The weights of {name} cannot be fetched from the hub ({_in_a_line(error)}). Offline, give a file of "
+                f"The weights of {name} cannot be fetched from the hub ({_first_line(error)}). Offline, give a file of "
                 "them with --checkpoint FILE."
             ) from error
         if not any_model:
@@ -136,16 +136,16 @@ class Classifier:
                 processor: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
                     name, trust_remote_code=False
                 )
-                model, found = AutoModelForImageClassification.from_pretrained(
+                model, loading_info = AutoModelForImageClassification.from_pretrained(
                     name, output_loading_info=True, trust_remote_code=False
                 )
         except OSError as error:
             raise OSError(
                 f"{name} is neither a folder of an image classifier and its image processor nor to be had from the hub "
-                f"({_in_a_line(error)}). Offline, give a folder made with `save_pretrained`."
+                f"({_first_line(error)}). Offline, give a folder made with `save_pretrained`."
             ) from error
-        if found["missing_keys"]:
-            missing = ", ".join(sorted(found["missing_keys"])[:3])
+        if loading_info["missing_keys"]:
+            missing = ", ".join(sorted(loading_info["missing_keys"])[:3])
             raise ValueError(
                 f"Expected {name} to hold a whole image classifier, but it lacks {missing}: fine-tune it first."
             )
@@ -178,30 +178,30 @@ class Classifier:
             raise ValueError(
                 f"Expected an index, as {self.name} names no classes, but got {text!r}: say --class_names."
             )
-        wanted = text.strip().casefold()
-        whole = [index for index, name in enumerate(self.class_names) if name.casefold() == wanted]
-        found = whole or [index for index, name in enumerate(self.class_names) if wanted in _synonyms(name)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            several = ", ".join(f"{index} ({self.class_names[index]})" for index in found)
+        query = text.strip().casefold()
+        exact = [index for index, name in enumerate(self.class_names) if name.casefold() == query]
+        matches = exact or [index for index, name in enumerate(self.class_names) if query in _synonyms(name)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            several = ", ".join(f"{index} ({self.class_names[index]})" for index in matches)
             raise ValueError(f"Expected one class, but {text!r} is the name of several: give an index of {several}.")
-        raise ValueError(f"Expected a class of {self.name}, but got {text!r}. {self._closest(wanted)}")
+        raise ValueError(f"Expected a class of {self.name}, but got {text!r}. {self._suggestions(query)}")
 
-    def _closest(self, wanted: str) -> str:
+    def _suggestions(self, query: str) -> str:
         assert self.class_names is not None
         containing = [
-            i for i, name in enumerate(self.class_names) if wanted in name.casefold().replace(",", " ").split()
+            i for i, name in enumerate(self.class_names) if query in name.casefold().replace(",", " ").split()
         ]
         named = {synonym: index for index, name in enumerate(self.class_names) for synonym in _synonyms(name)}
-        similar = [named[word] for word in difflib.get_close_matches(wanted, named, _CLOSE)]
-        close = list(dict.fromkeys(containing[:_CLOSE] + similar))[:_CLOSE]
-        if not close:
-            close = list(range(min(_CLOSE, len(self.class_names))))
-            return f"Its classes are {', '.join(self.class_names[i] for i in close)}" + (
-                "." if len(self.class_names) <= _CLOSE else " …"
+        similar = [named[word] for word in difflib.get_close_matches(query, named, _MAX_SUGGESTIONS)]
+        suggested = list(dict.fromkeys(containing[:_MAX_SUGGESTIONS] + similar))[:_MAX_SUGGESTIONS]
+        if not suggested:
+            suggested = list(range(min(_MAX_SUGGESTIONS, len(self.class_names))))
+            return f"Its classes are {', '.join(self.class_names[i] for i in suggested)}" + (
+                "." if len(self.class_names) <= _MAX_SUGGESTIONS else " …"
             )
-        return f"Close: {'; '.join(f'{index} {self.class_names[index]}' for index in close)}."
+        return f"Close: {'; '.join(f'{index} {self.class_names[index]}' for index in suggested)}."
 
     def class_name(self, index: int) -> str:
         """A short name: the first of its synonyms."""
@@ -215,10 +215,10 @@ def _synonyms(name: str) -> list[str]:
 def _check_timm_name(name: str) -> None:
     plain = name.split(".")[0]
     if ":" not in name and not timm.is_model(plain):
-        close = difflib.get_close_matches(plain, timm.list_models("*vit*") + timm.list_models("*deit*"), 3)
+        suggested = difflib.get_close_matches(plain, timm.list_models("*vit*") + timm.list_models("*deit*"), 3)
         raise ValueError(
             f"Expected `model` to be the name of a timm model, but got {name}"
-            + (f": did you mean {' or '.join(close)}?" if close else ".")
+            + (f": did you mean {' or '.join(suggested)}?" if suggested else ".")
         )
 
 
@@ -259,5 +259,5 @@ def quiet_transformers() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _in_a_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from vit_explain_callback.cli.parser import parse
-from vit_explain_callback.cli.terminal import complain, discard_unwritten
+from vit_explain_callback.cli.terminal import discard_unwritten, print_error
 
 _WRONG = 2
 _INTERRUPTED = 130
@@ -35,8 +35,8 @@ def _run(words: Sequence[str]) -> int:
 
         return run(args)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        complain(str(error))
+        print_error(str(error))
         return _WRONG
     except KeyboardInterrupt:
-        complain("interrupted")
+        print_error("interrupted")
         return _INTERRUPTED

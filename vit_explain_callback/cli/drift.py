@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vit_explain_callback.cli.classifier import Classifier, quiet_transformers, timm_transform
 from vit_explain_callback.cli.photograph import SUFFIXES, Transform, image_files, read_image
-from vit_explain_callback.cli.weights import Weights, with_weights
+from vit_explain_callback.cli.weights import Weights, model_with_weights
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.tracker import ExplanationTracker
@@ -45,7 +45,7 @@ class Architecture:
     def of_timm(cls, name: str) -> Architecture:
         """A timm model, with as many classes as each checkpoint has."""
         model = timm.create_model(name)
-        return cls(timm_transform(model), normalisation(model), lambda weights: with_weights(name, weights))
+        return cls(timm_transform(model), normalisation(model), lambda weights: model_with_weights(name, weights))
 
     @classmethod
     def of_hugging_face(cls, name: str) -> Architecture:
@@ -57,28 +57,28 @@ class Architecture:
             ValueError: If it is no image classifier.
         """
         classifier = Classifier.from_hugging_face(name)
-        load = partial(_loaded, classifier)
+        load = partial(_load_checkpoint, classifier)
         return cls(classifier.view.transform, classifier.normalisation, load, classifier.class_names)
 
 
-def _loaded(classifier: Classifier, weights: Weights) -> nn.Module:
+def _load_checkpoint(classifier: Classifier, weights: Weights) -> nn.Module:
     """A model of transformers with the weights of a checkpoint.
 
     Transformers itself loads them, as the names in its files are not always those of its modules.
     """
     model: Any = classifier.model
     with quiet_transformers():
-        loaded, told = type(model).from_pretrained(
+        loaded, loading_info = type(model).from_pretrained(
             None,
             config=model.config,
-            state_dict=weights.of(model),
+            state_dict=weights.converted_for(model),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    lacking = sorted([*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])])
-    if lacking:
+    missing = sorted([*loading_info["missing_keys"], *(name for name, *_ in loading_info["mismatched_keys"])])
+    if missing:
         raise ValueError(
-            f"{weights.path} does not hold all of {classifier.name}; {', '.join(lacking[:3])} … are missing or of "
+            f"{weights.path} does not hold all of {classifier.name}; {', '.join(missing[:3])} … are missing or of "
             "another shape. With --hf, give the folder of the model that was fine-tuned."
         )
     return loaded.eval()  # type: ignore[no-any-return]
@@ -151,44 +151,44 @@ def explain_series(
     steps = _steps([Weights.read(path, prefix) for path in checkpoints])
     about: Any = {"normalisation": architecture.normalisation, "class_names": architecture.class_names}
     probe = Probe.of(images, num_shown=num_shown, **about)
-    kept = _kept(folder, probe, methods)
+    saved = _saved_snapshots(folder, probe, methods)
     series = list(zip(steps, checkpoints, strict=True))
 
     def explainer(path: Path) -> Explainer:
         return Explainer(architecture.load(Weights.read(path, prefix)).to(device), methods)
 
-    missing = [path for step, path in series if step not in kept]
+    missing = [path for step, path in series if step not in saved]
     if not missing:
         return
-    own = RunFolder(folder, f"series {probe.fingerprint}")  # the next series of these images adds to it
+    run_folder = RunFolder(folder, f"series {probe.fingerprint}")  # the next series of these images adds to it
     options: dict[str, Any] = {"target": target, "checks": check_every, "batch_size": batch_size}
-    tracker = ExplanationTracker(explainer(missing[0]), probe, folder=own, on_error="raise", **options)
+    tracker = ExplanationTracker(explainer(missing[0]), probe, folder=run_folder, on_error="raise", **options)
     for step, path in tqdm(series, unit="checkpoint"):
-        if step in kept:
-            tracker.history.add(kept[step])
+        if step in saved:
+            tracker.history.add(saved[step])
             continue
         if path is not missing[0]:
             tracker.explainer = explainer(path)
         tracker.observe(step)
-    if series[-1][0] not in kept:
+    if series[-1][0] not in saved:
         tracker.finish()
 
 
 def _steps(series: Sequence[Weights]) -> list[int]:
-    told = [weights.step for weights in series if weights.step is not None]
-    increasing = len(told) == len(series) and told == sorted(set(told))
-    return told if increasing else list(range(len(series)))
+    stored_steps = [weights.step for weights in series if weights.step is not None]
+    increasing = len(stored_steps) == len(series) and stored_steps == sorted(set(stored_steps))
+    return stored_steps if increasing else list(range(len(series)))
 
 
-def _kept(folder: Path, probe: Probe, methods: Sequence[AnyMethod]) -> dict[int, Snapshot]:
+def _saved_snapshots(folder: Path, probe: Probe, methods: Sequence[AnyMethod]) -> dict[int, Snapshot]:
     """The snapshots that the folder holds already, by step; they must be of the same images and methods."""
     if not (folder / "probe.safetensors").is_file():
         return {}
     same = Probe.load(folder / "probe.safetensors").fingerprint == probe.fingerprint
-    found = [Snapshot.load(path) for path in sorted(folder.glob("step_*.safetensors"))]
+    snapshots = [Snapshot.load(path) for path in sorted(folder.glob("step_*.safetensors"))]
     names = {method.name for method in methods}
-    if not same or any(set(snapshot.maps) != names for snapshot in found):
+    if not same or any(set(snapshot.maps) != names for snapshot in snapshots):
         raise ValueError(
             f"{folder} holds results of other images or methods; give another --output, or delete it to start again."
         )
-    return {snapshot.step: snapshot for snapshot in found}
+    return {snapshot.step: snapshot for snapshot in snapshots}

@@ -20,7 +20,7 @@ from vit_explain_callback._terminal import printable
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.photograph import Photograph, image_files
 from vit_explain_callback.cli.results import ResultFolder, result_name
-from vit_explain_callback.cli.terminal import complain, say
+from vit_explain_callback.cli.terminal import print_error, print_output
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import AnyMethod
@@ -83,15 +83,15 @@ def explain_gallery(
     silent = len(named) < 2 or sys.stderr is None
     try:
         with tqdm(total=len(named), unit="image", file=sys.stderr, disable=silent) as progress:
-            for entry in _explained(classifier, explainer, named, classes, batch_size, folder):
+            for entry in _explain_images(classifier, explainer, named, classes, batch_size, folder):
                 with progress.external_write_mode():
                     if isinstance(entry, str):
                         failed.append(entry)
-                        complain(entry)
+                        print_error(entry)
                     else:
                         images.append(entry)
                         if len(images) == 1:
-                            _show(output / entry["explanations"][0]["overlay"])
+                            _print_path(output / entry["explanations"][0]["overlay"])
                 progress.update()
     except BaseException:
         if images:
@@ -101,33 +101,33 @@ def explain_gallery(
     return index
 
 
-def _show(picture: Path) -> None:
+def _print_path(picture: Path) -> None:
     with suppress(OSError):  # the table says it again, and raises, when nothing can be lost any more
-        say(str(picture))
+        print_output(str(picture))
 
 
 def _named_files(sources: Sequence[Path], output: Path) -> list[tuple[str, Path]]:
     """Each image with the name of its results."""
     named: list[tuple[str, Path]] = []
-    taken: set[str] = set()
-    own = Path(os.path.realpath(output))
+    used_names: set[str] = set()
+    results = Path(os.path.realpath(output))
     for source in sources:
         if os.path.isdir(source):
-            files = [path for path in image_files(source) if own not in Path(os.path.realpath(path)).parents]
+            files = [path for path in image_files(source) if results not in Path(os.path.realpath(path)).parents]
             names = [result_name(path.relative_to(source).with_suffix("")) for path in files]
         else:
             files, names = [source], [result_name(Path(source.stem))]
         for path, name in zip(files, names, strict=True):
-            free, count = name, 1
-            while free.casefold() in taken:  # some file systems do not tell A from a
+            unique_name, count = name, 1
+            while unique_name.casefold() in used_names:  # some file systems do not tell A from a
                 count += 1
-                free = f"{name}-{count}"
-            taken.add(free.casefold())
-            named.append((free, path))
+                unique_name = f"{name}-{count}"
+            used_names.add(unique_name.casefold())
+            named.append((unique_name, path))
     return named
 
 
-def _explained(
+def _explain_images(
     classifier: Classifier,
     explainer: Explainer,
     named: Sequence[tuple[str, Path]],
@@ -141,10 +141,10 @@ def _explained(
             yield batch
             continue
         names, photographs, images = batch
-        found = explainer.for_targets(images, list(classes) or [None], batch_size)
-        found = [explanation.cpu() for explanation in found]
+        explanations = explainer.for_targets(images, list(classes) or [None], batch_size)
+        explanations = [explanation.cpu() for explanation in explanations]
         for place, (name, photograph) in enumerate(zip(names, photographs, strict=True)):
-            image = _ExplainedImage(classifier, photograph, found, place)
+            image = _ExplainedImage(classifier, photograph, explanations, place)
             try:
                 entry: dict[str, Any] | str = image.write(name, explainer.methods, folder)
             except OSError as error:
@@ -185,12 +185,12 @@ class _ExplainedImage:
     """One image of a batch, with what was found for each target class."""
 
     def __init__(
-        self, classifier: Classifier, photograph: Photograph, found: Sequence[Explanation], place: int
+        self, classifier: Classifier, photograph: Photograph, explanations: Sequence[Explanation], place: int
     ) -> None:
         self._classifier, self._photograph = classifier, photograph
-        self._probabilities = found[0].probabilities[place]
+        self._probabilities = explanations[0].probabilities[place]
         self._maps = [
-            (int(each.target[place]), {name: maps[place] for name, maps in each.maps.items()}) for each in found
+            (int(each.target[place]), {name: maps[place] for name, maps in each.maps.items()}) for each in explanations
         ]
 
     def write(self, name: str, methods: Sequence[AnyMethod], folder: ResultFolder) -> dict[str, Any]:
@@ -220,28 +220,32 @@ class _ExplainedImage:
 
     def _entry(self) -> dict[str, Any]:
         photograph = self._photograph
-        entry: dict[str, Any] = {"file": str(photograph.path), "size": photograph.size, "seen": photograph.seen}
+        entry: dict[str, Any] = {
+            "file": str(photograph.path),
+            "size": photograph.size,
+            "seen": photograph.visible_pixels,
+        }
         if self._classifier.num_classes:
-            top = self._top()
-            targets = [self._described(target) for target, _ in self._maps]
+            top = self._top_classes()
+            targets = [self._class_entry(target) for target, _ in self._maps]
             entry |= {"prediction": top[0] if top else None, "top5": top, "targets": targets}
         return entry
 
-    def _top(self) -> list[dict[str, Any]]:
+    def _top_classes(self) -> list[dict[str, Any]]:
         """The most probable classes, the first one first; none where the logits are not finite."""
         if not self._probabilities.isfinite().all():
             return []
         count = min(_TOP, len(self._probabilities))
-        return [self._described(index) for index in self._probabilities.topk(count).indices.tolist()]
+        return [self._class_entry(index) for index in self._probabilities.topk(count).indices.tolist()]
 
-    def _described(self, index: int) -> dict[str, Any]:
+    def _class_entry(self, index: int) -> dict[str, Any]:
         probability = round(self._probabilities[index].item(), 6)
         return {"index": index, "name": self._classifier.class_name(index), "probability": probability}
 
     def _caption(self, target: int | None) -> str:
         if not self._classifier.num_classes:
             return printable(self._photograph.path.name)
-        top = self._top()
+        top = self._top_classes()
         if target is None and not top:
             return "no prediction: the logits are not finite"
         shown, role = (top[0]["index"], "predicted") if target is None else (target, "target")

@@ -44,7 +44,7 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith(("I", "F")):
-                return _eight_bits(image)
+                return _to_8_bit(image)
             if image.has_transparency_data:
                 clear = image.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
@@ -55,7 +55,7 @@ def read_image(path: Path) -> Image.Image:
         raise OSError(f"{path} cannot be read as an image: {error}") from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _to_8_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image, dtype=np.float64)
     low, high = (0.0, 65535.0) if image.mode.startswith("I") else (values.min(), values.max())
     scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * 255
@@ -92,7 +92,7 @@ class Photograph:
         return cls(path, image.size, np.asarray(shown), view.box(image.size)), view.transform(image)
 
     @property
-    def seen(self) -> tuple[int, int, int, int]:
+    def visible_pixels(self) -> tuple[int, int, int, int]:
         """The model's part as (left, top, right, bottom) in pixels of the file's image, within it."""
         width, height = self.size
         pixels = (round(edge * length) for edge, length in zip(self.box, (width, height) * 2, strict=True))
@@ -151,28 +151,28 @@ class View:
     @cached_property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel that the transform divides out."""
-        black, white = (self._plain(value, (256, 256))[:, 128, 128].double() for value in (0, 255))
+        black, white = (self._transform_uniform(value, (256, 256))[:, 128, 128].double() for value in (0, 255))
         std = 1 / (white - black)
         return tuple((-black * std).tolist()), tuple(std.tolist())
 
-    def _plain(self, value: int, size: tuple[int, int]) -> Tensor:
+    def _transform_uniform(self, value: int, size: tuple[int, int]) -> Tensor:
         return self.transform(Image.new("RGB", size, (value,) * 3))
 
     def _find_box(self, width: int, height: int) -> Box:
         ramp = np.zeros((height, width, 3), dtype=np.uint8)
         ramp[..., 0] = np.round((np.arange(width) + 0.5) / width * 255)
         ramp[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
-        black, white = (self._plain(value, (width, height))[:2].double() for value in (0, 255))
+        black, white = (self._transform_uniform(value, (width, height))[:2].double() for value in (0, 255))
         contrast = white - black
         # Padding is the same whatever the image.
         inside = (contrast > 0.99 * contrast.amax(dim=(1, 2), keepdim=True)).all(dim=0).numpy()
         coordinates = ((self.transform(Image.fromarray(ramp))[:2].double() - black) / contrast.clamp(min=1e-9)).numpy()
-        left, right = _ends(coordinates[0], inside)
-        top, bottom = _ends(coordinates[1].T, inside.T)
+        left, right = _edges(coordinates[0], inside)
+        top, bottom = _edges(coordinates[1].T, inside.T)
         return left, top, right, bottom
 
 
-def _ends(coordinates: NDArray[np.float64], inside: NDArray[np.bool_]) -> tuple[float, float]:
+def _edges(coordinates: NDArray[np.float64], inside: NDArray[np.bool_]) -> tuple[float, float]:
     """Coordinates at the left and the right edge of an output: the line through those of its columns."""
     counts = inside.sum(axis=0)
     across = np.where(inside, coordinates, 0).sum(axis=0) / np.maximum(counts, 1)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vit_explain_callback.cli.terminal import complain, say
+from vit_explain_callback.cli.terminal import print_error, print_output
 
 HEAD_FUSIONS = ("mean", "max", "min")
 DISCARD_RATIO = 0.9  # the default of jacobgil/vit-explain
@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(prog, None, description, epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        complain(f"{message}. See {self.prog} --help.")
+        print_error(f"{message}. See {self.prog} --help.")
         self.exit(2)
 
 
@@ -61,7 +61,7 @@ class _PrintVersion(argparse.Action):
             version = importlib.metadata.version(_PACKAGE)
         except importlib.metadata.PackageNotFoundError:
             version = f"of unknown version, as {_PACKAGE} is not installed"
-        say(f"vit-explain {version}")
+        print_output(f"vit-explain {version}")
         parser.exit()
 
 

@@ -12,7 +12,7 @@ from vit_explain_callback._terminal import print_line, printable
 _WIDEST = 40  # characters of a cell
 
 
-def say(text: str) -> None:
+def print_output(text: str) -> None:
     """Print a line on standard output, if there is one; what its encoding lacks becomes a question mark.
 
     Raises:
@@ -26,7 +26,7 @@ def say(text: str) -> None:
         raise OSError(f"Standard output cannot be written: {error.strerror}.") from error
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """Print one line on standard error, named as the command's, if it can be written."""
     with suppress(OSError):
         print_line(f"vit-explain: {' '.join(text.split())}", sys.stderr)

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-_STATES = ("state_dict_ema", "model_ema", "state_dict", "model")  # where timm looks, in its order
-_OF_TRAINER = "model.safetensors"  # in a folder that the Trainer of transformers saved
+_STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # where timm looks, in its order
+_TRAINER_FILE = "model.safetensors"  # in a folder that the Trainer of transformers saved
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ class Weights:
             FileNotFoundError: If there is no such file.
             ValueError: If it is none of these files.
         """
-        folder, path = path, path / _OF_TRAINER if path.is_dir() else path
+        folder, path = path, path / _TRAINER_FILE if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         try:
-            content = load_file(path) if path.suffix.lower() == ".safetensors" else _unpickled(path)
-            return cls(path, _state(content), _step(content if path == folder else _told(folder)), prefix)
+            content = load_file(path) if path.suffix.lower() == ".safetensors" else _load_pickle(path)
+            return cls(path, _state_dict(content), _step(content if path == folder else _trainer_state(folder)), prefix)
         except Exception as error:
             raise ValueError(f"{path} cannot be read as weights: {error}") from error
 
-    def of(self, model: nn.Module) -> dict[str, Tensor]:
+    def converted_for(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors by the names and in the shapes that `model` has for them, as far as timm can convert them.
 
         A prefix that the file gives to all of the model's names, as a LightningModule does, is taken off.
@@ -68,9 +68,9 @@ class Weights:
         Raises:
             ValueError: If the file holds several such models and no `prefix` says which, or what timm cannot convert.
         """
-        own = model.state_dict()
+        model_tensors = model.state_dict()
         name = type(model).__name__
-        prefix = self._only_prefix(own, name) if self.prefix is None else self._stated_prefix(own)
+        prefix = self._only_prefix(model_tensors, name) if self.prefix is None else self._stated_prefix(model_tensors)
         state = {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
         adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         if adapt is None:
@@ -81,21 +81,23 @@ class Weights:
             raise ValueError(f"{self.path} does not fit {name}: {error}") from error
         return converted
 
-    def _prefixes(self, own: Mapping[str, Tensor]) -> list[str]:
+    def _prefixes(self, model_tensors: Mapping[str, Tensor]) -> list[str]:
         """What stands before a model's names in this file, wherever one of its longest is found."""
-        last = max(own, key=lambda name: name.count("."))  # a name that says much
+        last = max(model_tensors, key=lambda name: name.count("."))  # a name that says much
         return sorted({name.removesuffix(last) for name in self.tensors if name.endswith(last)} | {""})
 
-    def _only_prefix(self, own: Mapping[str, Tensor], model: str) -> str:
-        prefixes = self._prefixes(own)
-        held = {prefix: [name for name in own if prefix + name in self.tensors] for prefix in prefixes}
-        fitting = {
-            prefix: [name for name in names if self.tensors[prefix + name].shape == own[name].shape]
-            for prefix, names in held.items()
+    def _only_prefix(self, model_tensors: Mapping[str, Tensor], model: str) -> str:
+        prefixes = self._prefixes(model_tensors)
+        names_by_prefix = {
+            prefix: [name for name in model_tensors if prefix + name in self.tensors] for prefix in prefixes
         }
-        best = max(prefixes, key=lambda prefix: (len(fitting[prefix]), len(held[prefix])))
-        rivals = [prefix for prefix in prefixes if prefix != best and len(fitting[prefix]) >= len(own) / 2]
-        others = [prefix for prefix in rivals if not self._same(held[best], best, prefix)]
+        fitting = {
+            prefix: [name for name in names if self.tensors[prefix + name].shape == model_tensors[name].shape]
+            for prefix, names in names_by_prefix.items()
+        }
+        best = max(prefixes, key=lambda prefix: (len(fitting[prefix]), len(names_by_prefix[prefix])))
+        rivals = [prefix for prefix in prefixes if prefix != best and len(fitting[prefix]) >= len(model_tensors) / 2]
+        others = [prefix for prefix in rivals if not self._has_equal_tensors(names_by_prefix[best], best, prefix)]
         if others:
             names = " and ".join(repr(prefix) for prefix in sorted([best, *others]))
             raise ValueError(
@@ -104,19 +106,22 @@ class Weights:
             )
         return best
 
-    def _same(self, names: list[str], one: str, other: str) -> bool:
+    def _has_equal_tensors(self, names: list[str], one: str, other: str) -> bool:
         """Whether the tensors of two prefixes are equal, as of one model under two names."""
         return all(
             other + name in self.tensors and torch.equal(self.tensors[one + name], self.tensors[other + name])
             for name in names
         )
 
-    def _stated_prefix(self, own: Mapping[str, Tensor]) -> str:
+    def _stated_prefix(self, model_tensors: Mapping[str, Tensor]) -> str:
         prefix = f"{self.prefix}." if self.prefix and not self.prefix.endswith(".") else self.prefix or ""
         if not any(name.startswith(prefix) for name in self.tensors):
-            known = ", ".join(each.rstrip(".") for each in self._prefixes(own) if each) or "none before such a model"
+            prefixes = (
+                ", ".join(each.rstrip(".") for each in self._prefixes(model_tensors) if each)
+                or "none before such a model"
+            )
             raise ValueError(
-                f"Expected `prefix` to begin names in {self.path}, but got {self.prefix!r}: it holds {known}."
+                f"Expected `prefix` to begin names in {self.path}, but got {self.prefix!r}: it holds {prefixes}."
             )
         return prefix
 
@@ -129,16 +134,20 @@ class Weights:
         Raises:
             ValueError: If nothing fits.
         """
-        own = model.state_dict()
-        state = self.of(model)
-        fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+        model_tensors = model.state_dict()
+        state = self.converted_for(model)
+        fitting = {
+            name: value
+            for name, value in state.items()
+            if name in model_tensors and value.shape == model_tensors[name].shape
+        }
         if not fitting:
             raise ValueError(f"{self.path} holds nothing that fits {type(model).__name__}.")
         model.load_state_dict(fitting, strict=False)
-        return [name for name in own if name not in fitting]
+        return [name for name in model_tensors if name not in fitting]
 
 
-def with_weights(name: str, weights: Weights, **options: Any) -> Any:
+def model_with_weights(name: str, weights: Weights, **options: Any) -> Any:
     """A timm model with a classifier of as many classes as the weights have one for.
 
     Args:
@@ -151,16 +160,16 @@ def with_weights(name: str, weights: Weights, **options: Any) -> Any:
     """
     model: Any = timm.create_model(name, **options)
     classifier = f"{model.pretrained_cfg['classifier']}.weight"
-    tensors = weights.of(model)
+    tensors = weights.converted_for(model)
     if classifier in tensors:
         model.reset_classifier(len(tensors[classifier]))
-    fresh = [left for left in weights.load_into(model) if not left.endswith("num_batches_tracked")]
-    if fresh:
-        raise ValueError(f"{weights.path} does not hold all of {name}; {', '.join(fresh[:5])} … are missing.")
+    missing = [left for left in weights.load_into(model) if not left.endswith("num_batches_tracked")]
+    if missing:
+        raise ValueError(f"{weights.path} does not hold all of {name}; {', '.join(missing[:5])} … are missing.")
     return model
 
 
-def _unpickled(path: Path) -> object:
+def _load_pickle(path: Path) -> object:
     """The content of a file of `torch.save`, of tensors and plain values only.
 
     Raises:
@@ -182,11 +191,11 @@ def _unpickled(path: Path) -> object:
         ) from error
 
 
-def _state(content: object) -> dict[str, Tensor]:
+def _state_dict(content: object) -> dict[str, Tensor]:
     """The tensors of the state dictionary in a checkpoint, by names without what wrappers put before them."""
     if not isinstance(content, Mapping):
         raise ValueError(f"expected tensors by name, but it holds a {type(content).__name__}")
-    state = next((content[key] for key in _STATES if isinstance(content.get(key), Mapping)), content)
+    state = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), content)
     named = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not named:
         raise ValueError("it holds no tensors by name")
@@ -194,7 +203,7 @@ def _state(content: object) -> dict[str, Tensor]:
     return cleaned
 
 
-def _told(folder: Path) -> object:
+def _trainer_state(folder: Path) -> object:
     """What the Trainer of transformers says of a folder that it saved."""
     file = folder / "trainer_state.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -16,7 +16,7 @@ from vit_explain_callback.methods.names import method_from_name
 _AS_IN = "as in --method my_methods:grad_cam"
 
 
-def methods_of(words: Sequence[str]) -> list[AnyMethod]:
+def parse_methods(words: Sequence[str]) -> list[AnyMethod]:
     """The methods that words stand for.
 
     Args:
@@ -26,34 +26,36 @@ def methods_of(words: Sequence[str]) -> list[AnyMethod]:
     Raises:
         ValueError: If there is no such method.
     """
-    return [_own(word) if ":" in word else method_from_name(word) for word in words]
+    return [_load_method(word) if ":" in word else method_from_name(word) for word in words]
 
 
-def _own(word: str) -> AnyMethod:
+def _load_method(word: str) -> AnyMethod:
     path, _, name = word.partition(":")
     if not all(part.isidentifier() for part in [*path.split("."), name]):
         raise ValueError(f"Expected `method` to be MODULE:NAME, {_AS_IN}, but got {word!r}.")
-    module = _module(path, word)
+    module = _import_module(path, word)
     if not hasattr(module, name):
-        raise ValueError(f"Expected `method` to name an object of a module, but got {word!r}: {_held(module, name)}")
-    found = getattr(module, name)
-    if isinstance(found, type) and issubclass(found, Method):
+        raise ValueError(
+            f"Expected `method` to name an object of a module, but got {word!r}: {_available_names(module, name)}"
+        )
+    method = getattr(module, name)
+    if isinstance(method, type) and issubclass(method, Method):
         try:
-            found = found()
+            method = method()
         except TypeError as error:
             raise ValueError(
                 f"Expected `method` to name a Method that has a default for each option, but got {word!r} ({error}): "
                 f"name an object, as in `mine = {name}(…)`."
             ) from error
-    if isinstance(found, MapFunction | Method):
-        return found
-    cure = f"write `my_{name} = MapFunction({name!r}, {name})` there, and name that" if callable(found) else "name one"
+    if isinstance(method, MapFunction | Method):
+        return method
+    cure = f"write `my_{name} = MapFunction({name!r}, {name})` there, and name that" if callable(method) else "name one"
     raise ValueError(
-        f"Expected `method` to name a MapFunction or a Method, but got {word!r}, a {type(found).__name__}: {cure}."
+        f"Expected `method` to name a MapFunction or a Method, but got {word!r}, a {type(method).__name__}: {cure}."
     )
 
 
-def _module(path: str, word: str) -> ModuleType:
+def _import_module(path: str, word: str) -> ModuleType:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)  # last, so that no file here takes the place of an installed module
@@ -71,10 +73,12 @@ def _module(path: str, word: str) -> ModuleType:
         ) from error
 
 
-def _held(module: ModuleType, name: str) -> str:
+def _available_names(module: ModuleType, name: str) -> str:
     """What there is instead of a name, in words."""
-    own = [key for key, value in vars(module).items() if isinstance(value, MapFunction | Method)]
+    methods = [key for key, value in vars(module).items() if isinstance(value, MapFunction | Method)]
     close = difflib.get_close_matches(name, vars(module), 1)
     file = getattr(module, "__file__", None) or module.__name__
-    instead = f"its methods are {', '.join(own)}" if own else f"it has {close[0]}" if close else "it has no methods"
-    return f"{file} has no {name}; {instead}."
+    alternative = (
+        f"its methods are {', '.join(methods)}" if methods else f"it has {close[0]}" if close else "it has no methods"
+    )
+    return f"{file} has no {name}; {alternative}."
