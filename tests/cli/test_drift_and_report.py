@@ -152,7 +152,7 @@ def test_lightning_checkpoints_give_their_step_and_lose_their_prefix(tmp_path: P
     [
         ({"checkpoint": "nowhere.ckpt"}, "no file nowhere.ckpt"),
         ({"checkpoint": "IMAGES/d.png"}, "cannot be read as weights"),
-        ({"checkpoint": "other.safetensors"}, "holds nothing that fits"),
+        ({"checkpoint": "other.safetensors"}, "holds no tensor that fits"),
         ({"checkpoint": "part.safetensors"}, "does not hold all of"),
         ({"--images": "empty"}, "There is no image in"),
         ({"--method": "roll"}, "`methods` to name"),
@@ -271,7 +271,7 @@ def test_what_a_series_of_transformers_cannot_be_of(
     hugging_face_vit(1, classes=4).save_pretrained(tmp_path / "four")
     assert hf_drift([tmp_path / "four"], images, tmp_path) == 2
     assert (
-        "classifier.bias, classifier.weight … are missing or of another shape. With --hf, give"
+        "classifier.bias, classifier.weight … are missing or of another shape. Pass the folder"
         in capsys.readouterr().err
     )
     assert hf_drift([images], images, tmp_path) == 2

@@ -40,7 +40,7 @@ def test_a_transform_that_turns_images_is_refused() -> None:
     plain = view(crop_pct=1.0).transform
     with pytest.raises(ValueError, match="upright"):
         View(lambda image: plain(image).flip(-1)).box((300, 300))
-    with pytest.raises(ValueError, match="does not show where it looks"):
+    with pytest.raises(ValueError, match="does not show which part it uses"):
         View(lambda image: plain(image) * 0).box((300, 300))
 
 

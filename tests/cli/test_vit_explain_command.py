@@ -188,7 +188,7 @@ def gone(*_: Any, **how: Any) -> Any:
         (["both.png", *OWN, "--category_index", "dgo"], "Close: 1 dog."),
         (["both.png", *OWN, "--category_index", "5"], "a class in 0 … 4"),
         (["both.png", *OWN, "--category_index", "-1"], "a class in 0 … 4"),
-        (["both.png", *OWN[:6], "--category_index", "dog"], "say --class_names"),
+        (["both.png", *OWN[:6], "--category_index", "dog"], "Pass --class_names"),
         (["both.png", *OWN[:6], "--class_names", "a", "b"], "each of the 5 classes"),
         (["both.png", "--device", "cpu", "--category_index", "crane"], "134 (crane), 517 (crane)"),
         (["both.png", "--device", "cpu", "--category_index", "cat"], "Egyptian cat"),
@@ -223,7 +223,9 @@ def test_without_the_hub_the_cure_is_said(
     monkeypatch.setattr(timm, "create_model", gone)
     assert main(["both.png"]) == 2
     said = capsys.readouterr().err
-    assert "cannot be fetched from the hub (no connection). Offline, give a file of them with --checkpoint FILE" in said
+    assert (
+        "cannot be fetched from the hub (no connection). Offline, pass a file of weights with --checkpoint FILE" in said
+    )
     assert len(said.strip().splitlines()) == 1
 
 

@@ -102,7 +102,7 @@ def test_what_would_run_code_is_named_with_the_cure(here: Path) -> None:
 def test_the_oldest_format_is_refused_by_itself(here: Path) -> None:
     """Torch before 2.6 reads it, whatever `weights_only` says."""
     Path("a.pth").write_bytes(as_oldest_format())
-    with pytest.raises(ValueError, match="of torch's format of 2016"):
+    with pytest.raises(ValueError, match="has torch's format of 2016"):
         Weights.read(Path("a.pth"))
 
 
@@ -184,9 +184,9 @@ def test_one_model_under_two_names_and_a_teacher_of_another_width_leave_no_choic
         ({"epoch": 3}, "holds no tensors by name"),
         ({"state_dict": {3: 4}}, "holds no tensors by name"),
         ([torch.zeros(2)], "but it holds a list"),
-        ({"cls_token": "x", "unknown": torch.zeros(3)}, "holds nothing that fits"),
+        ({"cls_token": "x", "unknown": torch.zeros(3)}, "holds no tensor that fits"),
         ({"patch_embed.proj.weight": torch.zeros(7)}, "does not fit VisionTransformer"),
-        ({"visual.class_embedding": torch.zeros(7)}, "holds nothing that fits"),
+        ({"visual.class_embedding": torch.zeros(7)}, "holds no tensor that fits"),
     ],
 )
 def test_what_is_no_model_is_said(here: Path, content: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The command `vit-explain`, which loads torch only when there is work to do."""
+"""The entry point of `vit-explain`; it loads torch only when there is work to do."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: Its words; default: those of the process.
+        arguments: The command line; default: that of the process.
 
     Returns:
-        The exit status: 2 if something that the user gave cannot be used or standard output cannot be written, 130
-        after Ctrl-C.
+        The exit status: 0 on success, 2 if an input cannot be used or standard output cannot be written, 130 after
+        Ctrl-C.
     """
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)

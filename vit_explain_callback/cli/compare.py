@@ -1,4 +1,4 @@
-"""Method variants side by side on one photograph: a figure, and an animation that sweeps the discard ratio."""
+"""Compare methods on one photograph: a figure, and an animation that sweeps the discard ratio."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ _SWEEP = [*(step / 10 for step in range(10)), 0.95]
 def compare(
     classifier: Classifier, methods: Sequence[AnyMethod], path: Path, output: Path, classes: Sequence[int] = ()
 ) -> list[Path]:
-    """Write `NAME.compare.png` and `NAME.sweep.gif`, from one forward pass and one backward pass for each class.
+    """Write `NAME.compare.png` and `NAME.sweep.gif`, from one forward pass and one backward pass per class.
 
-    Rows of the figure are the options of the methods, columns their kinds: one for each class where the kind depends on
-    it. The animation sweeps the discard ratio of the first method that has one; if none has, there is no animation.
+    The figure has a row for each set of options and a column for each kind of method, or for each class of a kind that
+    depends on it. The animation sweeps the discard ratio of the first method that has one; without such a method there
+    is no animation.
 
     Args:
-        classifier: Model, transform and names.
-        methods: Methods.
+        classifier: Model, transform and class names.
+        methods: Methods to compare.
         path: The photograph.
-        output: Folder of the results.
-        classes: To explain; none: the two most probable ones, which takes a forward pass more.
+        output: Folder for the results.
+        classes: Classes to explain; if empty, the two most probable ones, at the cost of another forward pass.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
-        OSError: If the photograph cannot be read, or a result not be written.
-        ValueError: If the model cannot be explained, or has no classifier.
+        OSError: If the photograph cannot be read or a result cannot be written.
+        ValueError: If the model cannot be explained or has no classifier.
     """
     photograph, image = Photograph.read(path, classifier.view)
     swept = next((method for method in methods if isinstance(method, FusedMethod)), None)
@@ -84,7 +85,7 @@ def _figure(
             if method is None:
                 row.append(None)
                 continue
-            # What is compared along a row has one scale: the classes of a method.
+            # The classes of a method are compared along a row, so they share a scale.
             limit = colour_limit(
                 torch.cat([each.maps[method.name] for each in _distinct_explanations(method, explanations)])
             )
@@ -103,7 +104,7 @@ def _sweep(
     classifier: Classifier, sweep: Sequence[FusedMethod], photograph: Photograph, explanations: Sequence[Explanation]
 ) -> bytes:
     shown = _distinct_explanations(sweep[0], explanations)
-    # Over all ratios, so that colours mean the same in each frame.
+    # One limit for all ratios, so that colours mean the same in every frame.
     limit = colour_limit(torch.cat([each.maps[method.name] for each in shown for method in sweep]))
     frames = []
     for method in sweep:
@@ -119,7 +120,7 @@ def _sweep(
 
 
 def _distinct_explanations(method: AnyMethod, explanations: Sequence[Explanation]) -> Sequence[Explanation]:
-    """The explanations that differ for a method."""
+    """One explanation per class, or the first alone for a method that does not depend on the class."""
     return explanations if method.needs_target else explanations[:1]
 
 

@@ -1,4 +1,4 @@
-"""Explain any number of photographs, some at a time: overlays, raw maps and one JSON file in a folder."""
+"""Explain any number of photographs in batches: overlays, raw maps and one JSON file in a folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vit_explain_callback.visualization.overlay import Picture, colour_limit
 from vit_explain_callback.visualization.text import colour_bar, with_strip
 
 _TOP = 5
-_NARROWEST = 240  # pixels that the text under a picture needs
+_MIN_WIDTH = 240  # pixels that the text under a picture needs
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -43,24 +43,24 @@ def explain_gallery(
     classes: Sequence[int] = (),
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Write overlay and raw map of each image, method and class, and `explanations.json` at the end.
+    """Write the overlay and the raw map of each image, method and class, and `explanations.json` at the end.
 
-    The files are `NAME.METHOD.png` and `NAME.METHOD.npy`, for methods that depend on the class
-    `NAME.METHOD.classINDEX.png` and so on. NAME is the image's own without its ending, for an image out of a folder
-    with the way to it from there; the second of the same name is `NAME-2`. Long names are cut, and what cannot be
-    printed in them becomes `_`. What one image stands in the way of is said, and the others are explained.
+    The files are `NAME.METHOD.png` and `NAME.METHOD.npy`, or `NAME.METHOD.classINDEX.png` and so on for methods that
+    depend on the class. NAME is the file name without its suffix, after the path within its folder for an image from a
+    folder; a second image of the same name becomes `NAME-2`. Long names are cut, and unprintable characters become
+    `_`. A file that cannot be explained is reported; the others are still explained.
 
     Args:
-        classifier: Model, transform and names.
+        classifier: Model, transform and class names.
         methods: Methods.
-        sources: Image files, and folders of them.
-        output: Folder of the results; images in it are not explained.
-        classes: To explain, for all images; none: the class predicted for each.
-        batch_size: Images in one pass, and in memory.
+        sources: Image files and folders of images.
+        output: Folder for the results; images in it are not explained.
+        classes: Classes to explain for all images; if empty, the class predicted for each.
+        batch_size: Images per forward pass, and in memory.
 
     Returns:
-        What `explanations.json` holds: `model`, `methods`, an entry of `images` for each that was explained, and a line
-        of `failed` for each that was not.
+        The content of `explanations.json`: `model`, `methods`, an entry in `images` for each explained image, and a
+        message in `failed` for each other one.
 
     Raises:
         FileNotFoundError: If there is no image.
@@ -95,19 +95,19 @@ def explain_gallery(
                 progress.update()
     except BaseException:
         if images:
-            folder.write_index(index)  # what is done stays known
+            folder.write_index(index)  # keeps the results so far
         raise
     folder.write_index(index)
     return index
 
 
 def _print_path(picture: Path) -> None:
-    with suppress(OSError):  # the table says it again, and raises, when nothing can be lost any more
+    with suppress(OSError):  # the table repeats it, and raises, once all results are written
         print_output(str(picture))
 
 
 def _named_files(sources: Sequence[Path], output: Path) -> list[tuple[str, Path]]:
-    """Each image with the name of its results."""
+    """List each image after the unique name of its results."""
     named: list[tuple[str, Path]] = []
     used_names: set[str] = set()
     results = Path(os.path.realpath(output))
@@ -119,7 +119,7 @@ def _named_files(sources: Sequence[Path], output: Path) -> list[tuple[str, Path]
             files, names = [source], [result_name(Path(source.stem))]
         for path, name in zip(files, names, strict=True):
             unique_name, count = name, 1
-            while unique_name.casefold() in used_names:  # some file systems do not tell A from a
+            while unique_name.casefold() in used_names:  # some file systems ignore case
                 count += 1
                 unique_name = f"{name}-{count}"
             used_names.add(unique_name.casefold())
@@ -135,7 +135,7 @@ def _explain_images(
     batch_size: int,
     folder: ResultFolder,
 ) -> Iterator[dict[str, Any] | str]:
-    """The entry of each image, once its files are written, or what is wrong with it."""
+    """Yield the entry of each image once its files are written, or a message if it cannot be explained."""
     for batch in _batches(classifier, named, batch_size):
         if isinstance(batch, str):
             yield batch
@@ -157,7 +157,7 @@ def _explain_images(
 def _batches(
     classifier: Classifier, named: Sequence[tuple[str, Path]], size: int
 ) -> Iterator[tuple[list[str], list[Photograph], Tensor] | str]:
-    """Read images of one shape, `size` at a time; a line for what cannot be read."""
+    """Yield batches of at most `size` images of one shape, and a message for each file that cannot be read."""
     waiting: list[tuple[str, Photograph, Tensor]] = []
 
     def batch() -> tuple[list[str], list[Photograph], Tensor]:
@@ -171,7 +171,7 @@ def _batches(
         except OSError as error:
             yield str(error)
             continue
-        except ValueError as error:  # a shape that the model's transform cannot take
+        except ValueError as error:  # a shape that the model's transform does not support
             yield f"{path}: {error}"
             continue
         if waiting and (len(waiting) == size or waiting[0][2].shape != image.shape):
@@ -182,7 +182,7 @@ def _batches(
 
 
 class _ExplainedImage:
-    """One image of a batch, with what was found for each target class."""
+    """One image of a batch, with its explanation for each target class."""
 
     def __init__(
         self, classifier: Classifier, photograph: Photograph, explanations: Sequence[Explanation], place: int
@@ -194,7 +194,7 @@ class _ExplainedImage:
         ]
 
     def write(self, name: str, methods: Sequence[AnyMethod], folder: ResultFolder) -> dict[str, Any]:
-        """Write overlay and map of each method and class; the image's entry in the index.
+        """Write the overlay and the map of each method and class, and return the image's entry in the index.
 
         Raises:
             OSError: If a file cannot be written.
@@ -232,7 +232,7 @@ class _ExplainedImage:
         return entry
 
     def _top_classes(self) -> list[dict[str, Any]]:
-        """The most probable classes, the first one first; none where the logits are not finite."""
+        """The most probable classes, best first; empty if the logits are not finite."""
         if not self._probabilities.isfinite().all():
             return []
         count = min(_TOP, len(self._probabilities))
@@ -254,8 +254,8 @@ class _ExplainedImage:
 
 def _captioned(picture: Picture, lines: Sequence[str], limit: float, signed: bool) -> Picture:
     width = picture.shape[1]
-    if width < _NARROWEST:
-        picture = np.pad(picture, ((0, 0), (0, _NARROWEST - width), (0, 0)), constant_values=255)
+    if width < _MIN_WIDTH:
+        picture = np.pad(picture, ((0, 0), (0, _MIN_WIDTH - width), (0, 0)), constant_values=255)
     for line in lines:
         picture = with_strip(picture, line)
     return np.concatenate([picture, colour_bar(limit, picture.shape[1], signed)])

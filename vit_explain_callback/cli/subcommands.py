@@ -1,4 +1,4 @@
-"""Do what the parsed options ask for, and say what came of it."""
+"""Run the subcommand that the parsed options name, and print its results."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.page.document import page
 
 _FAILED = 2
-_ROWS = 20  # of the table
+_MAX_ROWS = 20  # of the table
 _PAGE_TITLE = b"<title>Explanation drift"
-_PAGE_HEAD = 10_000  # bytes in which it stands
+_PAGE_HEAD = 10_000  # bytes searched for the title
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the subcommand that `args.command` names; its exit status.
+    """Run the subcommand that `args.command` names, and return its exit status.
 
     Raises:
-        ImportError: If a package that is asked for is not installed.
+        ImportError: If an optional package is needed but not installed.
         OSError: If a file cannot be read or written.
         RuntimeError: If the model or the device fails.
         TypeError: If the model returns no logits.
@@ -63,13 +63,13 @@ def _images(args: argparse.Namespace) -> int:
 
 
 def _summary(images: Sequence[dict[str, Any]], output: Path) -> list[str]:
-    """A table with a line for each image, the first ones if there are many."""
+    """Format a table with a line for each of the first 20 images."""
     rows = [["image", "prediction", "p", "file"]]
-    for image in images[:_ROWS]:
+    for image in images[:_MAX_ROWS]:
         predicted = image.get("prediction")
         name, probability = (predicted["name"], f"{predicted['probability']:.2f}") if predicted else ("-", "-")
         rows.append([Path(image["file"]).name, name, probability, str(output / _first_picture(image))])
-    left = len(images) - _ROWS
+    left = len(images) - _MAX_ROWS
     return [*table(rows), *([f"and {left} more"] if left > 0 else [])] if images else []
 
 
@@ -122,7 +122,7 @@ def _report(args: argparse.Namespace) -> int:
 def _write_page(runs: Sequence[Path], file: Path, show: bool) -> None:
     html = page(runs)
     if file.is_file() and _PAGE_TITLE not in file.read_bytes()[:_PAGE_HEAD]:
-        raise FileExistsError(f"{file} is no page of a run and is not written over: choose another --output.")
+        raise FileExistsError(f"{file} is not a page of a run and is not overwritten; choose another --output.")
     write_text(file, html)
     print_output(str(file))
     if show:
@@ -131,7 +131,7 @@ def _write_page(runs: Sequence[Path], file: Path, show: bool) -> None:
 
 def _open(path: Path) -> None:
     if not webbrowser.open(path.resolve().as_uri()):
-        print_error(f"there is no browser to show {path} in")
+        print_error(f"no browser can be opened to show {path}")
 
 
 def _classifier(args: argparse.Namespace, methods: Sequence[AnyMethod]) -> Classifier:
@@ -147,7 +147,7 @@ def _classifier(args: argparse.Namespace, methods: Sequence[AnyMethod]) -> Class
     try:
         classifier.model.to(device)
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"Expected `device` to be one that is there, but got {device}: {error}") from error
+        raise ValueError(f"Expected `device` to be available, but got {device}: {error}") from error
     return classifier
 
 
@@ -157,7 +157,7 @@ def _device(requested: str | None, use_cuda: bool) -> str:
     if torch.cuda.is_available():
         return "cuda"
     if use_cuda:
-        print_error("there is no CUDA device; using the CPU")
+        print_error("no CUDA device is available; using the CPU")
         return "cpu"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -169,7 +169,10 @@ def _classes(classifier: Classifier, requested: Sequence[str] | None) -> list[in
 def _chosen_methods(
     names: Sequence[str] | None, fusion: HeadFusion | None, ratio: float | None, of_class: bool
 ) -> tuple[AnyMethod, ...]:
-    """The methods asked for; without names vit-explain's own choice, for names without options the options given."""
+    """The methods to run: the default of jacobgil/vit-explain without names, else the named ones.
+
+    The options apply to names that state none.
+    """
     if not names:
         discard = DISCARD_RATIO if ratio is None else ratio
         return (GradientRollout(fusion or "mean", discard) if of_class else AttentionRollout(fusion or "max", discard),)
@@ -187,7 +190,7 @@ def _with_options(method: AnyMethod, options: Mapping[str, Any]) -> AnyMethod:
 
 
 def _variants(method: AnyMethod, fusions: Sequence[str], ratios: Sequence[float]) -> list[AnyMethod]:
-    """A method without options with every combination of those that it has; one with options alone."""
+    """Combine all values of the options that a method has; a method whose name states options stays as it is."""
     all_values = {"head_fusion": fusions, "discard_ratio": ratios} if method.name == method.kind else {}
     grid = {name: values for name, values in all_values.items() if name in _option_names(method)}
     options: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""Methods by the words after `--method`: names of ours, and `MODULE:NAME` for those of the user's own."""
+"""Parse the words after `--method`: names of this package's methods, or `MODULE:NAME` for the user's."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _AS_IN = "as in --method my_methods:grad_cam"
 
 
 def parse_methods(words: Sequence[str]) -> list[AnyMethod]:
-    """The methods that words stand for.
+    """Turn words into methods.
 
     Args:
-        words: Names as `rollout_max_0.9`, or `package.module:name` for an object of a module, which is imported: it is
-            looked for among what is installed, then in the current folder.
+        words: Names such as `rollout_max_0.9`, or `package.module:name` for an object of a module; installed modules
+            take precedence over those in the current folder.
 
     Raises:
         ValueError: If there is no such method.
@@ -58,14 +58,14 @@ def _load_method(word: str) -> AnyMethod:
 def _import_module(path: str, word: str) -> ModuleType:
     here = os.getcwd()
     if here not in sys.path:
-        sys.path.append(here)  # last, so that no file here takes the place of an installed module
+        sys.path.append(here)  # last, so that no file here shadows an installed module
     try:
         return importlib.import_module(path)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
             raise ValueError(
                 f"Expected `method` to name a module that can be imported, {_AS_IN}, but got {word!r}: there is no "
-                f"{error.name} in {here}, nor is it installed. Run the command in the folder that holds it."
+                f"{error.name} in {here}, nor is it installed. Run the command in the folder that contains it."
             ) from error
         raise ValueError(
             f"Expected `method` to name a module that can be imported, but got {word!r}, which raises {error!r}: "
@@ -74,7 +74,7 @@ def _import_module(path: str, word: str) -> ModuleType:
 
 
 def _available_names(module: ModuleType, name: str) -> str:
-    """What there is instead of a name, in words."""
+    """Describe what a module offers instead of a missing name."""
     methods = [key for key, value in vars(module).items() if isinstance(value, MapFunction | Method)]
     close = difflib.get_close_matches(name, vars(module), 1)
     file = getattr(module, "__file__", None) or module.__name__
