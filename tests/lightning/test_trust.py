@@ -329,7 +329,7 @@ def test_the_bar_is_shown_where_the_trainers_is(
             super().close()
 
     monkeypatch.setattr("vit_explain_callback._terminal.SECONDS", 0.0)
-    monkeypatch.setattr("vit_explain_callback._terminal.tqdm", Noting)
+    monkeypatch.setattr("tqdm.tqdm", Noting)
     fit(ViTExplainCallback(["rollout"]), tmp_path)
     assert capsys.readouterr().err == ""
     assert done == {}
