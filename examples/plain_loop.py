@@ -1,4 +1,4 @@
-"""Follow a model in a plain PyTorch loop, without Lightning; offline, and seconds on a CPU."""
+"""Track a model in a plain PyTorch loop, without Lightning; takes seconds on a CPU, offline."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, emb
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 folder = Path("runs/plain_loop/explanations")
 probe = Probe.of(*batch(16))
-# Faithfulness by tokens left out: painted in the mean colour of the image, which is the class here, none is missed.
+# Faithfulness drops tokens: the mean colour of an image is its class here, so painting with it hides nothing.
 tracker = ExplanationTracker(
     Explainer(model, ["grad_rollout"]), probe, folder=folder, target=probe.labels, checks=Checks(removal="tokens")
 )

@@ -1,9 +1,9 @@
-"""How often the callback runs the user's own code: his step, his `forward`, his records.
+"""Count how often the callback runs the user's code: the step, the `forward`, the records.
 
     python -m tests.benchmarks.calls
 
-Counts calls on copies, beside those that the trainer makes anyway, for kinds of projects, and times a fit of a module
-that holds 300,000 records.
+Counts calls on copies, beyond the trainer's own, for several kinds of projects, and times a fit of a module that holds
+300,000 records.
 """
 
 from __future__ import annotations

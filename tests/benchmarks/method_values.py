@@ -1,4 +1,4 @@
-"""What is measured of every explanation method on one fine-tuned model: values by image, nothing averaged."""
+"""Measure every explanation method on one fine-tuned model: values per image, nothing averaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Print how the package is structured: sizes of files and functions, options, and uses of words that say nothing.
+"""Print how the package is structured: sizes of files and functions, options, and uses of empty words.
 
 `python -m tests.benchmarks.structure [CHECKOUT]` reads the source of this checkout, or of another one to compare with.
 """
