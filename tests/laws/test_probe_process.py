@@ -394,7 +394,7 @@ def test_a_process_that_gives_nothing_is_given_up_once(
     said = [text for text in found.said if "in a process of its own" in text]
     assert len(said) == 1, found.said
     assert why in said[0]
-    assert "give `images=(images, labels)`" in said[0]
+    assert "Pass `images=(images, labels)`" in said[0]
     assert found.steps == [2, 4, 6]
 
 

@@ -95,11 +95,11 @@ class Gathering(Project):
 
 def test_what_is_gathered_has_the_form_that_it_has_in_the_run() -> None:
     """With several processes, a dimension of them comes first."""
-    from vit_explain_callback.lightning.read_only_trainer import _Alone
+    from vit_explain_callback.lightning.read_only_trainer import _SingleProcess
 
     logits = torch.randn(4, 5)
-    assert _Alone(1).all_gather(logits).shape == (4, 5)
-    assert _Alone(3).all_gather(logits).flatten(0, 1).equal(logits)
+    assert _SingleProcess(1).all_gather(logits).shape == (4, 5)
+    assert _SingleProcess(3).all_gather(logits).flatten(0, 1).equal(logits)
 
 
 def test_a_step_that_gathers_is_explained(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ class ViTExplainCallback(Callback):
         """Watch the first validation step, and buffer its images in case the data cannot be read otherwise."""
         if trainer.state.fn == "fit" and (self._fit is None or self._fit.watches):
             if self.settings.images is None:
-                self._buffer.take(batch)
+                self._buffer.add(batch)
             self._step.begin(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vit_explain_callback._terminal import announce, quoted
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import BatchBuffer
-from vit_explain_callback.lightning.discover import Subject, ranks_of
+from vit_explain_callback.lightning.discover import Discovered, discover, ranks_of
 from vit_explain_callback.lightning.loggers import LoggerWriter, renamed, run_folder
 from vit_explain_callback.lightning.sample import sample
 from vit_explain_callback.lightning.settings import Settings
@@ -180,17 +180,17 @@ class Fit:
         if self.tracker is None:
             settings, ranks = self._settings, ranks_of(self._trainer)
             trace = self._step.trace
-            subject = Subject.of(settings, self._trainer, self._module, ranks, self._buffer, trace)
-            if subject is None:
+            discovered = discover(settings, self._trainer, self._module, ranks, self._buffer, trace)
+            if discovered is None:
                 return None
-            if subject.probe.images is not None:
-                settings.display.check_channels(subject.probe.images.shape[1])
+            if discovered.probe.images is not None:
+                settings.display.check_channels(discovered.probe.images.shape[1])
             folder = run_folder(self._trainer, self._guard)
             tracker = ExplanationTracker(
-                subject.explainer,
-                subject.probe,
+                discovered.explainer,
+                discovered.probe,
                 folder=folder if settings.save_maps and not self._leaves_no_files else None,
-                target=self._first_target(subject.probe),
+                target=self._first_target(discovered.probe),
                 checks=settings.checks,
                 metrics=settings.metrics,
                 detail=settings.detail,
@@ -203,7 +203,7 @@ class Fit:
                 tracker.load_state_dict(self._state, self._trainer.global_step)
             tracker.output.writers = self._writers(folder)
             self.tracker = tracker
-            self._greeting = partial(self._greeting_text, subject, folder)
+            self._greeting = partial(self._greeting_text, discovered, folder)
         return self.tracker
 
     def _greet(self) -> None:
@@ -212,20 +212,20 @@ class Fit:
             announce(self._greeting())
         self._greeting = None
 
-    def _greeting_text(self, subject: Subject, folder: RunFolder) -> str:
+    def _greeting_text(self, discovered: Discovered, folder: RunFolder) -> str:
         """What is watched, when, and how to look at it."""
-        settings, labels = self._settings, subject.probe.labels
+        settings, labels = self._settings, discovered.probe.labels
         classes = 0 if labels is None or (labels < 0).any() else len(set(labels.tolist()))
-        images = f"{len(subject.probe)} images" + (f" of {classes} class{'es' * (classes > 1)}" if classes else "")
-        images += " (the first of the validation; choose others with `images=`)" if subject.is_first else ""
+        images = f"{len(discovered.probe)} images" + (f" of {classes} class{'es' * (classes > 1)}" if classes else "")
+        images += " (the first of the validation; choose others with `images=`)" if discovered.is_first else ""
         methods = ", ".join(method.name for method in settings.methods)
         board = next((logger for logger in self._trainer.loggers if is_kind(logger, "TensorBoardLogger")), None)
         where = [] if board is None else [f"tensorboard --logdir {quoted(board.save_dir)}"]
         if settings.save_maps and folder.is_made:
             where.append(f"vit-explain report {quoted(folder)}")
         look = f"; to see them: {' or '.join(where)}" if where else ""
-        what = f" ({subject.words})" if subject.words else ""
-        watched = f"ViTExplainCallback watches {subject.explainer.name}{what}"
+        what = f" ({discovered.words})" if discovered.words else ""
+        watched = f"ViTExplainCallback watches {discovered.explainer.name}{what}"
         return f"{watched}: {methods} of {images}, {settings.schedule}{look}"
 
     def _writers(self, folder: RunFolder) -> tuple[Writer, ...]:
