@@ -64,7 +64,7 @@ def measured(task: Task, labels: Sequence[str], seed: int, advance: Callable[[],
     maps, logits = explained(task, list(names.values()), task.images)
     changed, changes = _under_changes(task, list(names.values()), seed, logits)
     scaled = Explainer(task.model, list(names.values()), forward=with_larger_logits)
-    confident = scaled(task.images, task.labels, BATCH).maps
+    confident = scaled(task.images, task.labels, batch_size=BATCH).maps
     advance()
     found: dict[str, Any] = {}
     maps[RANDOM] = random_maps(
