@@ -1,4 +1,4 @@
-"""Explain a model's predictions: any number of methods from one forward and one backward pass, and functions.
+"""Explain a model's predictions: any number of methods share one forward pass and one backward pass.
 
 Shapes: B images, C channels of the image or classes of the logits, N tokens, H heads.
 """
@@ -55,13 +55,13 @@ def explain(
     query: tuple[int, int] | None = None,
     **options: Unpack[ModelOptions],
 ) -> Explanation:
-    """Explain the predictions of a Vision Transformer: which patches they draw on, by one method or several.
+    """Explain which patches the predictions of a Vision Transformer draw on, by one method or several.
 
-    With `MapFunction`s alone, any model will do.
+    With `MapFunction`s alone, the model can be any classifier.
 
-    The model runs in evaluation mode and outside autocast, and is left as it was found: training flags, gradients,
-    buffers and random streams included. Its attention runs in its own kernel. Only with few tokens on a CPU, and if no
-    method depends on the class, is it computed in the open; logits and maps then differ in the last bits.
+    The model runs in evaluation mode and outside autocast, and is left unchanged, training flags, gradients, buffers
+    and random streams included. Attention runs in the model's own kernel, except with few tokens on a CPU where no
+    method depends on the class: there it is computed explicitly, and logits and maps differ in the last bits.
 
     Args:
         model: A ViT, or any module that holds exactly one and returns logits for a batch of images. For functions
@@ -71,21 +71,21 @@ def explain(
             (`AttentionRollout()`, `Chefer()`, `MapFunction("mine", function)`, …).
         target: Class to explain: None for the predicted one, one index for all images, or (B,) integer indices.
         batch_size: Images per pass; None takes all at once. It changes memory, not results.
-        block_statistics: Whether to measure what each block attends to; see `BlockStatistics`.
-        query: Patch as (row, column), counted from 0, to start from instead of what the classifier reads: what that
-            patch attends to. For methods that depend on no class.
-        **options: What the model does not say of itself; see `ModelOptions`.
+        block_statistics: Whether to compute what each block attends to; see `BlockStatistics`.
+        query: Patch as (row, column), counted from 0, whose attention is followed instead of the classifier's. For
+            methods that do not depend on the class.
+        **options: Facts about the model; see `ModelOptions`.
 
     A head with one logit z counts as two classes with the logits -z/2 and z/2, so that their softmax is the sigmoid of
-    z. With several labels an image, `target` names the one to explain.
+    z. If an image has several labels, `target` names the one to explain.
 
     Returns:
-        Maps, logits and targets, on the model's device. In a notebook it shows itself.
+        Maps, logits and targets, on the model's device. In a notebook it is shown as a figure.
 
     Raises:
         TypeError: If images, target, methods or the model's output are of the wrong type.
         ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
-        RuntimeError: If a `MapFunction` fails, or gives something else than maps.
+        RuntimeError: If a `MapFunction` fails, or does not return maps.
 
     Example:
         >>> import timm
@@ -128,16 +128,16 @@ def explain_targets(
 
 
 class Explainer:
-    """Explains one model again and again; what was found out about its tokens is remembered.
+    """Explains one model repeatedly and remembers the layout of its tokens.
 
     Args:
         model: As for `explain`, or an `Adapter` for a model that is not run by calling it.
         methods: Names or objects.
-        **options: As for `explain`; `vit` and `forward` belong to an adapter that is given.
+        **options: As for `explain`; an adapter brings its own `vit` and `forward`.
 
     Raises:
         TypeError: If methods or options are of the wrong type.
-        ValueError: If the model can be seen not to be a ViT, or not a classifier.
+        ValueError: If the model is recognised not to be a ViT, or not to be a classifier.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class Explainer:
         query: tuple[int, int] | None = None,
         keep_images: bool = True,
     ) -> Explanation:
-        """Explain a batch, `batch_size` images at a time; fewer where memory does not suffice.
+        """Explain a batch, `batch_size` images at a time; fewer if they do not fit into memory.
 
         Args:
             images: As for `explain`, like the others.
@@ -304,10 +304,10 @@ class Explainer:
             grid: Patches as (grid_h, grid_w).
 
         Returns:
-            None where the logits do not tell, as those of a classifier that is all zero.
+            None where the logits cannot show it, such as those of a classifier whose weights are zero.
 
         Raises:
-            Exception: What the model raised of whole images.
+            Exception: What the model raises for whole images.
         """
         counts = removed_counts(math.prod(grid))
 
@@ -326,7 +326,7 @@ class Explainer:
         batch_size: int | None,
         work: Callable[[Session, slice, Tensor], T],
     ) -> list[T]:
-        """Do `work` on copies of a few images at a time, undisturbed; on fewer where memory does not suffice."""
+        """Do `work` on copies of a few images at a time, undisturbed; on fewer if they do not fit into memory."""
         size = min(checked("batch_size", batch_size, COUNT | NONE) or len(images), len(images))
         with self._adapter.evaluating() as twin:
             has_vit = bool(self._attention)
@@ -335,7 +335,7 @@ class Explainer:
 
 
 def _adapted(model: nn.Module, methods: Sequence[AnyMethod], options: ModelOptions) -> Adapter:
-    """A model that is run by calling it; refused where it can be seen that no method explains it."""
+    """An adapter that calls the model; a model that is recognised as unsuitable for the methods is refused."""
     check_vit_options(methods, options)
     adapter = PlainAdapter(model, options.get("vit"), options.get("forward"))
     vit = model

@@ -18,7 +18,7 @@ from vit_explain_callback.methods.base import FusedMethod
 from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.visualization.captions import class_caption, range_caption
 from vit_explain_callback.visualization.encode import animation, png, rendered
-from vit_explain_callback.visualization.grid import Cell, figure
+from vit_explain_callback.visualization.grid import Cell, draw_grid
 from vit_explain_callback.visualization.overlay import colour_limit
 from vit_explain_callback.visualization.text import colour_bar, with_strip
 
@@ -97,7 +97,7 @@ def _figure(
         for method, explanation in columns
     ]
     labels = [variant.replace(", ", "\n") for variant in variants]
-    return png(rendered(figure(rows, headings, labels, scale="the limit under each map")))
+    return png(rendered(draw_grid(rows, headings, labels, limit_meaning="the limit under each map")))
 
 
 def _sweep(

@@ -18,7 +18,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_from_name(name: str) -> Method:
-    """The method a name stands for; the inverse of its `name`.
+    """The method that a name stands for; the inverse of `Method.name`.
 
     Raises:
         ValueError: If the name stands for no method, or for an option that the method does not have.
@@ -31,18 +31,20 @@ def method_from_name(name: str) -> Method:
     if kind is None:
         raise _misspelt(name)
     method = METHODS[kind]
-    taken = [field.name for field in fields(method)]
+    options = [field.name for field in fields(method)]
     values: dict[str, Any] = {}
-    left = list(OPTIONS)
+    remaining = list(OPTIONS)
     for part in name.split("_")[len(kind.split("_")) :]:
-        matches = {option: re.fullmatch(OPTIONS[option].pattern, part) for option in left}
+        matches = {option: re.fullmatch(OPTIONS[option].pattern, part) for option in remaining}
         option, match = next(((option, match) for option, match in matches.items() if match), ("", None))
         if match is None:
             raise _misspelt(name)
-        if option not in taken:
-            raise ValueError(f"Expected `{name}` to have options of {kind} ({', '.join(taken)}), but `{part}` is none.")
+        if option not in options:
+            raise ValueError(
+                f"Expected `{name}` to have options of {kind} ({', '.join(options)}), but `{part}` is none."
+            )
         values[option] = OPTIONS[option].read(match[1])
-        left = left[left.index(option) + 1 :]
+        remaining = remaining[remaining.index(option) + 1 :]
     return method(**values)
 
 

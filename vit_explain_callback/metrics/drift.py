@@ -1,8 +1,8 @@
-"""Drift: measures of how far explanation maps have moved between two sets.
+"""Drift: metrics of how far explanation maps have moved between two sets.
 
 Maps are (B, grid_h, grid_w); results are (B,) in float64, NaN where either map is degenerate (see `is_degenerate`).
 
-| measure | range | unchanged | unaffected by |
+| metric | range | unchanged | unaffected by |
 |---|---|---|---|
 | `spearman` | [-1, 1] | 1 | any increasing transform of either map |
 | `jensen_shannon` | [0, 1] | 0 | scale |
@@ -27,14 +27,14 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.regression import cosine_similarity, jensen_shannon_divergence, spearman_corrcoef
 
-from vit_explain_callback.metrics.maps import measured, measured_signed, patch_places, strongest_tenth
+from vit_explain_callback.metrics.maps import on_distributions, on_values, patch_places, strongest_tenth
 
 _RESERVED = ("rank_correlation",)  # what the tags call `spearman`
 
 
 def spearman(maps: Tensor, reference: Tensor) -> Tensor:
     """Spearman rank correlation, in [-1, 1]; 1 means that patches rank alike, and lower means more drift."""
-    return measured_signed(lambda p, q: spearman_corrcoef(p.T, q.T).reshape(-1), maps, reference)
+    return on_values(lambda p, q: spearman_corrcoef(p.T, q.T).reshape(-1), maps, reference)
 
 
 def jensen_shannon(maps: Tensor, reference: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def jensen_shannon(maps: Tensor, reference: Tensor) -> Tensor:
 
     ½ KL(p‖m) + ½ KL(q‖m) with p, q the maps' positive parts divided by their sums and m their mean.
     """
-    return measured(
+    return on_distributions(
         lambda p, q: jensen_shannon_divergence(p, q, reduction="none").clamp(min=0) / math.log(2), maps, reference
     )
 
@@ -53,11 +53,11 @@ def top10_iou(maps: Tensor, reference: Tensor) -> Tensor:
     Each set holds the strongest tenth of the patches, at least one.
     """
 
-    def measure(p: Tensor, q: Tensor) -> Tensor:
+    def metric(p: Tensor, q: Tensor) -> Tensor:
         one, other = strongest_tenth(p), strongest_tenth(q)
         return (one & other).sum(dim=1) / (one | other).sum(dim=1)
 
-    return measured_signed(measure, maps, reference)
+    return on_values(metric, maps, reference)
 
 
 def centroid_shift(maps: Tensor, reference: Tensor) -> Tensor:
@@ -68,23 +68,23 @@ def centroid_shift(maps: Tensor, reference: Tensor) -> Tensor:
     height, width = maps.shape[-2:]
     places = patch_places((height, width), maps.device)
     diagonal = math.hypot(height - 1, width - 1)
-    return measured(lambda p, q: ((p - q) @ places).norm(dim=1) / diagonal, maps, reference)
+    return on_distributions(lambda p, q: ((p - q) @ places).norm(dim=1) / diagonal, maps, reference)
 
 
 def cosine(maps: Tensor, reference: Tensor) -> Tensor:
     """Cosine similarity of the maps as vectors, in [0, 1], or in [-1, 1] of signed maps; lower means more drift."""
-    return measured_signed(lambda p, q: cosine_similarity(p, q, reduction="none"), maps, reference)
+    return on_values(lambda p, q: cosine_similarity(p, q, reduction="none"), maps, reference)
 
 
 @dataclass(frozen=True)
 class DriftMetric:
-    """A measure of drift: one of those in `METRICS`, or one of your own, wherever a metric's name may stand.
+    """A metric of drift: one of those in `METRICS`, or one of your own, wherever a metric's name may stand.
 
     Args:
         name: Part of its tags: letters, digits, `_`, `.` and `-`.
         function: Called as `function(maps, reference)`, both (B, grid_h, grid_w) of one method on the CPU, raw; gives
             (B,), NaN for images that it cannot measure. Greater or lower may mean more drift.
-        unchanged: What it gives for a map and itself.
+        unchanged: Its value for a map and itself.
         lowest: Least value that it can give; None where there is no bound.
         highest: Greatest value, likewise.
 
@@ -140,7 +140,7 @@ METRICS = {
         DriftMetric("cosine", cosine, unchanged=1, lowest=-1, highest=1),
     )
 }
-"""Every built-in measure by its name; all of them are always measured."""
+"""Every built-in metric by its name; all of them are always computed."""
 
 
 def resolve_metrics(metrics: Sequence[str | DriftMetric]) -> tuple[DriftMetric, ...]:
@@ -150,7 +150,7 @@ def resolve_metrics(metrics: Sequence[str | DriftMetric]) -> tuple[DriftMetric, 
         TypeError: If an entry is neither.
         ValueError: If a name is unknown, or two have the same name.
     """
-    found: list[DriftMetric] = []
+    resolved: list[DriftMetric] = []
     for metric in [metrics] if isinstance(metrics, str | DriftMetric) else metrics:
         if isinstance(metric, str):
             if metric not in METRICS:
@@ -163,11 +163,11 @@ def resolve_metrics(metrics: Sequence[str | DriftMetric]) -> tuple[DriftMetric, 
             )
         if METRICS.get(metric.name, metric) != metric or metric.name in _RESERVED:
             raise ValueError(f"Expected `metrics` with names of their own, but `{metric.name}` is taken.")
-        found.append(metric)
-    names = [metric.name for metric in found]
+        resolved.append(metric)
+    names = [metric.name for metric in resolved]
     if len(set(names)) < len(names):
         raise ValueError(f"Expected `metrics` to hold each only once, but got {names}.")
-    return tuple(found)
+    return tuple(resolved)
 
 
 class MapDrift(Metric):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from vit_explain_callback.metrics.maps import measured, measured_signed
+from vit_explain_callback.metrics.maps import on_distributions, on_values
 
 
 def lift(maps: Tensor, masks: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def region_statistics(maps: Tensor, masks: Tensor) -> dict[str, Tensor]:
     values = torch.where(coverage.sum(dim=(1, 2), keepdim=True) > 0, maps.double(), math.nan)
     area = coverage.mean(dim=(1, 2))
     inside = (coverage >= 0.5).flatten(1)
-    has_ranking = measured_signed(lambda p: p.new_ones(len(p)), values)
+    has_ranking = on_values(lambda p: p.new_ones(len(p)), values)
     strongest = values.nan_to_num(-math.inf).flatten(1).argmax(dim=1, keepdim=True)
     ranked = {"auroc": torch.full_like(area, math.nan), "average_precision": torch.full_like(area, math.nan)}
     for index in range(len(maps)):
@@ -92,7 +92,7 @@ def _coverage(maps: Tensor, masks: Tensor) -> Tensor:
 
 def _mass(maps: Tensor, coverage: Tensor) -> Tensor:
     """(B,) share of each map's positive part in the region; NaN where the map is degenerate or the region empty."""
-    share = measured(lambda p: p.new_ones(len(p)), maps)
+    share = on_distributions(lambda p: p.new_ones(len(p)), maps)
     share[coverage.sum(dim=(1, 2)) == 0] = math.nan
     positive = maps.double().clamp(min=0)
     return (positive / positive.sum(dim=(1, 2), keepdim=True) * coverage).sum(dim=(1, 2)) * share
