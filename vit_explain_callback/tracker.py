@@ -27,7 +27,7 @@ from vit_explain_callback.tracking.output import Output
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.reliability import ReliabilityMeter
 from vit_explain_callback.tracking.run_folder import RunFolder
-from vit_explain_callback.tracking.scalars import drift_scalars, of_detail, scalars
+from vit_explain_callback.tracking.scalars import drift_scalars, logged_at, scalars
 from vit_explain_callback.tracking.settings import Checks, Detail, Level
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 from vit_explain_callback.tracking.summary import summary
@@ -164,11 +164,11 @@ class ExplanationTracker:
             for notice in self._notices.of(values):
                 warn(notice)
             self.output.add(self.history, values, snapshot)
-        return of_detail(values, self._level)
+        return logged_at(self._level, values)
 
     def scalars(self) -> dict[str, float]:
         """The logged scalars of the latest snapshot, by tag."""
-        return of_detail(self._values(), self._level)
+        return logged_at(self._level, self._values())
 
     def finish(self) -> str:
         """Check the latest snapshot if it has not been checked, and write the summary and the final pictures.
@@ -228,7 +228,7 @@ class ExplanationTracker:
             warn(f"the checkpoint's explanations {reason}, so a new baseline is taken.")
         elif history.count:
             self.history = history
-            self._checks.go_on(state.get("removal"), history.checked[-1] if history.checked else None)
+            self._checks.resume(state.get("removal"), history.checked[-1] if history.checked else None)
             if self.output.folder is not None and isinstance(state.get("run"), str):
                 self.output.folder.resume(state["run"], self.history.now.step if step is None else step)
 

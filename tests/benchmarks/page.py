@@ -26,7 +26,7 @@ import torch
 from tests.benchmarks.snapshot import smooth_images
 from vit_explain_callback._files import write_text
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.page.document import page
+from vit_explain_callback.page.document import render_page
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run import Run
 from vit_explain_callback.tracking.snapshot import Snapshot
@@ -71,7 +71,7 @@ def write(run: Run, file: Path) -> dict[str, float]:
     ]
     begun = time.perf_counter()
     with mock.patch.object(Run, "scalars", rows):
-        write_text(file, page(run))
+        write_text(file, render_page(run))
     return {"data": time.perf_counter() - begun, "bytes": file.stat().st_size}
 
 

@@ -35,7 +35,7 @@ from vit_explain_callback import ViTExplainCallback, tracker
 from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking import output
 from vit_explain_callback.tracking.reliability import ReliabilityMeter
-from vit_explain_callback.tracking.scalars import Detail
+from vit_explain_callback.tracking.settings import Level
 from vit_explain_callback.tracking.writers import TensorBoardWriter
 
 EPOCH_STEPS = 500
@@ -116,7 +116,7 @@ def run(
 
 
 def measure(
-    model: str, num_images: int, snapshots: int, batch: int, detail: Detail = "brief", **shape: Any
+    model: str, num_images: int, snapshots: int, batch: int, detail: Level = "brief", **shape: Any
 ) -> dict[str, Any]:
     """Seconds of a training step and of each part of a snapshot, snapshot by snapshot."""
     vit: Any = timm.create_model(model, pretrained=False, num_classes=10, **shape)

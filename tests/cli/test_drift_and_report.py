@@ -24,7 +24,7 @@ from vit_explain_callback.cli.classifier import timm_transform
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.drift import read_images
 from vit_explain_callback.cli.weights import Weights, model_with_weights
-from vit_explain_callback.page.document import page
+from vit_explain_callback.page.document import render_page
 from vit_explain_callback.tracking.run import load_run
 from vit_explain_callback.tracking.snapshot import Snapshot
 
@@ -192,7 +192,7 @@ def test_the_page_of_a_run_says_what_its_summary_says(tmp_path: Path) -> None:
     assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     written = re.compile(r'"written":[\d.]+')
-    assert written.sub("", html) == written.sub("", page(run / "explanations"))
+    assert written.sub("", html) == written.sub("", render_page(run / "explanations"))
     assert re.search("&lt;(cat|dog|hare|fox|owl)&gt;", html)
     assert not any(name in html for name in names)
     summary = (run / "explanations/summary.txt").read_text(encoding="utf-8").splitlines()

@@ -119,7 +119,7 @@ def test_a_fault_on_one_process_is_shared_by_all_and_training_goes_on(tmp_path: 
     assert seen[0]["explained"] == LEARNT + forward_passes(3, [3, 3, 2, 1, 3])
     assert seen[1]["explained"] == LEARNT + forward_passes(3, [2, 1, 3])  # where it fails, nothing is counted
     (said,) = seen[0]["said"]
-    assert "the snapshot at step 2 failed, and training goes on: RuntimeError('this process cannot')" in said
+    assert "the snapshot at step 2 failed: RuntimeError('this process cannot')" in said
 
 
 def test_heads_divided_over_processes_are_refused(tmp_path: Path) -> None:
@@ -134,5 +134,5 @@ def test_shares_cover_all_images_once_and_are_of_one_size() -> None:
             whole = torch.arange(images)
             shares = [Ranks(rank, count).share(images) for rank in range(count)]
             assert {len(share.of(whole)) for share in shares} == {math.ceil(images / count)}
-            assert torch.cat([share.of(whole)[: share.own] for share in shares]).equal(whole)
+            assert torch.cat([share.of(whole)[: share.num_counted] for share in shares]).equal(whole)
             assert Ranks(count - 1, count, divided=False).share(images).of(whole).equal(whole)

@@ -20,7 +20,7 @@ from tests.models import CLASSES, random_images, tiny_vit
 from tests.other_models import grad_cam, saliency, tiny_resnet, tiny_swin
 from tests.runs import events, fit, messages, saved
 from vit_explain_callback import Checks, Explainer, ExplanationTracker, MapFunction, Probe, ViTExplainCallback, load_run
-from vit_explain_callback.page.document import page
+from vit_explain_callback.page.document import render_page
 
 IMAGES = random_images(16, (64, 64), seed=7)
 DATA: Any = [(image, index % CLASSES) for index, image in enumerate(IMAGES)]
@@ -107,7 +107,7 @@ def test_a_model_without_a_vit_is_tracked_and_training_ends_in_the_same_bits(tmp
         assert wanted <= tags
     assert not any("block" in tag for tag in tags)
     assert "explain/filmstrip/grad_cam" in events(trainer).Tags()["images"]
-    assert "grad_cam" in page(found)
+    assert "grad_cam" in render_page(found)
     assert "grad_cam" in (Path(trainer.log_dir or "") / "explanations" / "report.html").read_text(encoding="utf-8")
     assert "grad_cam" in found.summary
 
@@ -129,7 +129,7 @@ def test_maps_of_pixels_are_saved_whole_and_measured_pooled(tmp_path: Path) -> N
     again = found.scalars
     for tag, value in tracker.scalars().items():
         assert again[-1][tag] == pytest.approx(value, nan_ok=True), tag
-    assert '"grid":[44,44]' in page(found)
+    assert '"grid":[44,44]' in render_page(found)
 
 
 @pytest.mark.filterwarnings("ignore:.*add a `TensorBoardLogger`:UserWarning")
@@ -201,7 +201,7 @@ def test_a_function_that_fails_is_said_in_a_sentence_and_training_goes_on(tmp_pa
     assert trainer.global_step == 8
     assert differing(without, outcome) == []
     if bad == "nan":
-        assert "mine" in page(load_run(str(trainer.log_dir)))
+        assert "mine" in render_page(load_run(str(trainer.log_dir)))
     elif bad in ("grid", "step 7"):
         assert 1 <= len(saved(trainer)) < 9
         load_run(str(trainer.log_dir))

@@ -19,7 +19,7 @@ from tests.runs import Classifier, Pictures, events, fit, loader, messages, quie
 from vit_explain_callback import Probe, load_run
 from vit_explain_callback._terminal import redacted
 from vit_explain_callback.lightning.sample import sample
-from vit_explain_callback.page.document import page
+from vit_explain_callback.page.document import render_page
 
 SECRETS = [
     "https://me:S3CRET@host.org/runs",
@@ -142,7 +142,7 @@ def test_names_that_are_no_utf8_are_saved_under_others(tmp_path: Path, given: st
     assert "explain/lift/日本/rollout" in board.Tags()["scalars"]
     for name in ("report.html", "summary.txt"):
         (folder / name).read_text(encoding="utf-8")
-    page(folder).encode("utf-8")
+    render_page(folder).encode("utf-8")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")

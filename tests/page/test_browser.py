@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.page.test_document import HOSTILE, data_of
 from tests.saved_runs import save_run
 from vit_explain_callback.metrics.drift import spearman
-from vit_explain_callback.page.document import page
+from vit_explain_callback.page.document import render_page
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.visualization.overlay import POSITIVE, Picture, colour_limit, difference, overlay
 
@@ -63,7 +63,7 @@ def opened(chromium: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
     def open_page(*runs: Path, address: str = "", most_snapshots: int = 300, **options: Any) -> Any:
         file = tmp_path / "page.html"
-        file.write_text(page(runs, most_snapshots), encoding="utf-8")
+        file.write_text(render_page(runs, most_snapshots), encoding="utf-8")
         tab = chromium.new_page(**({"viewport": {"width": 1366, "height": 900}} | options))
         tabs.append(tab)
         own = f"file://{file}"
@@ -367,7 +367,7 @@ def test_an_address_opens_its_moment_and_keeps_it(tmp_path: Path, opened: Any) -
 
 def test_within_another_page_as_in_a_notebook(tmp_path: Path, chromium: Any) -> None:
     noticed: list[str] = []
-    outer = f'<iframe srcdoc="{escape(page([save_run(tmp_path / "run")]))}" width="1000" height="700"></iframe>'
+    outer = f'<iframe srcdoc="{escape(render_page([save_run(tmp_path / "run")]))}" width="1000" height="700"></iframe>'
     (tmp_path / "notebook.html").write_text(outer, encoding="utf-8")
     tab = chromium.new_page()
     tab.on("console", lambda message: noticed.append(message.text))

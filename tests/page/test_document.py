@@ -21,7 +21,7 @@ from vit_explain_callback import Detail, ViTExplainCallback
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.metrics.localisation import region_statistics
 from vit_explain_callback.page.data import quantised
-from vit_explain_callback.page.document import REPORT, LivePage, page, thinned, write_page
+from vit_explain_callback.page.document import REPORT, LivePage, render_page, thinned, write_page
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run import Run
 from vit_explain_callback.tracking.snapshot import Snapshot
@@ -96,7 +96,7 @@ def test_flat_maps_are_kept_and_what_is_not_finite_is_marked() -> None:
 
 def test_the_page_holds_the_maps_of_every_method_and_snapshot(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", regions=["left", "wide"])
-    data = data_of(page(run))
+    data = data_of(render_page(run))
     paths = sorted((run / "explanations").glob("step_*"))
     masks = torch.zeros(2, 4, 48, 64, dtype=torch.bool)
     masks[0, :, 8:24, 8:32] = masks[1, :, 8:32, 8:32] = True
@@ -118,7 +118,7 @@ def test_the_page_holds_the_maps_of_every_method_and_snapshot(tmp_path: Path) ->
 
 
 def test_the_policy_allows_the_pages_own_scripts_and_no_network(tmp_path: Path) -> None:
-    elements = Elements(page(save_run(tmp_path / "run")))
+    elements = Elements(render_page(save_run(tmp_path / "run")))
     hashes = {
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         for attrs, text in elements.raw
@@ -136,9 +136,9 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     grids = {HOSTILE: (2, 2), "rollout": (2, 2)}
     run = save_run(tmp_path / "<b>run&", grids=grids, class_names=[HOSTILE] * 3, regions=[HOSTILE])
     plain = save_run(tmp_path / "plain", grids={"a": (2, 2), "b": (2, 2)}, regions=["c"])
-    html = page(run)
+    html = render_page(run)
     assert HOSTILE not in html
-    assert Elements(html).tags == Elements(page(plain)).tags
+    assert Elements(html).tags == Elements(render_page(plain)).tags
     data = data_of(html)
     assert HOSTILE in data["runs"][0]["methods"]
     assert set(data["classes"].values()) == {HOSTILE}
@@ -170,7 +170,7 @@ def test_runs_of_another_probe_are_refused_by_name(
 def test_only_methods_in_common_are_shown(tmp_path: Path) -> None:
     one = save_run(tmp_path / "one")
     other = save_run(tmp_path / "other", grids={"grad_rollout": (6, 2), "flow": (3, 3)})
-    data = data_of(page([one, other]))
+    data = data_of(render_page([one, other]))
     assert [list(run["methods"]) for run in data["runs"]] == [["grad_rollout"]] * 2
     assert [run["methods"]["grad_rollout"]["grid"] for run in data["runs"]] == [[3, 5], [6, 2]]
 
@@ -195,12 +195,12 @@ def test_a_short_run_is_not_thinned() -> None:
 
 def test_the_page_says_how_many_snapshots_there_are(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", steps=range(9))
-    (found,) = data_of(page(run, most_snapshots=5))["runs"]
+    (found,) = data_of(render_page(run, most_snapshots=5))["runs"]
     assert (found["taken"], len(found["steps"])) == (9, 5)
     with pytest.raises(ValueError, match="at least one of `runs` and 3 of `most_snapshots`, but got 1 and 2"):
-        page(run, most_snapshots=2)
+        render_page(run, most_snapshots=2)
     with pytest.raises(ValueError, match="but got 0 and 300"):
-        page([])
+        render_page([])
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_sixty_snapshots_of_sixteen_images_take_less_than_three_megabytes(tmp_pa
         grids={"rollout": (14, 14), "grad_rollout": (14, 14)},
         size=(224, 224),
     )
-    assert len(page(run).encode()) < 3e6
+    assert len(render_page(run).encode()) < 3e6
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_sixty_snapshots_of_sixteen_images_take_less_than_three_megabytes(tmp_pa
     ids=["one snapshot", "no labels", "regression", "some labels", "NaN maps", "zero maps"],
 )
 def test_unusual_runs_have_a_page(unusual: dict[str, Any], tmp_path: Path) -> None:
-    data = data_of(page(save_run(tmp_path / "run", **unusual)))
+    data = data_of(render_page(save_run(tmp_path / "run", **unusual)))
     assert (data["runs"][0]["output"] is not None) == unusual.get("regression", False)
     if "labels" in unusual:
         assert data["labels"] == (None if unusual["labels"] is None else [0, None, 2, None])

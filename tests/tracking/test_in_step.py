@@ -68,7 +68,7 @@ SAID = {
     "raises": "KeyError('this process cannot')",
     "unsendable": "this process cannot",
     "no memory": "out of memory",
-    "once more": "Expected every process to run the model as often, with the same collective operations",
+    "once more": "Expected every process to run the model equally often, with the same collective operations",
 }
 
 

@@ -96,13 +96,13 @@ def test_the_control_is_measured_once_and_kept_by_a_run_that_goes_on() -> None:
     cases: list[tuple[RemovalOrAuto, bool]] = [("auto", True), ("tokens", True), ("mean_colour", False)]
     for removal, kept in cases:
         checks = ReliabilityMeter(1, removal, None, Ranks())
-        checks.go_on("tokens", marked)
+        checks.resume("tokens", marked)
         assert checks.removal == ("tokens" if kept else "mean_colour")
         assert checks.passes(2, with_gains=True) == 1 + (20 if kept else 30)
         found = measured(checks, explainer, images, explanation, known).gains["random"]
         assert found.nan_to_num().equal(marked.gains["random"].nan_to_num()) is kept
     fresh = ReliabilityMeter(1, "auto", None, Ranks())
-    fresh.go_on(None, None)
+    fresh.resume(None, None)
     assert fresh.removal == "auto"
 
 

@@ -26,7 +26,7 @@ from vit_explain_callback.methods.gradient_rollout import GradientRollout
 from vit_explain_callback.methods.heads import HeadFusion
 from vit_explain_callback.methods.map_function import AnyMethod, of_attention
 from vit_explain_callback.methods.names import resolve_methods
-from vit_explain_callback.page.document import page
+from vit_explain_callback.page.document import render_page
 
 _FAILED = 2
 _MAX_ROWS = 20  # of the table
@@ -120,7 +120,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _write_page(runs: Sequence[Path], file: Path, show: bool) -> None:
-    html = page(runs)
+    html = render_page(runs)
     if file.is_file() and _PAGE_TITLE not in file.read_bytes()[:_PAGE_HEAD]:
         raise FileExistsError(f"{file} is not a page of a run and is not overwritten; choose another --output.")
     write_text(file, html)

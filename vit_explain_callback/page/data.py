@@ -32,20 +32,20 @@ class Shown:
     """What a page shows of a run.
 
     Attributes:
-        name: Of the run.
-        run: With the snapshots that are shown.
-        taken: Number of its snapshots, shown or not.
-        summary: Of all of them, in words.
+        name: Name of the run.
+        run: The run with the snapshots that are shown.
+        num_snapshots: Number of its snapshots, shown or not.
+        summary: Summary of all snapshots.
     """
 
     name: str
     run: Run
-    taken: int
+    num_snapshots: int
     summary: str
 
 
 def page_data(runs: Sequence[Shown]) -> dict[str, Any]:
-    """What the page's script reads; its JSDoc says what each entry is."""
+    """The data that the page's script reads; its JSDoc describes each entry."""
     probe = runs[0].run.probe
     first, *others = ({*shown.run.snapshots[0].maps} for shown in runs)
     methods = [method for method in runs[0].run.snapshots[0].maps if method in first.intersection(*others)]
@@ -67,9 +67,9 @@ def page_data(runs: Sequence[Shown]) -> dict[str, Any]:
 def _classes(runs: Sequence[Shown]) -> dict[int, str]:
     """Names of the classes that occur."""
     probe = runs[0].run.probe
-    found = [] if probe.labels is None else [probe.labels[probe.labels >= 0]]
-    found += [one for shown in runs for one in (shown.run.targets, shown.run.logits.argmax(dim=2).flatten())]
-    used = sorted(set(torch.cat(found).tolist()))
+    indices = [] if probe.labels is None else [probe.labels[probe.labels >= 0]]
+    indices += [one for shown in runs for one in (shown.run.targets, shown.run.logits.argmax(dim=2).flatten())]
+    used = sorted(set(torch.cat(indices).tolist()))
     return {index: class_name(index, probe.class_names) for index in used}
 
 
@@ -79,7 +79,7 @@ def _run(shown: Shown, methods: Sequence[str]) -> dict[str, Any]:
     rows = [{tag: value for tag, value in row.items() if tag != "step"} for row in run.scalars]
     return {
         "name": shown.name,
-        "taken": shown.taken,
+        "taken": shown.num_snapshots,
         "steps": run.steps,
         "output": _numbers(logits[:, torch.arange(len(targets)), targets]) if run.probe.regression else None,
         "prediction": logits.argmax(dim=2).tolist(),
@@ -94,7 +94,7 @@ def _run(shown: Shown, methods: Sequence[str]) -> dict[str, Any]:
 
 
 def _method(maps: Tensor, probe: Probe) -> dict[str, Any]:
-    """Of maps (T, B, grid_h, grid_w), as they are measured: pixels would make the page too large for a browser."""
+    """Data of maps (T, B, grid_h, grid_w), pooled: pixel maps would make the page too large for a browser."""
     maps = torch.stack([pooled(each) for each in maps])
     return {
         "grid": list(maps.shape[2:]),
@@ -123,12 +123,12 @@ def _text(data: bytes) -> str:
 
 
 def _numbers(values: Tensor) -> Any:
-    """The values as nested lists of numbers with three digits, None where they are not finite."""
+    """Nested lists of numbers with three digits, None if not finite."""
     return [_numbers(each) for each in values] if values.ndim > 1 else [number(value, 3) for value in values.tolist()]
 
 
 def colour_table() -> bytes:
-    """The colours of −1, −254/255, …, 1 as RGBA bytes; A is the opacity. The value v has the place round(255 (v + 1)).
+    """The colours of −1, −254/255, …, 1 as RGBA bytes; A is the opacity. The value v has the index round(255 (v + 1)).
 
     Example:
         >>> len(colour_table()) // 4, list(colour_table()[255 * 4 :][:4])
@@ -141,8 +141,8 @@ def colour_table() -> bytes:
 def quantised(maps: Tensor) -> bytes:
     """Maps (B, grid_h, grid_w) as one record of 8 + P bytes each.
 
-    A record is the map's lowest and highest value as little-endian float32, and a byte q a patch, row by row: the value
-    is low + (high − low) · q / 255, with an error of at most 1/510 of the range and the rounding of float32. Where a
+    A record is the map's lowest and highest value as little-endian float32, then one byte q per patch, row by row: the
+    value is low + (high − low) · q / 255, with an error of at most 1/510 of the range and the rounding of float32. If a
     value is not finite, low and high are NaN.
 
     Example:

@@ -1,4 +1,4 @@
-"""Runs as one self-contained HTML page with a slider over their steps, from the raw maps that they saved."""
+"""Render runs as one self-contained HTML page with a slider over the steps, from their raw maps."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from vit_explain_callback.tracking.run import Run, load_run
 
 REPORT = "report.html"
 _SCRIPTS = ("page_maps.js", "page_curves.js", "page_tiles.js", "page_charts.js", "page_large.js", "page.js")
-_MOST_BYTES = 96 * 2**20  # of maps; a browser opens more, but no longer at once
+_MOST_BYTES = 96 * 2**20  # of maps; a browser opens more, but slowly
 
 
-def page(runs: Path | Run | Sequence[Path | Run], most_snapshots: int = 300) -> str:
-    """The HTML page of a run, or of several that explain the same probe images, side by side.
+def render_page(runs: Path | Run | Sequence[Path | Run], most_snapshots: int = 300) -> str:
+    """Render the HTML page of a run, or of several runs of the same probe images side by side.
 
-    It needs no network and no other file. Maps are stored in 8 bits, those of pixels pooled to at most 64 cells a side;
+    It needs no network and no other file. Maps are stored in 8 bits, pixel maps pooled to at most 64 cells a side, and
     pictures as JPEG.
 
     Args:
         runs: Runs, or their folders.
-        most_snapshots: Of each run, at least 3. Those of longer runs are thinned out evenly in the logarithm of the
-            step, and so are those of more than 96 MiB of maps.
+        most_snapshots: Snapshots shown of each run, at least 3. Longer runs, and those with more than 96 MiB of maps,
+            are thinned out evenly in the logarithm of the step.
 
     Raises:
         FileNotFoundError: If nothing was saved in a folder.
         ValueError: If a run explains other images than the first, or no method in common with it.
     """
-    given = [runs] if isinstance(runs, (Path, Run)) else list(runs)
-    if not given or most_snapshots < 3:
+    all_runs = [runs] if isinstance(runs, (Path, Run)) else list(runs)
+    if not all_runs or most_snapshots < 3:
         raise ValueError(
-            f"Expected at least one of `runs` and 3 of `most_snapshots`, but got {len(given)} and {most_snapshots}."
+            f"Expected at least one of `runs` and 3 of `most_snapshots`, but got {len(all_runs)} and {most_snapshots}."
         )
-    read = [run if isinstance(run, Run) else load_run(run) for run in given]
+    read = [run if isinstance(run, Run) else load_run(run) for run in all_runs]
     for other in read[1:]:
         _check_same_probe(read[0], other)
     return _document([_shown(run, most_snapshots) for run in read])
@@ -49,11 +49,11 @@ def page(runs: Path | Run | Sequence[Path | Run], most_snapshots: int = 300) -> 
 
 def _shown(run: Run, most_snapshots: int) -> Shown:
     fitting = _MOST_BYTES // sum(maps.numel() for maps in run.snapshots[0].pooled().maps.values())
-    kept = thinned(run.steps, min(most_snapshots, fitting))
+    indices = thinned(run.steps, min(most_snapshots, fitting))
     folder = run.folder.resolve()
     name = folder.parent.name if folder.name == "explanations" else folder.name
-    rows = None if run.rows is None else [run.rows[index] for index in kept]
-    shown = Run(run.folder, run.probe, [run.snapshots[index] for index in kept], rows, run.metrics)
+    rows = None if run.rows is None else [run.rows[index] for index in indices]
+    shown = Run(run.folder, run.probe, [run.snapshots[index] for index in indices], rows, run.metrics)
     return Shown(name, shown, len(run.snapshots), run.summary)
 
 
@@ -63,7 +63,7 @@ def _document(runs: Sequence[Shown]) -> str:
         f"default-src 'none'; img-src data:; style-src {_hashed(style)}; "
         f"script-src {' '.join(map(_hashed, scripts))}; base-uri 'none'; form-action 'none'"
     )
-    # What stands in a script element ends at the first </script.
+    # A script element ends at the first </script.
     text = json.dumps(page_data(runs), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c")
     parts = {
@@ -81,11 +81,11 @@ def _document(runs: Sequence[Shown]) -> str:
 
 
 def write_page(run: Path | Run, most_snapshots: int = 48) -> Path:
-    """Write `report.html`, the page of the run so far, beside its maps; whole or not at all.
+    """Write `report.html`, the page of the run so far, beside its maps; atomically.
 
     Args:
         run: The run, or its folder.
-        most_snapshots: Shown at most, which bounds the file's size and the time that it takes; at least 3.
+        most_snapshots: Maximum number of snapshots shown, at least 3; it bounds the size of the file and the time.
 
     Returns:
         The file.
@@ -95,18 +95,18 @@ def write_page(run: Path | Run, most_snapshots: int = 48) -> Path:
         OSError: If it cannot be written.
     """
     read = run if isinstance(run, Run) else load_run(run)
-    write_text(read.folder / REPORT, page(read, most_snapshots))
+    write_text(read.folder / REPORT, render_page(read, most_snapshots))
     return read.folder / REPORT
 
 
 class LivePage:
-    """Keeps the page of a run up to date while it goes on: as often as it costs less than a tenth of the run's time."""
+    """Keeps the page of a run up to date, as often as that costs less than a tenth of the run's time."""
 
     def __init__(self) -> None:
         self._written, self._seconds = -math.inf, 0.0
 
     def write(self, run: Run, is_last: bool) -> Path | None:
-        """Write the page, unless it was written too short a time ago; the last one always. The file, if it was.
+        """Write the page unless it was written very recently; always write the last one. Returns the file if written.
 
         Raises:
             OSError: If it cannot be written.
@@ -121,7 +121,7 @@ class LivePage:
 
 
 def thinned(steps: Sequence[int], count: int) -> list[int]:
-    """Indices of at most `count` (3 or more) ascending steps: the first, the last two, others apart in the logarithm.
+    """Indices of at most `count` (3 or more) steps: the first, the last two, others spaced in the logarithm.
 
     Example:
         >>> thinned([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 6)
@@ -139,11 +139,11 @@ def thinned(steps: Sequence[int], count: int) -> list[int]:
 
 
 def _apart(places: Sequence[float], gap: float) -> list[int]:
-    kept = [0]
+    indices = [0]
     for index in range(1, len(places) - 2):
-        if places[index] - places[kept[-1]] >= gap:
-            kept.append(index)
-    return [*kept, len(places) - 2, len(places) - 1]
+        if places[index] - places[indices[-1]] >= gap:
+            indices.append(index)
+    return [*indices, len(places) - 2, len(places) - 1]
 
 
 def _check_same_probe(one: Run, other: Run) -> None:

@@ -1,4 +1,4 @@
-"""Divide the work of a snapshot among the processes of a run, which make the same passes and fail together."""
+"""Share the work of a snapshot among the processes of a run, which make the same passes and fail together."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
 class Stopped(BaseException):
-    """All processes stop, as one of them failed or is elsewhere; no `Exception`, as a model might catch it."""
+    """All processes stop, as one failed or is at another place; not an `Exception`, which a model might catch."""
 
 
 class Meeting:
-    """The processes of a run while they do the same work, once.
+    """The processes of a run while they do the same work.
 
     Args:
-        group: Process group of all of them that nothing else uses.
+        group: A process group of all of them that nothing else uses.
 
     Attributes:
         stopped: Whether all processes know that the work cannot be done.
@@ -44,7 +44,7 @@ class Meeting:
 
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
-        """Inside, the processes meet before each collective of the model, and after each part of a batch."""
+        """Let the processes meet before each collective of the model, and after each part of a batch."""
         with _BeforeCollectives(self), agreeing(self._ran_out):
             yield
 
@@ -52,7 +52,7 @@ class Meeting:
         """Tell the others where this process is, and learn where they are.
 
         Raises:
-            OutOfMemoryElsewhere: If the part is to be done again in halves.
+            OutOfMemoryElsewhere: If the part must be repeated in halves.
             Stopped: If the work cannot be done.
         """
         places = set() if self.stopped else set(self.gathered(place))
@@ -64,12 +64,12 @@ class Meeting:
         raise Stopped
 
     def before_collective(self) -> None:
-        """Meet the others, unless the collective is one of ours."""
+        """Meet the others, unless the collective is ours."""
         if not self._is_telling:
             self.tell("collective")
 
     def gathered(self, value: Any) -> list[Any]:
-        """What each process gives, in the order of the ranks."""
+        """The values of all processes, by rank."""
         values: list[Any] = [None] * torch.distributed.get_world_size(self._group)
         self._is_telling = True
         try:
@@ -101,16 +101,16 @@ class _BeforeCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-_made: list[Any] = []  # the run's own process group, and ours beside it
+_groups: list[Any] = []  # the process group of the run, and ours beside it
 
 
 def own_group() -> torch.distributed.ProcessGroup:
-    """A process group that nothing else uses, made once by all processes together; on the CPU where it can be."""
+    """A process group that nothing else uses, created once by all processes together; on the CPU if possible."""
     world = torch.distributed.group.WORLD
-    if not _made or _made[0] is not world:
+    if not _groups or _groups[0] is not world:
         backend = "gloo" if torch.distributed.is_gloo_available() else None
-        _made[:] = [world, torch.distributed.new_group(backend=backend)]
-    group: torch.distributed.ProcessGroup = _made[1]
+        _groups[:] = [world, torch.distributed.new_group(backend=backend)]
+    group: torch.distributed.ProcessGroup = _groups[1]
     return group
 
 
@@ -119,12 +119,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among those of the run.
+    """The processes of the run, and which of them this one is.
 
     Attributes:
-        rank: Of this process, 0 … count - 1.
+        rank: Rank of this process, 0 … count - 1.
         count: Number of processes.
-        divided: Whether each holds the whole model, and so can take a share of the images. Else the parameters are
+        divided: Whether each holds the whole model and can take a share of the images. Otherwise parameters are
             sharded, and every process must take part in every forward pass.
     """
 
@@ -133,20 +133,19 @@ class Ranks:
     divided: bool = True
 
     def share(self, count: int) -> Share:
-        """Which of `count` images this process takes, in the order of the ranks; all of them where none are divided."""
+        """The share of `count` images that this process takes; all of them if they are not divided."""
         if not self.divided:
             return Share(0, count, count)
         size = -(-count // self.count)
         return Share(self.rank * size, size, count)
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Do `work` on every process and give all of them all results, in the order of the ranks.
+        """Do `work` on every process and return all results on each, by rank.
 
-        The processes stay in step; see `tracking.distributed` for what that keeps from hanging, and what not.
+        The processes stay in step, so that none waits for one that failed.
 
         Raises:
-            Exception: What `work` raised on the first process on which it failed: on every process, so that none waits
-                for another.
+            Exception: The error of the first process on which `work` failed, raised on every process.
             RuntimeError: If the processes did not make the same passes with the same collectives.
         """
         if self.count == 1:
@@ -160,30 +159,30 @@ class Ranks:
                 raise failure if failure is not None and rank == self.rank else failed
         if meeting.stopped:
             raise RuntimeError(
-                "Expected every process to run the model as often, with the same collective operations, but they did "
-                "not. Where the model or its step does so on some processes only, give a `forward=` that does not."
+                "Expected every process to run the model equally often, with the same collective operations, but they "
+                "did not. If the model or its step does so on some processes only, pass a `forward=` that does not."
             )
         return [pickle.loads(result) for result, _, _ in outcomes]
 
     def alike(self, work: Callable[[], T]) -> T:
-        """Do the same `work` on every process, and give what it gave on this one; it fails on all or on none.
+        """Do the same `work` on every process and return this one's result; it fails on all processes or on none.
 
         Raises:
             Exception: As `together`.
         """
-        own: list[T] = []
-        self.together(lambda: own.append(work()))
-        return own[0]
+        results: list[T] = []
+        self.together(lambda: results.append(work()))
+        return results[0]
 
 
 @dataclass(frozen=True)
 class Share:
-    """Images that a process takes: as many as each other one, so that all of them make the same passes.
+    """The images that one process takes: equally many for each, so that all make the same passes.
 
     Attributes:
-        start: The first of them.
-        size: How many.
-        count: How many images there are; those of the share beyond that are spare ones, from the first image again.
+        start: Index of the first image.
+        size: Number of images in the share.
+        count: Number of images in all; a share that reaches beyond them wraps around to the first images.
     """
 
     start: int
@@ -191,13 +190,13 @@ class Share:
     count: int
 
     @property
-    def own(self) -> int:
-        """How many of the images count; the results of the others are thrown away."""
+    def num_counted(self) -> int:
+        """Number of images of the share that count; the results of the others are discarded."""
         return max(0, min(self.size, self.count - self.start))
 
     def of(self, whole: Tensor) -> Tensor:
         """The share of a tensor, (B, …)."""
-        if self.own == self.size:
+        if self.num_counted == self.size:
             return whole[self.start : self.start + self.size]
         return whole[torch.arange(self.start, self.start + self.size) % self.count]
 
@@ -210,27 +209,27 @@ def explain_together(
     batch_size: int | None,
     block_statistics: bool = False,
 ) -> Explanation:
-    """Explain images, each process its share; every process gets the whole explanation, on the CPU.
+    """Explain images, each process a share; every process gets the whole explanation, on the CPU.
 
     Raises:
-        Exception: What the explainer raised on any of them.
+        Exception: Whatever the explainer raised on any process.
     """
     share = ranks.share(len(images))
-    own_target = share.of(target) if isinstance(target, Tensor) else target
+    share_target = share.of(target) if isinstance(target, Tensor) else target
 
     def explain_share() -> Explanation:
         options: Any = {"batch_size": batch_size, "block_statistics": block_statistics}
         # Without the images: every process has them already.
         explain_part = explainer.starting_at(share.start)
-        explained = explain_part(share.of(images), own_target, keep_images=False, **options)
-        return _first(explained.cpu(), share.own)
+        explained = explain_part(share.of(images), share_target, keep_images=False, **options)
+        return _first(explained.cpu(), share.num_counted)
 
     parts = ranks.together(explain_share)
     return Explanation.joined(parts) if ranks.divided else parts[0]
 
 
 def _in_step(meeting: Meeting, work: Callable[[], object]) -> tuple[bytes, Exception | None]:
-    """What `work` gave, pickled, or what it raised; known to be one or the other on all processes."""
+    """The pickled result of `work`, or its error; all processes know which of the two."""
     result, failure = b"", None
     try:
         with meeting.in_step():
@@ -247,7 +246,7 @@ def _in_step(meeting: Meeting, work: Callable[[], object]) -> tuple[bytes, Excep
 
 
 def _first(explanation: Explanation, count: int) -> Explanation:
-    """The explanation of the first images alone."""
+    """The explanation of the first `count` images."""
     if count == len(explanation.logits):
         return explanation
     parts = Explanation.from_tensors({name: part[:count] for name, part in explanation.tensors().items()})
@@ -258,5 +257,5 @@ def _sendable(error: Exception | None) -> Exception | None:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(repr(error))  # of a class that cannot be pickled
+        return RuntimeError(repr(error))  # its class cannot be pickled
     return error

@@ -1,4 +1,4 @@
-"""Keep a failure of ours from stopping a run, and warn of it once."""
+"""Keep our own failures from stopping a run, and warn of each one once."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from vit_explain_callback._terminal import print_line, redacted
 
 
 def warn(message: str) -> None:
-    """Give a warning on the first process of the run; it names the line that called this, and never raises.
+    """Warn on the first process of the run, at the line that called this; never raise.
 
-    Lightning's own way needs Lightning to be imported, which a loop of one's own does without. Where the user has made
-    errors of warnings, ours is shown all the same: a notice stops no run.
+    Lightning's own function needs Lightning, which a plain loop does without. If the user turned warnings into errors,
+    ours is still only shown: a notice does not stop a run.
     """
     if not _is_first_process():
         return
     text = savable(f"ViTExplainCallback: {redacted(message)}")
     try:
         warnings.warn(text, UserWarning, stacklevel=2)
-    except Exception:  # of a filter "error", or of a `showwarning` of the user's
+    except Exception:  # from a filter "error", or from the user's `showwarning`
         _show(text)
 
 
 def _show(text: str) -> None:
-    """Show a warning past the filters, which ask to raise it."""
-    caller = sys._getframe(2)  # of `warn`
+    """Show a warning past filters that would raise it."""
+    caller = sys._getframe(2)  # the caller of `warn`
     try:
         warnings.showwarning(UserWarning(text), UserWarning, caller.f_code.co_filename, caller.f_lineno)
-    except Exception:  # of a stream that is closed, or of the user's
+    except Exception:  # a closed stream, or one of the user's
         with suppress(Exception):
             print_line(text, sys.__stderr__)
 
 
 def _is_first_process() -> bool:
-    """Whether it is; before there is a process group, `torchrun` says it."""
+    """Whether this is the first process; before there is a process group, `torchrun` says so."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
@@ -55,20 +55,20 @@ def _is_first_process() -> bool:
 T = TypeVar("T")
 OnError = Literal["warn", "raise"]
 
-_REFUSALS = (ValueError, TypeError, ImportError)  # errors of other kinds are faults, ours too, and stop no run
+_REFUSALS = (ValueError, TypeError, ImportError)  # other errors are faults, ours too, and stop no run
 _VARYING = re.compile(r"[\w.+-]*\d[\w.+-]*|\b(?:nan|inf)\b")  # numbers, addresses, and names with a number in them
 _SERIES = re.compile(r"0(?:[\s,()\[\]]+0)+")
 _MOST_OF_ONE_PLACE = 3
 
 
 def raised_by_us(error: BaseException) -> bool:
-    """Whether a `raise` of this package made an error: not what the package called, and not Python inside of it.
+    """Whether a `raise` statement of this package raised an error, and not code that it called.
 
-    What the user's code does without a frame of its own, as a `__new__` that is called with too few arguments, is found
-    in a frame of ours; but not at a `raise`.
+    An error of the user's code without a frame of its own, such as a `__new__` with too few arguments, appears in a
+    frame of ours, but not at a `raise`.
     """
-    if (known := getattr(error, "raised_by_us", None)) is not None:  # on another process
-        return bool(known)
+    if (ours := getattr(error, "raised_by_us", None)) is not None:  # decided on another process
+        return bool(ours)
     place = _innermost(error)
     if place is None or not str(place.tb_frame.f_globals.get("__name__")).startswith("vit_explain_callback."):
         return False
@@ -76,29 +76,29 @@ def raised_by_us(error: BaseException) -> bool:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether an error says that what the user asks for cannot work."""
+    """Whether an error says that the user's configuration cannot work."""
     return isinstance(error, _REFUSALS) and raised_by_us(error)
 
 
 class Guard:
-    """Does work that a run can do without: where it fails, that is said once for each kind of work.
+    """Does optional work: a failure is reported once for each kind of work, and the run continues.
 
     Args:
-        on_error: `"warn"` says it and goes on, `"raise"` lets the error through.
+        on_error: `"warn"` reports a failure and continues, `"raise"` raises it.
     """
 
     def __init__(self, on_error: OnError) -> None:
         self.on_error = on_error
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
         self._places: Counter[tuple[type, str, int] | None] = Counter()
 
     def attempt(self, what: str, work: Callable[[], T], may_refuse: bool = False) -> T | None:
-        """Do `work` and give what it gives, None where it fails.
+        """Return what `work` returns, or None if it fails.
 
         Args:
-            what: How a warning begins, as in "cannot write to the disk".
-            work: What to do.
-            may_refuse: Whether a refusal of ours goes through.
+            what: Beginning of the warning, as in "cannot write to the disk".
+            work: The work.
+            may_refuse: Whether to raise our own refusals.
         """
         try:
             return work()
@@ -109,45 +109,45 @@ class Guard:
             return None
 
     def failed(self, what: str, error: Exception, kind: str | None = None, cure: str = "") -> None:
-        """Say that something failed, once for each kind; by default, a kind of error: the same but for its numbers.
+        """Report a failure, once for each kind; by default, errors that differ only in numbers are of one kind.
 
         Args:
-            what: How the warning begins.
-            error: What was raised.
-            kind: What is not to be said twice.
-            cure: What else the user can do, as sentences.
+            what: Beginning of the warning.
+            error: The error.
+            kind: Name of the kind.
+            cure: What the user can do about it, in sentences.
 
         Raises:
             Exception: The error itself, with `on_error="raise"`.
         """
         if self.on_error == "raise":
             raise error
-        if self._is_new(error) if kind is None else kind not in self._said:
-            self._said.add(_normalised(error) if kind is None else kind)
+        if self._is_new(error) if kind is None else kind not in self._reported:
+            self._reported.add(_normalised(error) if kind is None else kind)
             warn(
-                f"pass `on_error='raise'` to stop here and see where; {what}, and training goes on"
-                f": {_in_words(error)}. {cure}{' ' * bool(cure)}The same is not said again."
+                f"{what}: {_in_words(error)}. Training continues; this is reported once. {cure}{' ' * bool(cure)}Pass "
+                "`on_error='raise'` for a traceback."
             )
 
     def _is_new(self, error: Exception) -> bool:
-        """Whether an error is of another kind than those before; of one line of code, only the first few are."""
+        """Whether an error is of a new kind; a line of code has at most a few kinds."""
         place = _innermost(error)
         line = None if place is None else (type(error), place.tb_frame.f_code.co_filename, place.tb_lineno)
-        if _normalised(error) in self._said or self._places[line] >= _MOST_OF_ONE_PLACE:
+        if _normalised(error) in self._reported or self._places[line] >= _MOST_OF_ONE_PLACE:
             return False
         self._places[line] += line is not None
         return True
 
 
 def _normalised(error: Exception) -> str:
-    """An error in words, without what differs from one time to the next."""
+    """An error in words, without numbers, which differ from one time to the next."""
     return _SERIES.sub("0", _VARYING.sub("0", _in_words(error)))
 
 
 def _in_words(error: Exception) -> str:
     try:
         return repr(error)
-    except Exception:  # of a class of the user's
+    except Exception:  # a class of the user's
         return type(error).__name__
 
 
@@ -164,11 +164,11 @@ class _Guarded(Protocol):
 
 C = TypeVar("C", bound=_Guarded)
 P = ParamSpec("P")
-_BEFORE_TRAINING = ("on_train_start",)  # where a refusal of ours still stops the run
+_BEFORE_TRAINING = ("on_train_start",)  # our refusals still stop the run here
 
 
 def guarded(hook: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C, P], T | None]:
-    """A hook that gives None where it fails, which is said once.
+    """Decorate a hook: if it fails, it returns None and the failure is reported once.
 
     Args:
         hook: A method of a callback that has a `guard`.

@@ -1,4 +1,4 @@
-"""The snapshots of a run: which are kept as it grows, and which are shown."""
+"""The snapshots of a run: which ones are stored as it grows, and which ones are shown."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class History:
     """The snapshots of a run, baseline first; thinned out as it grows, evenly in the logarithm of the step.
 
     Attributes:
-        capacity: Snapshots kept at most. The baseline and the latest two are always among them.
-        snapshots: Those kept, oldest first.
-        count: Snapshots taken, kept or not.
-        block_drift: (L,) mean rank correlation of what each block's readout attends to with the baseline's, by step, of
-            each snapshot that is kept; float64. Empty where no blocks were measured.
+        capacity: Maximum number of stored snapshots. The baseline and the latest two are always stored.
+        snapshots: The stored snapshots, oldest first.
+        count: Number of snapshots taken, stored or not.
+        block_drift: (L,) mean rank correlation with the baseline of what each block's readout attends to, by step, for
+            each stored snapshot; float64. Empty if no blocks were measured.
     """
 
     capacity: int = 48
@@ -39,7 +39,7 @@ class History:
 
     @property
     def previous(self) -> Snapshot:
-        """The one before the latest; the first if there is only that."""
+        """The snapshot before the latest; the first if there is only one."""
         return self.snapshots[max(0, len(self.snapshots) - 2)]
 
     @property
@@ -49,14 +49,14 @@ class History:
 
     @property
     def checked(self) -> list[Reliability]:
-        """The reliability that is known: of the baseline, and the latest."""
+        """The stored reliabilities: of the baseline, and the latest."""
         return [snapshot.reliability for snapshot in self.snapshots if snapshot.reliability is not None]
 
     def add(self, snapshot: Snapshot) -> None:
-        """Append the latest snapshot, and let go of the most crowded old one if there are too many.
+        """Append the latest snapshot; drop the old snapshot with the closest neighbours when over capacity.
 
-        Maps are kept as they are measured, so that those of pixels do not fill the memory and the checkpoints.
-        Of what only the first and the latest are asked for, blocks and reliability, those between are let go too.
+        Maps are stored pooled, so that pixel maps do not fill memory and checkpoints. Blocks and reliability are
+        needed only of the first and the latest snapshot, so those in between are dropped.
         """
         self.snapshots.append(snapshot.pooled())
         self.count += 1
@@ -65,42 +65,42 @@ class History:
             self.block_drift[snapshot.step] = drift
         for index in range(1, len(self.snapshots) - 1):
             old = self.snapshots[index]
-            known_later = any(later.reliability for later in self.snapshots[index + 1 :])
+            has_later = any(later.reliability for later in self.snapshots[index + 1 :])
             explanation = replace(old.explanation, blocks=None)
-            self.snapshots[index] = Snapshot(old.step, explanation, None if known_later else old.reliability)
+            self.snapshots[index] = Snapshot(old.step, explanation, None if has_later else old.reliability)
         if len(self.snapshots) > self.capacity:
-            # The one before the latest is what the next drift is measured against.
-            gone = self.snapshots.pop(_most_crowded(self.snapshots[:-1]))
-            self.block_drift.pop(gone.step, None)
+            # The next drift is measured against the snapshot before the latest.
+            dropped = self.snapshots.pop(_most_crowded(self.snapshots[:-1]))
+            self.block_drift.pop(dropped.step, None)
 
     def check_grids(self, explanation: Explanation) -> None:
-        """Refuse maps that have another grid than the baseline's, as a function may give.
+        """Refuse maps on another grid than the baseline's, which a function may return.
 
         Raises:
-            RuntimeError: If there are such.
+            RuntimeError: If there are any.
         """
         for name, maps in explanation.maps.items() if self.count else ():
-            grid, known = pooled(maps).shape[1:], self.baseline.maps[name].shape[1:]
-            if grid != known:
+            grid, first = pooled(maps).shape[1:], self.baseline.maps[name].shape[1:]
+            if grid != first:
                 raise RuntimeError(
-                    f"Expected maps of `{name}` with {known[0]}x{known[1]} cells, as at the baseline, but got "
+                    f"Expected maps of `{name}` with {first[0]}x{first[1]} cells, as at the baseline, but got "
                     f"{grid[0]}x{grid[1]}: drift is measured on one grid."
                 )
 
     def columns(self, count: int) -> list[Snapshot]:
-        """At most `count` snapshots to show: baseline, some between it and now, spaced by the log of the step, now."""
+        """At most `count` snapshots to show: the baseline, some spaced by the logarithm of the step, the latest."""
         shown = list(self.snapshots)
         while len(shown) > max(2, count):
             del shown[_most_crowded(shown)]
         return shown
 
     def drop_latest(self) -> None:
-        """Let go of the latest snapshot."""
+        """Drop the latest snapshot."""
         self.block_drift.pop(self.snapshots.pop().step, None)
         self.count -= 1
 
     def update_latest(self, reliability: Reliability) -> None:
-        """Give the latest snapshot its reliability."""
+        """Set the reliability of the latest snapshot."""
         self.snapshots[-1] = replace(self.now, reliability=reliability)
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,10 +109,10 @@ class History:
         return {"count": self.count, "snapshots": snapshots, "block_drift": dict(self.block_drift)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave.
+        """Load a `state_dict`.
 
         Raises:
-            ValueError: If it is not that.
+            ValueError: If it is none.
         """
         count, states = state.get("count"), state.get("snapshots")
         if not isinstance(states, list) or not all(isinstance(one, Mapping) for one in states):
@@ -126,30 +126,30 @@ class History:
 
 
 def check_alike(snapshots: Sequence[Snapshot], sources: Sequence[str | Path]) -> None:
-    """Refuse snapshots that cannot be of one run; `sources` say for the error where each was read from.
+    """Refuse snapshots that cannot belong to one run; `sources` name the file of each for the error.
 
     Raises:
-        ValueError: If their steps do not rise, or images, methods, grids or classes are not those of the first.
+        ValueError: If steps do not rise, or if images, methods, grids or classes differ from those of the first.
     """
     for index, (snapshot, source) in enumerate(zip(snapshots, sources, strict=True)):
-        first, found = _forms(snapshots[0]), _forms(snapshot)
-        blocks = snapshots[0].blocks is not None and snapshot.blocks is not None  # not kept of every snapshot
-        for name in [name for name in (*first, *found) if blocks or not name.startswith("block/")]:
-            if first.get(name) != found.get(name):
+        first, forms = _forms(snapshots[0]), _forms(snapshot)
+        blocks = snapshots[0].blocks is not None and snapshot.blocks is not None  # not every snapshot has them
+        for name in [name for name in (*first, *forms) if blocks or not name.startswith("block/")]:
+            if first.get(name) != forms.get(name):
                 raise ValueError(
                     f"Expected `{name}` in {source} to be {first.get(name, 'absent')} as in {sources[0]}, but got "
-                    f"{found.get(name, 'none')}."
+                    f"{forms.get(name, 'none')}."
                 )
         if index and snapshot.step < snapshots[index - 1].step:
             before = snapshots[index - 1].step
             raise ValueError(f"Expected `step` in {source} of {before} or more, but got {snapshot.step}.")
 
 
-def _block_drift(found: object) -> dict[int, Tensor]:
-    """The drift of the blocks in a state; none where that holds something else, as it is only drawn."""
-    if not isinstance(found, Mapping):
+def _block_drift(value: object) -> dict[int, Tensor]:
+    """The drift of the blocks in a state; empty if that holds something else, as it is only drawn."""
+    if not isinstance(value, Mapping):
         return {}
-    return {step: row for step, row in found.items() if isinstance(step, int) and isinstance(row, Tensor)}
+    return {step: row for step, row in value.items() if isinstance(step, int) and isinstance(row, Tensor)}
 
 
 def _forms(snapshot: Snapshot) -> dict[str, str]:

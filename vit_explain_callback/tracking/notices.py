@@ -1,4 +1,4 @@
-"""Tell the user what the maps have to be read with, each notice once a run."""
+"""Warn of what limits how the maps can be read, each notice once per run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SINK_LIFT = 8.0
 
 
 class Notices:
-    """Finds in the scalars of a snapshot what to warn of, and remembers what it has found.
+    """Derives warnings from the scalars of a snapshot, each one once.
 
     Args:
         methods: Names of the methods.
@@ -18,27 +18,26 @@ class Notices:
 
     def __init__(self, methods: Sequence[str]) -> None:
         self._methods = methods
-        self._found: set[tuple[str, str]] = set()
+        self._reported: set[tuple[str, str]] = set()
 
     def of(self, values: Mapping[str, float]) -> Iterator[str]:
-        """What is new in a snapshot, of which every scalar is given."""
+        """The new notices for a snapshot, from all its scalars."""
         for method in self._methods:
             degenerate = values[f"{STATISTICS}/map/{method}/degenerate"]
             if degenerate > 0 and self._is_new(method, "degenerate"):
                 yield (
-                    f"{degenerate:.0%} of the `{method}` maps are degenerate (flat, zero or not finite), so check that "
-                    "the weights are finite, and for gradient rollout that the classifier is not all zero, as a new "
-                    "one may be before its first step. Until then their drift is NaN."
+                    f"{degenerate:.0%} of the `{method}` maps are degenerate (flat, zero or not finite), so their "
+                    "drift is NaN. Check that the weights are finite and, for gradient rollout, that the classifier is "
+                    "not all zero, as a new one may be before its first step."
                 )
             sinks = values.get(f"explain/map/sink_lift/{method}", 0)
             if sinks > _SINK_LIFT and self._is_new(method, "sinks"):
                 yield (
-                    f"a later `start_block` shows more of the `{method}` maps, as the 1 % of patches that receive the "
-                    f"most attention have {sinks:.0f} times their share of them, like artifact tokens "
-                    "(arXiv:2309.16588)."
+                    f"the 1 % of patches that receive the most attention hold {sinks:.0f} times their share of the "
+                    f"`{method}` maps, like artifact tokens (arXiv:2309.16588). A later `start_block` shows more."
                 )
 
     def _is_new(self, method: str, kind: str) -> bool:
-        new = (method, kind) not in self._found
-        self._found.add((method, kind))
+        new = (method, kind) not in self._reported
+        self._reported.add((method, kind))
         return new

@@ -1,4 +1,4 @@
-"""Where a run goes: raw maps and the page to a folder, scalars and pictures to writers."""
+"""Write a run: raw maps and the page to a folder, scalars and pictures to writers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from vit_explain_callback.tracking.pictures import animations, figures, last_fil
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run import Run
 from vit_explain_callback.tracking.run_folder import RunFolder, check_space
-from vit_explain_callback.tracking.scalars import Detail, final_tags, of_detail
+from vit_explain_callback.tracking.scalars import final_tags, logged_at
+from vit_explain_callback.tracking.settings import Level
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.tracking.writers import RunEnd, Writer
 
@@ -23,19 +24,19 @@ PageWriter: TypeAlias = Callable[[Run, bool], Path | None]
 
 
 class Output:
-    """Writes a run down, on its first process. What fails is said once, and the rest goes on.
+    """Writes a run on its first process. A failure is reported once, and the rest is still written.
 
     Args:
         probe: The images.
-        folder: Of raw maps and page, or None.
-        writers: Of scalars and pictures.
-        detail: Which of them.
-        write_page: Writes the page of a run, told whether it is the last one, and gives the file if it did; or None.
-        guard: What says that something failed.
+        folder: Folder of raw maps and page, or None.
+        writers: Writers of scalars and pictures.
+        level: Which of these are written.
+        write_page: Writes the page of a run and returns the file, or None if it skipped this snapshot (never the last).
+        guard: Reports failures.
 
     Attributes:
-        folder: Of raw maps and page, or None.
-        writers: Of scalars and pictures.
+        folder: Folder of raw maps and page, or None.
+        writers: Writers of scalars and pictures.
     """
 
     def __init__(
@@ -43,12 +44,12 @@ class Output:
         probe: Probe,
         folder: RunFolder | None,
         writers: Sequence[Writer],
-        detail: Detail,
+        level: Level,
         write_page: PageWriter | None,
         guard: Guard,
     ) -> None:
         self.folder, self.writers = folder, tuple(writers)
-        self._probe, self._detail, self._guard = probe, detail, guard
+        self._probe, self._level, self._guard = probe, level, guard
         self._page = write_page
         self._begun = False
         self._written: set[str] = set()
@@ -59,28 +60,28 @@ class Output:
 
         Args:
             history: The snapshots so far.
-            measured: Every scalar of it.
-            now: It, with its maps as they were explained.
+            measured: Every scalar of the latest snapshot.
+            now: The latest snapshot, with its maps before pooling.
         """
         self._keep_row(history, measured)
-        values = of_detail(measured, self._detail)
+        values = logged_at(self._level, measured)
         self._written = set(values)
         if not self._begun:
             self._begun = True
             self._to_folder(lambda folder: self._probe.save(folder / "probe.safetensors"))
         self._to_folder(lambda folder: now.save(folder / f"step_{now.step:08d}.safetensors"))
         if self.writers:
-            pictures = dict(figures(history, self._probe, self._detail))
+            pictures = dict(figures(history, self._probe, self._level))
             self._to_writers(lambda writer: writer.scalars(values, now.step))
             self._to_writers(lambda writer: writer.pictures(pictures, now.step))
         self._write_page(history, is_last=False)
 
     def end(self, history: History, measured: Mapping[str, float], text: str) -> None:
-        """Write what is known at the end only.
+        """Write what is known only at the end.
 
         Args:
             history: The snapshots.
-            measured: Every scalar of the latest one, now that it is checked.
+            measured: Every scalar of the latest snapshot, now that it has been checked.
             text: The summary.
         """
         now = history.now
@@ -93,35 +94,35 @@ class Output:
         new = self._new(measured, list(now.maps))
         if new:
             self._to_writers(lambda writer: writer.scalars(new, now.step))
-        moving = dict(animations(history, self._probe)) if self._detail == "full" else {}
+        moving = dict(animations(history, self._probe)) if self._level == "full" else {}
         end = RunEnd(now.step, text, dict(last_filmstrips(history, self._probe)), moving, page)
         self._to_writers(lambda writer: writer.finish(end))
 
     def _new(self, measured: Mapping[str, float], methods: Sequence[str]) -> dict[str, float]:
         """Scalars that the writers do not have yet."""
-        values = of_detail(measured, self._detail)
+        values = logged_at(self._level, measured)
         new = {tag: value for tag, value in values.items() if tag not in self._written}
-        if self._detail == "full":
+        if self._level == "full":
             finals = final_tags(methods, self._probe.regions)
             new |= {final: values[tag] for final, tag in finals.items() if tag in values}
         return new
 
     def _keep_row(self, history: History, measured: Mapping[str, float]) -> None:
-        """Every scalar of the latest snapshot, for the page; those of snapshots that were thinned out go."""
-        kept = {snapshot.step for snapshot in history.snapshots}
-        self._rows = {step: row for step, row in self._rows.items() if step in kept}
+        """Store every scalar of the latest snapshot for the page; drop those of snapshots that were thinned out."""
+        steps = {snapshot.step for snapshot in history.snapshots}
+        self._rows = {step: row for step, row in self._rows.items() if step in steps}
         self._rows[history.now.step] = {"step": history.now.step, **measured}
 
     def _write_page(self, history: History, is_last: bool) -> Path | None:
-        """The page of the run so far, if it was written.
+        """Write the page of the run so far; the file, if it was written.
 
-        A snapshot of a run that was resumed has no scalars before it is loaded.
+        Snapshots from before a run was resumed have no scalars.
         """
-        page, kept = self._page, history.snapshots
+        page, snapshots = self._page, history.snapshots
         if page is None:
             return None
-        rows = [self._rows.get(one.step, {"step": one.step}) for one in kept]
-        return self._to_folder(lambda folder: page(Run(folder, self._probe, kept, rows), is_last))
+        rows = [self._rows.get(one.step, {"step": one.step}) for one in snapshots]
+        return self._to_folder(lambda folder: page(Run(folder, self._probe, snapshots, rows), is_last))
 
     def _to_folder(self, write: Callable[[Path], T]) -> T | None:
         folder = self.folder
@@ -129,7 +130,7 @@ class Output:
             return None
 
         def make_and_write() -> T:
-            check_space(folder.wanted)
+            check_space(folder.preferred)
             return write(folder.path)
 
         return self._guard.attempt(f"cannot write to the folder {folder}", make_and_write)

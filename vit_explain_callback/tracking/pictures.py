@@ -1,6 +1,6 @@
 """The pictures of a run's history, by TensorBoard tag.
 
-TensorBoard sorts tags by the alphabet: the filmstrips stand first, then the heat map, then the overlays.
+TensorBoard sorts tags alphabetically: filmstrips first, then the heat map, then the overlays.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.probability import class_probabilities
 from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.tracking.scalars import Detail
+from vit_explain_callback.tracking.settings import Level
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.visualization.captions import CHANGED_MOST, caption, quantity_caption, title
 from vit_explain_callback.visualization.encode import animation
@@ -29,20 +29,20 @@ _ADDED = 2
 HEAT_MAP = "explain/heatmap/blocks"
 
 
-def figures(history: History, probe: Probe, detail: Detail = "full") -> Iterator[tuple[str, Picture]]:
-    """Tag and picture of each figure of the latest snapshot: filmstrips, heat map; in full also every overlay."""
+def figures(history: History, probe: Probe, level: Level = "full") -> Iterator[tuple[str, Picture]]:
+    """Tag and picture of each figure of the latest snapshot: filmstrips, heat map; at level full also overlays."""
     for method in history.now.maps:
         yield filmstrip_tag(method), _filmstrip(history, probe, method)
     if history.block_drift:
-        known = [one.step for one in history.snapshots if one.step in history.block_drift]
-        yield HEAT_MAP, block_heatmap(torch.stack([history.block_drift[step] for step in known], dim=1), known)
-    if detail == "full":
+        steps = [one.step for one in history.snapshots if one.step in history.block_drift]
+        yield HEAT_MAP, block_heatmap(torch.stack([history.block_drift[step] for step in steps], dim=1), steps)
+    if level == "full":
         for method in history.now.maps:
             yield from _overlays(history, probe, method)
 
 
 def last_filmstrips(history: History, probe: Probe) -> Iterator[tuple[str, Picture]]:
-    """Tag and filmstrip of each method, with the images added that changed most; nothing where all are shown."""
+    """Tag and filmstrip of each method with the images that changed most added; none if all images are shown."""
     for method in history.now.maps:
         change = 1 - history.now.drift_from(history.baseline, method, "spearman")
         change[probe.shown] = math.nan
@@ -72,7 +72,7 @@ def filmstrip_tag(method: str) -> str:
 
 
 def _filmstrip(history: History, probe: Probe, method: str, added: Sequence[int] = ()) -> Picture:
-    """A filmstrip of the shown images, and of some that are added."""
+    """A filmstrip of the shown images and of added ones."""
     baseline = history.baseline
     columns = history.columns(_FILMSTRIP_MAPS)
     rows = [*probe.shown, *added]

@@ -1,4 +1,4 @@
-"""The probe: the fixed images that are explained again and again, and all that is known of them."""
+"""The probe: the fixed images that are explained again and again, with labels, regions and names."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ _ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class Probe:
-    """Images with what is known of them, on the CPU; make one with `Probe.of`.
+    """Images with labels, regions and names, on the CPU; create one with `Probe.of`.
 
     Attributes:
-        images: (B, C, H, W), as the model takes them; None where a probe was read from a run's folder.
-        pictures: Every image as it is shown, (h, w, 3) uint8 all of one size.
-        labels: (B,) class indices, -1 where one is not known; None where none is.
+        images: (B, C, H, W), as the model takes them; None if the probe was read from a run's folder.
+        pictures: Every image for display, (h, w, 3) uint8, all of one size.
+        labels: (B,) class indices, -1 for an unlabelled image; None if there are no labels.
         regions: Masks of the images by name, (B, H, W) boolean.
         class_names: Name of each class, or None to show indices.
-        regression: Whether the outputs are quantities, and not the logits of classes.
-        multilabel: Whether each class is a question of its own.
-        num_shown: Images drawn at most.
-        fingerprint: Equal for the same images and labels in another process.
+        regression: Whether the outputs are quantities instead of logits of classes.
+        multilabel: Whether each class is a separate yes-or-no question.
+        num_shown: Maximum number of images drawn.
+        fingerprint: Hash that is equal for the same images and labels in another process.
     """
 
     images: Tensor | None
@@ -74,7 +74,7 @@ class Probe:
         normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
         num_shown: int = 6,
     ) -> Probe:
-        """A probe of a batch, drawn with a longer side of 224 pixels.
+        """Create a probe from a batch; pictures get a longer side of 224 pixels.
 
         Args:
             images: (B, C, H, W), as the model takes them.
@@ -82,11 +82,11 @@ class Probe:
             regions: Masks of the images by name, (B, H, W) boolean.
             class_names: Name of each class.
             regression: Whether the outputs are quantities.
-            multilabel: Whether each class is a question of its own, whose probability is the sigmoid of its logit.
-            normalisation: Mean and standard deviation of each channel, undone for display. Without them the range of
-                the images is stretched. Of images with other than one or three channels the first, or the first three,
-                are shown.
-            num_shown: Images drawn at most, spread over the classes.
+            multilabel: Whether each class is a separate yes-or-no question, with probability sigmoid(logit).
+            normalisation: Mean and standard deviation of each channel, undone for display. Without them, the range of
+                the images is stretched. Images with other than one or three channels show the first, or the first
+                three.
+            num_shown: Maximum number of images drawn, spread over the classes.
 
         Raises:
             ValueError: If a region does not hold one mask for each image, or channels do not match.
@@ -95,15 +95,15 @@ class Probe:
         class_names = None if class_names is None else [savable(str(name)) for name in class_names]
         check_regions(regions, len(images))
         bands = shown_bands(images)
-        known = normalisation is not None and len(normalisation[0]) == images.shape[1]
-        mean, std = normalisation if known and normalisation else range_of(bands)
+        fits = normalisation is not None and len(normalisation[0]) == images.shape[1]
+        mean, std = normalisation if fits and normalisation else range_of(bands)
         mean, std = mean[: bands.shape[1]], std[: bands.shape[1]]
         height, width = images.shape[2:]
         size = [round(side * _SIDE / max(height, width)) for side in (height, width)]
         pictures = [resized(unnormalise(image, mean, std), *size) for image in bands]
         shown = min(num_shown, len(images))
-        known_by = fingerprint(images, labels)
-        return cls(images, pictures, labels, regions, class_names, regression, shown, known_by, multilabel)
+        digest = fingerprint(images, labels)
+        return cls(images, pictures, labels, regions, class_names, regression, shown, digest, multilabel)
 
     @property
     def shown(self) -> list[int]:
@@ -135,7 +135,7 @@ class Probe:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is another kind of file, or one that was changed since.
+            ValueError: If it is another kind of file, or has been changed.
         """
         tensors, metadata = read_tensors(path)
         about: dict[str, Any] = {name: read_json(path, metadata, name) for name in _ABOUT}
@@ -149,10 +149,10 @@ class Probe:
 
 
 def check_regions(regions: Mapping[str, Tensor], images: int) -> None:
-    """Refuse regions that do not fit a number of images.
+    """Refuse regions that do not have one mask per image.
 
     Raises:
-        ValueError: If a region has more masks than that, or fewer.
+        ValueError: If a region has more or fewer masks than images.
     """
     for name, masks in regions.items():
         if len(masks) != images:

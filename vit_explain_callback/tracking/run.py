@@ -1,4 +1,4 @@
-"""Read what a run saved: its maps, scalars and pictures."""
+"""Read a saved run: its maps, scalars and pictures."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Run:
     """The snapshots of a run, in memory.
 
     Attributes:
-        folder: That it was read from.
-        probe: Its images as pictures, labels, regions and names of classes.
+        folder: The folder that it was read from.
+        probe: Its images as pictures, with labels, regions and class names.
         snapshots: Every snapshot, baseline first.
-        rows: Scalars of each snapshot, where they are known already.
-        metrics: Measures of drift that are asked for besides the built-in ones.
+        rows: Scalars of each snapshot, if they have been computed.
+        metrics: Drift metrics besides the built-in ones.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def steps(self) -> list[int]:
-        """T optimiser steps, one of each snapshot."""
+        """Optimiser steps of the T snapshots."""
         return [snapshot.step for snapshot in self.snapshots]
 
     @property
@@ -60,7 +60,7 @@ class Run:
 
     @cached_property
     def scalars(self) -> list[dict[str, float]]:
-        """A row for each snapshot: `step`, and every scalar by tag. `pandas.DataFrame(run.scalars)` takes them."""
+        """A row for each snapshot: `step`, and every scalar by tag, as `pandas.DataFrame(run.scalars)` takes them."""
         if self.rows is not None:
             return list(self.rows)
         history = History()
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def history(self) -> History:
-        """The snapshots as the run itself kept them, thinned out."""
+        """The snapshots as the run itself stored them, thinned out."""
         history = History()
         for snapshot in self.snapshots:
             history.add(snapshot)
@@ -96,16 +96,17 @@ def load_run(folder: str | Path, metrics: Sequence[str | DriftMetric] = ()) -> R
     """Read the run that an `ExplanationTracker` or a `ViTExplainCallback` saved.
 
     Args:
-        folder: Of the run, or the folder `explanations` in it.
-        metrics: Measures of drift to compute from the maps besides the built-in ones, as for `ExplanationTracker`.
+        folder: Folder of the run, or the folder `explanations` in it.
+        metrics: Drift metrics to compute besides the built-in ones, as for `ExplanationTracker`.
 
     Raises:
         FileNotFoundError: If nothing was saved there.
         TypeError: If `metrics` holds something else.
-        ValueError: If a file there was not written by them, or does not fit the others; if a metric is unknown.
+        ValueError: If a file was not written by this package or does not fit the others; if a metric is unknown.
     """
-    given = Path(folder)
-    where = given / "explanations" if (given / "explanations").is_dir() else given
+    where = Path(folder)
+    if (where / "explanations").is_dir():
+        where = where / "explanations"
     paths = sorted(where.glob("step_*.safetensors"))
     if not paths or not (where / "probe.safetensors").is_file():
         raise FileNotFoundError(

@@ -1,14 +1,14 @@
-"""The scalars of a run's latest snapshot, by TensorBoard tag: the few to look at first, and everything else.
+"""The scalars of a run's latest snapshot, by TensorBoard tag: a few to look at first, and everything else.
 
-TensorBoard sorts tags by the alphabet, so that drift stands first and `explain/statistics/` last; what tells two tags
-apart stands early in a name, as its narrow cards cut the middle.
+TensorBoard sorts tags alphabetically, so drift comes first and `explain/statistics/` last. Names differ early, as
+TensorBoard's narrow cards cut the middle of a name.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +19,8 @@ from vit_explain_callback.metrics.reference import on_scale
 from vit_explain_callback.metrics.shape import map_statistics, sink_lift
 from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.probe import Probe
+from vit_explain_callback.tracking.settings import Level
 from vit_explain_callback.tracking.snapshot import Snapshot
-
-Detail: TypeAlias = Literal["brief", "full"]
 
 BLOCK_METRICS = ("spearman", "jensen_shannon")
 ATTENTION_STATISTICS = ("entropy", "lowest_head_entropy", "distance", "class_self", "sink_share")
@@ -31,22 +30,22 @@ _FIRST_OF_MAPS = ("entropy", "sink_lift")
 
 
 def scalars(history: History, probe: Probe) -> dict[str, float]:
-    """Every scalar of the latest snapshot, averaged over the images for which it is known; NaN if there are none.
+    """Every scalar of the latest snapshot, averaged over the images with a value; NaN if there are none.
 
-    The baseline is compared with itself. Drift on the scale from noise to unrelated is left out where there is none:
-    where the noise was not measured, or moves maps about as far as another image does.
+    The baseline is compared with itself. Drift on the scale from noise to unrelated is omitted without such a scale: if
+    noise was not measured, or if it moves maps about as far as another image does.
 
     Args:
-        history: The snapshots, the latest one last.
-        probe: The images; their labels and regions.
+        history: The snapshots, latest last.
+        probe: The images, with labels and regions.
     """
     now, baseline = history.now, history.baseline
     values = _outputs(now, baseline, probe)
     for method, maps in now.maps.items():
         values |= _maps(now, method)
         for region, masks in probe.regions.items():
-            found = {name: _mean(value) for name, value in region_statistics(maps, masks).items()}
-            values |= {region_tag(region, method, name): value for name, value in found.items()}
+            statistics = region_statistics(maps, masks)
+            values |= {region_tag(region, method, name): _mean(value) for name, value in statistics.items()}
         for metric in METRICS.values():
             values |= _drift(history, method, metric, probe.regression)
     if now.blocks is not None:
@@ -57,26 +56,26 @@ def scalars(history: History, probe: Probe) -> dict[str, float]:
 
 
 def drift_scalars(history: History, probe: Probe, metric: DriftMetric) -> dict[str, float]:
-    """The scalars of a metric that the user asks for: like those of the built-in ones, but for where they are logged.
+    """The scalars of a metric of `metrics=`; they differ from those of the built-in metrics in their tags.
 
     Raises:
-        Exception: What its function raised.
+        Exception: Whatever its function raised.
     """
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for method in history.now.maps:
-        found |= _drift(history, method, metric, probe.regression, asked_for=True)
-    return found
+        values |= _drift(history, method, metric, probe.regression, asked_for=True)
+    return values
 
 
-def of_detail(values: Mapping[str, float], detail: Detail) -> dict[str, float]:
-    """Those of all scalars that are logged: all of them, or those that are not under `explain/statistics/`."""
-    return {tag: value for tag, value in values.items() if detail == "full" or not tag.startswith(f"{STATISTICS}/")}
+def logged_at(level: Level, values: Mapping[str, float]) -> dict[str, float]:
+    """The scalars that a level of detail logs: all, or those outside `explain/statistics/`."""
+    return {tag: value for tag, value in values.items() if level == "full" or not tag.startswith(f"{STATISTICS}/")}
 
 
 def drift_tag(
     method: str, metric: str, reference: Literal["baseline", "previous"] = "baseline", asked_for: bool = False
 ) -> str:
-    """Tag of the mean drift since the baseline or the previous snapshot; among the first where the user asks for it.
+    """Tag of the mean drift since the baseline or the previous snapshot; one of the first tags for `metrics=`.
 
     Example:
         >>> drift_tag("rollout", "spearman"), drift_tag("rollout", "cosine")
@@ -98,7 +97,7 @@ def region_tag(region: str, method: str, statistic: str) -> str:
 
 
 def final_tags(methods: Sequence[str], regions: Iterable[str]) -> dict[str, str]:
-    """Tag of each value that is kept for the whole run, and the tag of the scalar that it is the last of."""
+    """Tag of each final value, and the tag of the scalar whose last value it is."""
     tags: dict[str, str] = {}
     for method in methods:
         tags[f"explain/final/drift/{method}"] = drift_tag(method, "spearman")
@@ -109,7 +108,7 @@ def final_tags(methods: Sequence[str], regions: Iterable[str]) -> dict[str, str]
 
 
 def _outputs(now: Snapshot, baseline: Snapshot, probe: Probe) -> dict[str, float]:
-    """What the model makes of the images: quantities, or classes and their probabilities."""
+    """The outputs of the model: quantities, or classes and their probabilities."""
     if probe.regression:
         return {"explain/probe/output": _mean(now.logits.gather(1, now.target[:, None]))}
     values = {
@@ -117,19 +116,19 @@ def _outputs(now: Snapshot, baseline: Snapshot, probe: Probe) -> dict[str, float
         "explain/probe/changed_predictions": _mean((now.prediction != baseline.prediction).double()),
     }
     if probe.labels is not None:
-        known = probe.labels >= 0
-        values["explain/probe/accuracy"] = _mean((now.prediction == probe.labels).double()[known])
+        is_labelled = probe.labels >= 0
+        values["explain/probe/accuracy"] = _mean((now.prediction == probe.labels).double()[is_labelled])
     return values
 
 
 def _maps(now: Snapshot, method: str) -> dict[str, float]:
     """The shape of the maps."""
     maps = now.maps[method]
-    found = {name: _mean(value) for name, value in map_statistics(maps).items()}
+    statistics = {name: _mean(value) for name, value in map_statistics(maps).items()}
     if now.blocks is not None and now.blocks.columns.shape[2:] == maps.shape[1:]:
-        found["sink_lift"] = _mean(sink_lift(maps, now.blocks.columns.mean(dim=1)))
-    first = {f"explain/map/{name}/{method}": found.pop(name) for name in _FIRST_OF_MAPS if name in found}
-    return first | {f"{STATISTICS}/map/{method}/{name}": value for name, value in found.items()}
+        statistics["sink_lift"] = _mean(sink_lift(maps, now.blocks.columns.mean(dim=1)))
+    first = {f"explain/map/{name}/{method}": statistics.pop(name) for name in _FIRST_OF_MAPS if name in statistics}
+    return first | {f"{STATISTICS}/map/{method}/{name}": value for name, value in statistics.items()}
 
 
 def _drift(
@@ -178,7 +177,7 @@ def _blocks(now: Snapshot, baseline: Snapshot) -> dict[str, float]:
 
 
 def block_name(block: int) -> str:
-    """Tag of a block, counted from 0; the first is block 1 to the reader.
+    """Name of a block, counted from 0, in tags, which count from 1.
 
     Example:
         >>> block_name(0)

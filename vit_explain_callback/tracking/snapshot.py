@@ -1,4 +1,4 @@
-"""One look at the model: what was explained after some optimiser steps, and how far it can be trusted."""
+"""A snapshot: an explanation after some optimiser steps, and how far it can be trusted."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Reliability:
     """How far a snapshot's maps can be trusted; tensors on the CPU.
 
     Attributes:
-        nudged: Maps of the images with a change that should not matter, see `metrics.reference.nudged`, by method name,
-            (B, grid_h, grid_w), as they are measured; mirrored back.
+        nudged: Pooled maps of the images after a change that should not matter, see `metrics.reference.nudged`, by
+            method name, (B, grid_h, grid_w); mirrored back.
         gains: Symmetric relevance gain by method name, and of a `"random"` order, (B,); NaN for images that were not
-            looked at. Empty where faithfulness was not.
-        mirror: Whether the change was a mirror too.
+            measured. Empty if faithfulness was not measured.
+        mirror: Whether the change included a mirror.
     """
 
     nudged: dict[str, Tensor]
@@ -49,9 +49,9 @@ class Snapshot:
     """An explanation of the probe images after some optimiser steps; tensors on the CPU.
 
     Attributes:
-        step: Optimiser steps taken before it.
-        explanation: Of the probe images, without these.
-        reliability: How far its maps can be trusted, or None where that was not looked into.
+        step: Number of optimiser steps before it.
+        explanation: Explanation of the probe images, without the images.
+        reliability: How far its maps can be trusted; None if not measured.
     """
 
     step: int
@@ -92,33 +92,33 @@ class Snapshot:
 
     def drift_from(self, reference: Snapshot, method: str, metric: str | DriftMetric) -> Tensor:
         """(B,) values of a drift metric for each image."""
-        return _measure(metric)(pooled(self.maps[method]), pooled(reference.maps[method]))
+        return _as_metric(metric)(pooled(self.maps[method]), pooled(reference.maps[method]))
 
     def block_drift_from(self, reference: Snapshot, metric: str) -> Tensor | None:
         """(L,) means over the images of a drift metric of what each block's readout attends to, in float64.
 
-        None where the blocks of either are not known.
+        None if one of the snapshots has no blocks.
         """
         if self.blocks is None or reference.blocks is None:
             return None
         rows, other = self.blocks.rows, reference.blocks.rows
-        measure = METRICS[metric]
-        return torch.stack([torch.nanmean(measure(rows[:, block], other[:, block])) for block in range(rows.shape[1])])
+        values = METRICS[metric]
+        return torch.stack([torch.nanmean(values(rows[:, block], other[:, block])) for block in range(rows.shape[1])])
 
     def scale(self, method: str, metric: str | DriftMetric) -> tuple[float, float] | None:
-        """Noise floor and unrelated level of a drift metric; None where the noise was not measured."""
+        """Noise floor and unrelated level of a drift metric; None if noise was not measured."""
         if self.reliability is None:
             return None
-        measure = _measure(metric)
-        key = method, measure.name
-        if key not in self._scales:  # of a baseline, every later snapshot asks
+        metric = _as_metric(metric)
+        key = method, metric.name
+        if key not in self._scales:  # every later snapshot asks the baseline for it
             maps = pooled(self.maps[method])
-            level = unrelated_level(maps, measure)
-            self._scales[key] = noise_floor(maps, self.reliability.nudged[method], measure), level
+            level = unrelated_level(maps, metric)
+            self._scales[key] = noise_floor(maps, self.reliability.nudged[method], metric), level
         return self._scales[key]
 
     def pooled(self) -> Snapshot:
-        """The snapshot with maps as they are measured; see `metrics.maps.pooled`."""
+        """The snapshot with pooled maps; see `metrics.maps.pooled`."""
         maps = {name: pooled(each) for name, each in self.maps.items()}
         return replace(self, explanation=replace(self.explanation, maps=maps))
 
@@ -129,7 +129,7 @@ class Snapshot:
         write_tensors(path, state, {"step": step})
 
     def save_checked(self, path: Path) -> None:
-        """Save the reliability too, now that it is known; maps that were saved before stay as they are there."""
+        """Add the reliability to a file that was saved before; its maps stay unchanged."""
         saved = Snapshot.load(path) if path.is_file() else self
         replace(saved, reliability=self.reliability).save(path)
 
@@ -139,7 +139,7 @@ class Snapshot:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is another kind of file, or one that was changed since.
+            ValueError: If it is another kind of file, or has been changed.
         """
         tensors, metadata = read_tensors(path)
         return cls.from_state({**tensors, "step": read_json(path, metadata, "step")}, path)
@@ -158,14 +158,14 @@ class Snapshot:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], source: str | Path = "the state of a snapshot") -> Snapshot:
-        """The snapshot that gave this `state_dict`.
+        """Rebuild a snapshot from its `state_dict`.
 
         Args:
-            state: What it gave.
-            source: Where that was read from, for the error.
+            state: The `state_dict`.
+            source: Where it was read from, for the error.
 
         Raises:
-            ValueError: If something is missing, or is not what it was.
+            ValueError: If something is missing or has been changed.
         """
         step = state.get("step")
         if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _LARGEST_STEP:
@@ -182,7 +182,7 @@ class Snapshot:
         return cls(step, Explanation.from_tensors(tensors), reliability)
 
 
-def _measure(metric: str | DriftMetric) -> DriftMetric:
+def _as_metric(metric: str | DriftMetric) -> DriftMetric:
     return METRICS[metric] if isinstance(metric, str) else metric
 
 
@@ -192,17 +192,17 @@ def _check(source: str | Path, tensors: Mapping[str, Tensor]) -> None:
     if not methods:
         raise ValueError(f"Expected {source} to hold `map/…` of at least one method, but it does not.")
     check_explanation(source, tensors, methods)
-    # Of a baseline or a regression there is the noise alone.
+    # A baseline and a regression have noise alone.
     groups = {name: tensors_under(name, tensors) for name in ("nudged", "gain")}
-    wanted = {"nudged": set(methods), "gain": {*methods, "random"}} if groups["nudged"] or groups["gain"] else {}
+    expected = {"nudged": set(methods), "gain": {*methods, "random"}} if groups["nudged"] or groups["gain"] else {}
     shapes: dict[str, tuple[str, ...]] = {f"map/{name}": ("B", *side_names(name)) for name in methods}
-    for group, names in wanted.items():
+    for group, names in expected.items():
         if group == "gain" and not groups[group]:
             continue
         shapes |= {f"{group}/{name}": ("B", *(side_names(name) if group == "nudged" else ())) for name in names}
-    as_measured = {f"map/{name}": pooled(tensors[f"map/{name}"]) for name in methods}  # like the nudged ones
-    check_tensors(source, {**tensors, **as_measured}, shapes)
-    if wanted:
+    pooled_maps = {f"map/{name}": pooled(tensors[f"map/{name}"]) for name in methods}  # like the nudged ones
+    check_tensors(source, {**tensors, **pooled_maps}, shapes)
+    if expected:
         check_tensors(source, tensors, {"mirror": ()})
         check_dtype(source, tensors, "mirror", (torch.bool,))
     for name in ("logits", *(f"map/{name}" for name in methods), *shapes):

@@ -1,4 +1,4 @@
-"""Summarise a run in at most ten lines, with no claim that its numbers do not carry."""
+"""Summarise a run in at most ten lines, and claim nothing that its numbers do not support."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from vit_explain_callback.visualization.selection import most_changed
 _LINES = 10
 _NAMES = 3
 _ROUNDING = 1e-6  # of a rank correlation
-_FACTOR = 2  # of a lift
-_NO_GAIN = 0.01  # what is printed as 0.00 or 0.01
+_FACTOR = 2  # by which a lift has to change
+_NO_GAIN = 0.01  # printed as 0.00 or 0.01
 
 
 def summary(history: History, probe: Probe) -> str:
-    """Whether the model changed where it looks, by more than noise, when, on which images; whether to trust the maps.
+    """Say whether the model changed where it looks, by more than noise, when, on which images; whether to trust it.
 
-    Drift is more than noise where the images drifted further than their maps move at the baseline under a change that
-    should not matter (see `metrics.reference.nudged`), on average by more than the margin of the 95 % interval of
-    Student's t; no more than noise where they drifted less by as much; else it cannot be told. A region has moved where
-    its mean lift at least doubled or halved, by more than that margin.
+    Drift is more than noise if maps moved further than they move at the baseline under a change that should not matter
+    (see `metrics.reference.nudged`), on average by more than the margin of the 95 % interval of Student's t. It is no
+    more than noise if they moved less by as much; otherwise it cannot be told. A region has moved if its mean lift at
+    least doubled or halved, by more than that margin.
 
     Args:
         history: The snapshots of the run.
-        probe: Its images; their labels, regions and names of classes.
+        probe: Its images, with labels, regions and class names.
 
     Returns:
         At most 10 lines.
     """
     changes = sorted((_change(history, probe, method) for method in history.baseline.maps), key=_by_change)
-    known = [change for change in changes if math.isfinite(change.mean)]
+    measurable = [change for change in changes if math.isfinite(change.mean)]
     first = [_headline(history, changes)]
     if history.count == 1:
         return "\n".join([*first, *_trust(history, [change.method for change in changes])])
     last: list[str] = []
-    if known and _has_changed(known[0]):
-        last += [*_when(history, known[0].method), _images(history, probe, known[0])]
+    if measurable and _has_changed(measurable[0]):
+        last += [*_when(history, measurable[0].method), _images(history, probe, measurable[0])]
     last += [_outputs(history, probe), *_trust(history, [change.method for change in changes])]
-    if known:
-        last += _regions(history, probe, known[0].method)
-    last += _blocks(history) if any(map(_has_changed, known)) else []
+    if measurable:
+        last += _regions(history, probe, measurable[0].method)
+    last += _blocks(history) if any(map(_has_changed, measurable)) else []
     room = _LINES - len(first) - len(last)
     methods = [_method(change) for change in changes]
     if len(methods) > room:
@@ -66,11 +66,11 @@ class _Change:
 
     Attributes:
         method: Its name.
-        by_image: (B,) rank correlations with the baseline; NaN where there is none.
-        mean: Of those that are known.
-        levels: Rank correlation under noise and between different images, or None where they were not measured.
-        beyond_noise: Whether the drift is more than noise; None where that cannot be told.
-        regions: Those whose lift at least doubled or halved.
+        by_image: (B,) rank correlations with the baseline; NaN for degenerate maps.
+        mean: Their mean, without NaN.
+        levels: Rank correlation under noise and between different images; None if not measured.
+        beyond_noise: Whether the drift is more than noise; None if that cannot be told.
+        regions: The regions whose lift at least doubled or halved.
     """
 
     method: str
@@ -95,7 +95,7 @@ def _change(history: History, probe: Probe, method: str) -> _Change:
 
 
 def _is_more(excess: Tensor) -> bool | None:
-    """Whether it is above 0 on average over the images, or not above it; None where neither can be told."""
+    """Whether the mean over the images is above 0; None if that cannot be told."""
     error, mean = margin(excess), torch.nanmean(excess).item()
     if error is None or -error + _ROUNDING < mean <= error:
         return None
@@ -103,9 +103,9 @@ def _is_more(excess: Tensor) -> bool | None:
 
 
 def _has_moved(history: History, method: str, masks: Tensor) -> bool:
-    """Whether the lift of a region at least doubled or halved, and on the images alike.
+    """Whether the lift of a region at least doubled or halved, consistently over the images.
 
-    The noise is no measure here: a region such as a watermark in a corner has its place, which a mirror moves.
+    Noise is no yardstick here: a mirror moves a region with a fixed place, such as a watermark in a corner.
     """
     before, now = (lift(one.maps[method], masks) for one in (history.baseline, history.now))
     low, high = sorted([torch.nanmean(before).item(), torch.nanmean(now).item()])
@@ -114,7 +114,7 @@ def _has_moved(history: History, method: str, masks: Tensor) -> bool:
 
 
 def _is_scale(levels: tuple[float, float] | None) -> bool:
-    """Whether noise and unrelated maps are apart, so that drift can be called little."""
+    """Whether noise and unrelated maps are far enough apart to call drift small."""
     return levels is not None and math.isfinite(on_scale(1.0, *levels, METRICS["spearman"].unchanged))
 
 
@@ -123,7 +123,7 @@ def _has_changed(change: _Change) -> bool:
 
 
 def _by_change(change: _Change) -> tuple[bool, bool, bool, float]:
-    """Sorts what changed most first: beyond noise, then in a region, then the rest, then what is not known."""
+    """Sort key that puts the largest changes first: beyond noise, in a region, the rest, the unknown."""
     mean = change.mean if math.isfinite(change.mean) else 0.0
     return not math.isfinite(change.mean), not change.beyond_noise, not change.regions, mean
 
@@ -133,18 +133,19 @@ def _headline(history: History, changes: Sequence[_Change]) -> str:
     what = f"({_count(images, 'image')}, {history.count} snapshots, steps {history.baseline.step} to {step})"
     if history.count == 1:
         return f"Whether the model changed where it looks is not known: there is one snapshot only, at step {step}."
-    known = [change for change in changes if math.isfinite(change.mean)]
+    measurable = [change for change in changes if math.isfinite(change.mean)]
     noise = _noise(history)
-    moved = [change.method for change in known if change.beyond_noise]
-    still = [change.method for change in known if change.beyond_noise is False]
-    unsure = [change.method for change in known if change.beyond_noise is None and _has_changed(change)]
-    if not known:
+    moved = [change.method for change in measurable if change.beyond_noise]
+    still = [change.method for change in measurable if change.beyond_noise is False]
+    unsure = [change.method for change in measurable if change.beyond_noise is None and _has_changed(change)]
+    if not measurable:
         return f"Whether the model changed where it looks cannot be told: the maps are degenerate {what}."
     if moved:
         but = f", not in those of {_names(still)}" if still else ""
         return f"The model changed where it looks, by more than {noise}, in the maps of {_names(moved)}{but} {what}."
-    if known[0].regions:
-        lifts = f"the lift of {_names(known[0].regions)} at least doubled or halved in the maps of {known[0].method}"
+    if measurable[0].regions:
+        first = measurable[0]
+        lifts = f"the lift of {_names(first.regions)} at least doubled or halved in the maps of {first.method}"
         return f"The model changed where it looks: {lifts} {what}."
     if still and unsure:
         return (
@@ -152,15 +153,15 @@ def _headline(history: History, changes: Sequence[_Change]) -> str:
         )
     if still:
         return f"The model looks where it looked before: the maps changed by no more than {noise} {what}."
-    if not any(map(_has_changed, known)):
+    if not any(map(_has_changed, measurable)):
         return f"The model looks where it looked before: the order of the patches is the same {what}."
     return f"The maps changed; whether by more than noise cannot be told, as {_why_not(history)} {what}."
 
 
 def _noise(history: History) -> str:
     """What the noise is that was measured at the baseline."""
-    known = history.baseline.reliability
-    return f"noise (shift, grain{', mirror' if known is not None and known.mirror else ''})"
+    reliability = history.baseline.reliability
+    return f"noise (shift, grain{', mirror' if reliability is not None and reliability.mirror else ''})"
 
 
 def _why_not(history: History) -> str:
@@ -220,8 +221,8 @@ def _outputs(history: History, probe: Probe) -> str:
         return f"Output: mean {before:.3g} → {after:.3g}."
     changed = int((history.now.prediction != history.baseline.prediction).sum())
     parts = [f"{changed} of {len(history.now.target)} changed"]
-    if probe.labels is not None and (known := probe.labels >= 0).any():
-        before, after = ((one.prediction == probe.labels)[known].double().mean().item() for one in ends)
+    if probe.labels is not None and (is_labelled := probe.labels >= 0).any():
+        before, after = ((one.prediction == probe.labels)[is_labelled].double().mean().item() for one in ends)
         parts.append(f"accuracy {before:.2f} → {after:.2f}")
     before, after = (one.target_probability(probe.multilabel).mean().item() for one in ends)
     return f"Predictions: {', '.join([*parts, f'target probability {before:.2f} → {after:.2f}'])}."
@@ -232,9 +233,9 @@ def _trust(history: History, methods: Sequence[str]) -> list[str]:
     if not history.checked or "random" not in history.checked[-1].gains:
         return []
     gains = history.checked[-1].gains
-    known = [gain[gain.isfinite()] for gain in gains.values()]
-    if all(len(gain) and (gain.abs() < _NO_GAIN).all() for gain in known):
-        why = "the target's probability does not depend on what is taken away: try the other `removal`"
+    finite = [gain[gain.isfinite()] for gain in gains.values()]
+    if all(len(gain) and (gain.abs() < _NO_GAIN).all() for gain in finite):
+        why = "the target's probability does not depend on the removed patches: try the other `removal`"
         return [f"Can the maps be trusted? Not known, as {why}."]
     faithful: list[str] = []
     others: list[str] = []
@@ -271,10 +272,10 @@ def _regions(history: History, probe: Probe, method: str) -> list[str]:
 def _blocks(history: History) -> list[str]:
     drift = history.block_drift.get(history.now.step)
     means = [] if drift is None else drift.tolist()
-    known = [(mean, block) for block, mean in enumerate(means, start=1) if math.isfinite(mean)]
-    if len(known) < 2:
+    finite = [(mean, block) for block, mean in enumerate(means, start=1) if math.isfinite(mean)]
+    if len(finite) < 2:
         return []
-    (most, first), (least, second) = min(known), max(known)
+    (most, first), (least, second) = min(finite), max(finite)
     return [
         f"Blocks: attention changed most in block {first} of {len(means)} (rank correlation {most:.2f}), least in "
         f"block {second} ({least:.2f})."

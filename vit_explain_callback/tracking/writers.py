@@ -25,7 +25,7 @@ _COLUMNS = 110  # that a window of 1366 pixels shows
 
 
 def lay_out_margin_charts(experiment: Any, methods: Sequence[str]) -> None:
-    """Charts of each measure's median between p10 and p90, for the custom scalars pane."""
+    """Chart each metric's median between p10 and p90 in the custom scalars pane."""
     charts = {
         f"{method} · {metric}": [
             "Margin",
@@ -38,7 +38,7 @@ def lay_out_margin_charts(experiment: Any, methods: Sequence[str]) -> None:
 
 
 def add_file(experiment: Any, tag: str, file: bytes, step: int) -> None:
-    """Add a PNG, JPEG or GIF file as it is; `add_image` is slow to encode, and keeps but the first picture of a GIF."""
+    """Add a PNG, JPEG or GIF file unchanged; `add_image` encodes slowly, and only the first picture of a GIF."""
     with Image.open(io.BytesIO(file)) as picture:
         width, height = picture.size
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file)
@@ -46,7 +46,7 @@ def add_file(experiment: Any, tag: str, file: bytes, step: int) -> None:
 
 
 def add_lines(experiment: Any, tag: str, text: str, step: int) -> None:
-    """Add text whose lines stay as they are, but for those that the pane would cut off."""
+    """Add text line by line, and wrap the lines that the pane would cut off."""
     wrapped = [part for line in text.splitlines() for part in wrap(line, _COLUMNS, subsequent_indent="    ")]
     experiment.add_text(tag, "\n".join(f"    {line}" for line in wrapped), step)
 
@@ -56,14 +56,14 @@ _QUALITY = 75  # two filmstrips of three rows and a heat map take less than 300 
 
 @dataclass(frozen=True)
 class RunEnd:
-    """What is known at the end of a run only.
+    """The results of a run that exist only at its end.
 
     Attributes:
-        step: Of the last snapshot.
+        step: Step of the last snapshot.
         summary: The run in words.
-        pictures: Those that replace others of their tag, (H, W, 3) uint8.
+        pictures: Final pictures by tag, which replace earlier ones, (H, W, 3) uint8.
         animations: GIF files by tag.
-        page: The HTML page, whole; None where none was written.
+        page: The HTML page; None if none was written.
     """
 
     step: int
@@ -74,7 +74,7 @@ class RunEnd:
 
 
 class Writer(Protocol):
-    """What takes the scalars and pictures of a run, on its first process. What it raises does not stop the run.
+    """Receives the scalars and pictures of a run, on its first process. An error that it raises does not stop the run.
 
     Example:
         >>> import timm, torch
@@ -97,20 +97,20 @@ class Writer(Protocol):
     """
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Take the scalars of a snapshot by tag; at the end, those that came to be known since."""
+        """Receive the scalars of a snapshot by tag; at the end, the remaining ones."""
 
     def pictures(self, pictures: Mapping[str, Picture], step: int) -> None:
-        """Take the pictures of a snapshot by tag, (H, W, 3) uint8."""
+        """Receive the pictures of a snapshot by tag, (H, W, 3) uint8."""
 
     def finish(self, end: RunEnd) -> None:
-        """Take what is known at the end only."""
+        """Receive the results that exist only at the end."""
 
 
 class FolderWriter:
-    """Keeps the latest picture of each tag in a folder as a PNG file, and the animations as GIF files.
+    """Saves the latest picture of each tag in a folder as a PNG file, and the animations as GIF files.
 
     Args:
-        folder: Made when it is needed.
+        folder: The folder, created when it is needed.
     """
 
     def __init__(self, folder: Path | RunFolder) -> None:
@@ -120,7 +120,7 @@ class FolderWriter:
         return f"the folder {self._folder}"
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Nothing: the scalars of a run are computed again from its raw maps."""
+        """Do nothing: the scalars of a run can be recomputed from its raw maps."""
 
     def pictures(self, pictures: Mapping[str, Picture], step: int) -> None:
         """Write `{tag}.png`, with dashes for slashes."""
@@ -134,9 +134,8 @@ class FolderWriter:
             self._write(tag, "gif", gif)
 
     def _write(self, tag: str, ending: str, content: bytes) -> None:
-        given = self._folder
-        check_space(given.wanted if isinstance(given, RunFolder) else given)
-        folder = given.path if isinstance(given, RunFolder) else given
+        check_space(self._folder.preferred if isinstance(self._folder, RunFolder) else self._folder)
+        folder = self._folder.path if isinstance(self._folder, RunFolder) else self._folder
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / f"{tag.replace('/', '-')}.{ending}", content)
 
@@ -146,11 +145,10 @@ class TensorBoardWriter:
 
     Args:
         experiment: The `SummaryWriter`.
-        margin_charts: Methods whose drift the custom scalars pane is to show as charts; TensorBoard knows one layout a
-            run.
-        max_pictures_mb: Megabytes (10⁶ bytes) that all pictures of the run may take. Pictures that would exceed them
-            are left out, which is said once. Room is kept for those of the end.
-        prefix: What the tag of the summary begins with.
+        margin_charts: Methods whose drift the custom scalars pane charts; TensorBoard knows one layout per run.
+        max_pictures_mb: Megabytes (10⁶ bytes) that all pictures of the run may take. Pictures beyond that are left out,
+            with one warning. Room is reserved for the final pictures.
+        prefix: Prefix of the summary's tag.
     """
 
     def __init__(
@@ -178,7 +176,7 @@ class TensorBoardWriter:
         files = _encoded(pictures)
         size = sum(map(len, files.values()))
         self._largest = max(size, self._largest)
-        # The filmstrips of the end have more rows.
+        # The final filmstrips have more rows.
         self._add(files, step, reserve=2 * self._largest)
 
     def finish(self, end: RunEnd) -> None:
@@ -196,8 +194,8 @@ class TensorBoardWriter:
         elif not self._is_full:
             self._is_full = True
             warn(
-                f"a larger `max_pictures_mb` than {self._most / 1e6:g} keeps more pictures; from "
-                f"step {step} on, only those of the end are still written to TensorBoard, if they fit."
+                f"the pictures reached {self._most / 1e6:g} MB, so from step {step} on only the final ones are written "
+                "to TensorBoard, if they fit. A larger `max_pictures_mb` keeps more."
             )
         self._experiment.flush()
 
