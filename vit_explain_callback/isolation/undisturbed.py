@@ -122,7 +122,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 @contextmanager
-def left_alone(model: nn.Module) -> Iterator[list[str]]:
+def restored(model: nn.Module) -> Iterator[list[str]]:
     """Put gradients, hooks, flags and buffers of a model back on leaving, also after an error.
 
     Parameters need not be put back where a guarded twin is run inside: what writes to their memory writes to a copy.

@@ -21,7 +21,7 @@ from vit_explain_callback.tracking.errors import Guard, guarded
 from vit_explain_callback.tracking.reliability import RemovalOrAuto
 from vit_explain_callback.tracking.scalars import Detail
 from vit_explain_callback.vit.adapter import LogitsOf
-from vit_explain_callback.vit.losses import Task
+from vit_explain_callback.vit.labels import Task
 
 _METHODS = ("rollout", "grad_rollout")
 

@@ -21,7 +21,7 @@ from vit_explain_callback.tracking.errors import OnError
 from vit_explain_callback.tracking.probe import check_regions
 from vit_explain_callback.tracking.reliability import RemovalOrAuto
 from vit_explain_callback.tracking.scalars import Detail
-from vit_explain_callback.vit.losses import Task
+from vit_explain_callback.vit.labels import Task
 
 
 @dataclass(frozen=True)

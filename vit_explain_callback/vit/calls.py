@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vit_explain_callback.vit.attention_ops import formed_attention
+from vit_explain_callback.vit.attention_ops import explicit_attention
 
 _ALL = slice(None)
 
@@ -101,7 +101,7 @@ def fused_call(
 
     def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
         part = None if mask is None else mask[images, heads, queries]
-        return formed_attention(query[images, heads, queries], key[images, heads], scale, part)
+        return explicit_attention(query[images, heads, queries], key[images, heads], scale, part)
 
     return AttentionCall(module, output, value, attention, (batch, heads, queries, keys))
 
@@ -123,14 +123,14 @@ def merged_call(calls: Sequence[AttentionCall], output: Tensor) -> AttentionCall
     count = sum(call.shape[1] for call in calls)
 
     def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
-        found, before = [], 0
+        parts, before = [], 0
         start, stop, _ = heads.indices(count)
         for call in calls:
-            own = slice(max(0, start - before), min(call.shape[1], stop - before))
-            if own.start < own.stop:
-                found.append(call.attention(images, own, queries))
+            local = slice(max(0, start - before), min(call.shape[1], stop - before))
+            if local.start < local.stop:
+                parts.append(call.attention(images, local, queries))
             before += call.shape[1]
-        return torch.cat(found, dim=1)
+        return torch.cat(parts, dim=1)
 
     shared = [step for step in first.trail if all(step in call.trail for call in calls)]
     shape = (first.shape[0], count, *first.shape[2:])

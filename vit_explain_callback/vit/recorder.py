@@ -31,11 +31,11 @@ from vit_explain_callback.isolation.copy_on_write import address
 from vit_explain_callback.vit.attention_ops import (
     SCALED_DOT_PRODUCT,
     MultiHeadParts,
-    formed_attention,
-    forms,
-    named,
-    original,
-    take_apart,
+    computes_explicitly,
+    explicit_attention,
+    function_name,
+    multi_head_parts,
+    original_function,
 )
 from vit_explain_callback.vit.calls import AttentionCall as AttentionCall
 from vit_explain_callback.vit.calls import explicit_call, fused_call, merged_call
@@ -84,11 +84,11 @@ class AttentionRecorder(TorchFunctionMode):
         through_no_grad: bool = False,
         state: Collection[int] = frozenset(),
         begins_graph: bool | None = None,
-        forms: bool = False,
+        explicit: bool = False,
         cut: Collection[int] = frozenset(),
     ) -> None:
         super().__init__()
-        self._forms = forms
+        self._explicit = explicit
         self._through_no_grad = through_no_grad
         self._state = state
         self._begins_graph = through_no_grad if begins_graph is None else begins_graph
@@ -135,7 +135,7 @@ class AttentionRecorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name, func = named(func), original(func)
+        name, func = function_name(func), original_function(func)
         if self._through_no_grad and name == "_set_grad_enabled":
             self._switched_off = max(0, self._switched_off + (-1 if args[0] else 1))
             return None
@@ -146,7 +146,7 @@ class AttentionRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             return self._attend(*args, **kwargs)
-        if name == "multi_head_attention_forward" and (parts := take_apart(args, kwargs)):
+        if name == "multi_head_attention_forward" and (parts := multi_head_parts(args, kwargs)):
             return self._multi_head(parts)
         if name in _JOIN and (joined := self._join(func, name, args, kwargs)) is not None:
             return joined
@@ -159,8 +159,8 @@ class AttentionRecorder(TorchFunctionMode):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run scaled dot-product attention, note it, and give the output that the model is to go on with."""
-        if self._forms and forms(query, key, value, *args, **kwargs):
-            attention = formed_attention(query, key, kwargs.get("scale"))
+        if self._explicit and computes_explicitly(query, key, value, *args, **kwargs):
+            attention = explicit_attention(query, key, kwargs.get("scale"))
             output = attention.to(value.dtype) @ value
             # Nothing of the tokens is kept that only a gradient would need.
             call = explicit_call(self._path, output[..., :0].clone(), attention, value[..., :0].clone())
@@ -175,18 +175,18 @@ class AttentionRecorder(TorchFunctionMode):
 
     def _observe(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation; if it multiplies attention with values, note that, and give what the model goes on with."""
-        given = (*args, *(kwargs[key] for key in ("input", "other", "mat2") if key in kwargs))
-        found = self._weights.product(name, given)
-        if found is not None and name == "baddbmm":
+        operands = (*args, *(kwargs[key] for key in ("input", "other", "mat2") if key in kwargs))
+        matched = self._weights.product(name, operands)
+        if matched is not None and name == "baddbmm":
             scaled = kwargs.get("beta", 1) * args[0] if kwargs.get("beta", 1) else 0
             return scaled + kwargs.get("alpha", 1) * self._observe("bmm", torch.bmm, args[1:], {})
         output = func(*args, **kwargs)
-        if found is None:
-            self._weights.note(name, func, output, given, kwargs, self._path)
-            if name in SAME and given and id(given[0]) in self._outputs:
-                self._outputs[id(output)] = (output, self._outputs[id(given[0])][1])
+        if matched is None:
+            self._weights.note(name, func, output, operands, kwargs, self._path)
+            if name in SAME and operands and id(operands[0]) in self._outputs:
+                self._outputs[id(output)] = (output, self._outputs[id(operands[0])][1])
             return output
-        weights, product, value = found
+        weights, product, value = matched
         attention = weights.precise.permute(product.attention)
         if attention.ndim == 3 and not (weights.softmax.among_tokens or attention.shape[1] == 1):
             return output
@@ -206,9 +206,9 @@ class AttentionRecorder(TorchFunctionMode):
     def _join(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Join the outputs of heads that were computed one by one; None if it is anything else that is joined."""
         parts = args[0] if args else kwargs.get("tensors", ())
-        found = [self._outputs.get(id(part)) for part in parts]
-        calls = [held[1] for held in found if held is not None]
-        if len(calls) < 2 or len(calls) != len(found) or len({id(call) for call in calls}) != len(calls):
+        recorded = [self._outputs.get(id(part)) for part in parts]
+        calls = [held[1] for held in recorded if held is not None]
+        if len(calls) < 2 or len(calls) != len(recorded) or len({id(call) for call in calls}) != len(calls):
             return None
         first, dim = calls[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
         alike = all((call.shape[0], call.shape[2:]) == (first.shape[0], first.shape[2:]) for call in calls)
