@@ -1,4 +1,4 @@
-"""Stand in for an object that is not copied: by copies of what is asked of it, or by an error that says so."""
+"""Stand-ins for objects that are not copied as a whole: one copies attributes on access, one raises on any use."""
 
 from __future__ import annotations
 

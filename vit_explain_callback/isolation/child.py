@@ -1,4 +1,4 @@
-"""Do work in a process of its own, and give it up where that process hangs or dies."""
+"""Run work in a separate process, and abandon it when that process hangs or dies."""
 
 from __future__ import annotations
 

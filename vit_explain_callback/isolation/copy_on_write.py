@@ -1,4 +1,4 @@
-"""Write to a copy of a parameter, whatever operation it is that writes."""
+"""Redirect every write to a parameter to a copy of its memory."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _ExportGuard(TorchFunctionMode):
-    """Gives a parameter memory of its own before that is handed to what torch does not see, as NumPy is."""
+    """Gives a parameter memory of its own before it is exported to code that torch does not see, such as NumPy."""
 
     def __init__(self, unshare: Callable[[Any], Any], note_alias: Callable[[Any, Any], None]) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""How each kind of object is copied, in the form of `object.__reduce__`: what makes it, of what, and what fills it.
+"""Rules for copying each kind of object, in the form of `object.__reduce__`: constructor, arguments, state, setter.
 
-What makes or fills a copy is told the twin first.
+Constructors and setters get the twin as their first argument.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _fill(_: Twin, clone: Any, state: dict[str, Any]) -> None:
 
 
 def _reduced(twin: Twin, value: Any) -> Any:
-    """In the object's own way, as it is pickled."""
+    """Copy by the object's own `__reduce_ex__`, as pickle does."""
     try:
         way = copyreg.dispatch_table.get(type(value))
         with warnings.catch_warnings() if type(value).__module__ == "itertools" else nullcontext():
@@ -263,12 +263,12 @@ def _same(_: Twin, value: Any) -> Any:
 
 
 def copy_by_id(twin: Twin, place: int) -> object:
-    """What was made of an object, by its `id`."""
+    """Return the copy of an object by the `id` of the original."""
     return twin.copies[place]
 
 
 def discard_log(*_args: Any, **_kwargs: Any) -> None:
-    """What a twin logs goes nowhere."""
+    """Replace `log` and `log_dict` on a twin, which logs nothing."""
 
 
 def _is_global(value: Any) -> bool:
@@ -278,7 +278,7 @@ def _is_global(value: Any) -> bool:
     return resolved is value
 
 
-# Those that make copies are told the twin, and are found by their name.
+# Pickled by name, and called with the twin.
 RECONSTRUCTORS = {_cached_again, _fill, _fill_cell, _fill_function, _fill_module, _function_like, _same, copy_by_id}
 RECONSTRUCTORS |= {_refer, _refer_by_proxy}
 _BEYOND: tuple[type, ...] = (

@@ -1,4 +1,4 @@
-"""Cut a forked process off from the one it was forked from: a fork shares more than its memory image.
+"""Isolate a forked process from its parent, with which it shares more than a memory image.
 
 Files share their offset, sockets and pipes their stream, shared memory its bytes; what is printed or logged would
 appear twice, and a finaliser would delete a file or directory that the parent still uses. Linux only.
@@ -25,7 +25,7 @@ _held: list[Any] = []
 
 
 def isolate_fork(descriptor: int) -> None:
-    """Make this process, just forked, unable to reach its parent but by one file descriptor.
+    """Leave this process, just forked, one file descriptor as its only connection to its parent.
 
     It ends by `os._exit`, so that no exit handler, finaliser or buffer of the parent's runs in it.
     """

@@ -1,12 +1,12 @@
-"""Make a twin of a module: it computes the same, and what it does to itself the module does not notice.
+"""Make a twin of a module: it computes the same outputs, and nothing that it changes reaches the module.
 
 A twin shares the memory of the parameters and owns everything else that a forward pass may change: buffers, plain
 tensors, counters, queues, lists of outputs, metrics, random generators. No parameter of it asks for a gradient, every
 module is in evaluation mode, nothing is compiled, and it knows no trainer.
 
 The copying is pickle's: it follows every reference, and what is shared in the original is shared in the copy. What
-pickle does not know, or would ask the user's own code for, `copying` says: modules, tensors, functions, plain objects.
-An object of which no copy can be made is never shared: what stands in its place raises when it is used.
+pickle cannot copy, or would copy by running the user's code, has a rule in `copying`: modules, tensors, functions and
+plain objects. An object that cannot be copied is never shared: its stand-in raises when it is used.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Twin:
         return copy_by_id, (id(value),)
 
     def close(self) -> None:
-        """Let go of all copies, so that none waits for Python's collector; no `__del__` of the user's is run."""
+        """Release all copies without waiting for the garbage collector or running a user's `__del__`."""
         for module in self.modules:
             if hasattr(type(module), "__del__"):
                 with suppress(TypeError):  # one with slots

@@ -1,4 +1,4 @@
-"""Torch's attention functions by name, taken apart, and computed in the open where that is faster."""
+"""Recognise PyTorch's attention functions, compute attention without the fused kernel, and split multi-head attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 SCALED_DOT_PRODUCT: Callable[..., torch.Tensor] = torch._C._nn.scaled_dot_product_attention
 """The kernel itself, whatever `torch.nn.functional` calls by its name."""
 
-# These are written in Python and look themselves up by name, so what was put in their place is what a mode is given.
+# Written in Python and looked up by name, so that a mode sees a function that replaces one of them.
 _LOOKED_UP = ("softmax", "log_softmax", "dropout", "multi_head_attention_forward")
 _ORIGINALS: dict[str, Callable[..., Any]] = {name: getattr(F, name) for name in _LOOKED_UP}
 
@@ -28,11 +28,11 @@ def function_name(func: Callable[..., Any]) -> str:
 
 
 def original_function(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch's own function where another stands in its place, which has been called already."""
+    """PyTorch's own function where it was replaced; the replacement has been called already."""
     return next((_ORIGINALS[candidate] for candidate in _LOOKED_UP if func is getattr(F, candidate)), func)
 
 
-# Entries of a head, N · M, up to which a CPU forms A = softmax(scale · q kᵀ) and A v about as fast as its fused kernel.
+# Up to N · M entries a head, a CPU computes A = softmax(scale · q kᵀ) and A v about as fast as its fused kernel.
 EXPLICIT_ENTRIES = 2**18
 
 
@@ -46,10 +46,10 @@ def computes_explicitly(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> bool:
-    """Whether attention of these is to be formed: on a CPU, with few tokens, and where nothing is unusual about it.
+    """Whether to compute A itself and not call the fused kernel: on a CPU, with few tokens and common options.
 
-    Not where gradients are kept: A would be kept for them, and so would its gradient. Nor with a mask, with heads that
-    share keys, or in precision that the model chooses while it runs, all of which are left to torch's kernel.
+    False with gradients, which would keep A and its gradient in memory, and with a mask, dropout, causal attention,
+    grouped queries or autocast.
     """
     return (
         not torch.is_grad_enabled()
@@ -80,7 +80,7 @@ def explicit_attention(query: Tensor, key: Tensor, scale: float | None = None, m
     return torch.softmax(scores, dim=-1, out=scores)  # in place: with many tokens, fresh memory takes as long
 
 
-# Not asked of the function, which may be one that somebody put in its place.
+# Not read off the function's signature: it may have been replaced.
 _ARGUMENTS = (
     *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
     *("add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask", "need_weights"),
@@ -92,7 +92,7 @@ _DEFAULTS = {"need_weights": True, "average_attn_weights": True}
 
 @dataclass(frozen=True)
 class MultiHeadParts:
-    """What goes into the attention of one call, and how its output goes on.
+    """Inputs of the attention in one multi-head call, and the projection of its output.
 
     Attributes:
         query: (B, H, N, d).
@@ -112,7 +112,7 @@ class MultiHeadParts:
 
 
 def multi_head_parts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> MultiHeadParts | None:
-    """Project to queries, keys and values as the function does; None for its uncommon options and unbatched input."""
+    """Project to queries, keys and values as the function does; None for uncommon options and unbatched input."""
     arguments: dict[str, Any] = (
         dict.fromkeys(_ARGUMENTS) | _DEFAULTS | dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
     )
@@ -140,7 +140,7 @@ def multi_head_parts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> MultiHead
 
 
 def _mask(attention: Tensor | None, padding: Tensor | None, query: Tensor) -> Tensor | None:
-    """Both masks as one that is added; here, other than elsewhere in torch, True means *left out*."""
+    """Both masks as one additive mask; here, unlike in scaled dot-product attention, True means *masked out*."""
     if attention is not None:
         attention = _additive(attention, query)
         if attention.ndim == 3:  # (B·H, N, M)

@@ -1,4 +1,4 @@
-"""See what a loss is computed of: logits and labels exactly as a model is trained with them."""
+"""Record the logits and labels that a loss is computed from, exactly as the model is trained with them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PICKING = {"gather", "__getitem__", "take_along_dim", "masked_select"}
 
 @dataclass(frozen=True)
 class Loss:
-    """What a loss was computed of.
+    """A loss and the tensors that it was computed from.
 
     Attributes:
         name: Of the function, or of the operation in which outputs meet labels where it is written by hand.
@@ -48,8 +48,8 @@ class Loss:
         target: What the outputs were compared with, (B,) or (B, C); None for other shapes.
         counts: Whether the outputs depend on the images and not on their labels, and what they were compared with
             depends on labels and neither on images nor on weights.
-        source: Of what is computed of this loss.
-        kept: A copy of the outputs, in the autograd graph if there is one; None of pictures.
+        source: Marks everything that is computed from this loss.
+        copied_outputs: A copy of the outputs, in the autograd graph if there is one; None for dense outputs.
     """
 
     name: str
@@ -89,7 +89,7 @@ class LossRecorder(TorchFunctionMode):
     Attributes:
         losses: In the order of the calls.
         returned: Sources of what was differentiated, or is returned by the step.
-        failure: What kept something from being noted, if anything did.
+        failure: The error that stopped recording, if any.
         lets_out: Whether numbers may leave torch where gradients are on, as in a validation step, which has none.
         needs_training: Whether outputs count only if weights that are trained have a share in them.
         needs_labels: Whether labels count only if they are made of what was `given`.
@@ -136,7 +136,7 @@ class LossRecorder(TorchFunctionMode):
         return result
 
     def attempt(self, note: Callable[[], None]) -> None:
-        """Note something; the step that is watched must not fail where that does."""
+        """Call `note` without letting its error fail the step that is recorded."""
         if self.failure is None:
             try:
                 note()
@@ -144,7 +144,7 @@ class LossRecorder(TorchFunctionMode):
                 self.failure = error
 
     def give(self, leaves: Sequence[Tensor]) -> None:
-        """Let tensors of the batch be known: images by their dimensions, of others each by itself."""
+        """Mark the tensors of a batch: those of more than two dimensions as images, each other one with its own source."""
         for leaf in leaves:
             if leaf.ndim > 2:
                 self.flow.mark(leaf, IMAGES)
@@ -262,7 +262,7 @@ class LossRecorder(TorchFunctionMode):
         counts = (
             of_labels and is_trained and bool(computed_of & IMAGES) and not computed_of & made_of & self._batch_sources
         )
-        if outputs.ndim > 2:  # nothing is kept of pictures
+        if outputs.ndim > 2:  # dense outputs are not copied
             outputs = outputs.new_empty((0, *outputs.shape[1:]))
         target_or_none = target if target.ndim <= 2 else None
         copied_outputs = outputs.clone() if outputs.ndim <= 2 else None

@@ -1,4 +1,4 @@
-"""Places in a forward pass where tokens go by, and one pass with the outputs of attention as leaves of the graph."""
+"""Locate, change and trace the tokens in a forward pass, module by module."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Site:
     batch_first: bool = True
 
     def tokens(self, tensor: Tensor) -> Tensor:
-        """What goes by as (B, N, D), or (B, N, D) as it goes by."""
+        """Convert between the layout at this site and (B, N, D), in either direction."""
         return tensor if self.batch_first else tensor.transpose(0, 1)
 
 
