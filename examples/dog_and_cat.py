@@ -1,12 +1,12 @@
-"""Teach a frozen DINOv2 to tell the dog from the cat in one photograph, so that class-specific maps can be drawn.
+"""Train a head on a frozen DINOv2 to tell the dog from the cat in one photograph, to draw class-specific maps.
 
     python examples/dog_and_cat.py both.png --backbone dinov2.safetensors
     vit-explain both.png --model vit_small_patch14_dinov2 --image_size 224 \
         --checkpoint dog_and_cat.safetensors --class_names dog cat other --category_index dog cat
 
-A linear head is trained on random crops of the dog's box, the cat's box and what lies beside both in that one
-photograph; images from `--others` join the third class. It has seen the very animals that it is then asked about, and
-no others: it shows how maps differ by class, and is no classifier of dogs and cats. The boxes fit `both.png` of
+A linear head is trained on random crops of the dog's box, the cat's box and the rest of that photograph; images from
+`--others` join the third class. The head has seen only the animals that it is then asked about, so it shows how maps
+differ by class, and does not classify other dogs and cats. The boxes fit `both.png` of
 vit-explain.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
     # Left, top, right, bottom in fractions of the photograph.
     parser.add_argument("--dog", type=float, nargs=4, default=(0.34, 0.05, 0.74, 0.58))
     parser.add_argument("--cat", type=float, nargs=4, default=(0.15, 0.60, 0.90, 1.0))
-    parser.add_argument("--others", type=Path, help="folder of images of neither")
+    parser.add_argument("--others", type=Path, help="folder of images with neither dog nor cat")
     parser.add_argument("--output", type=Path, default=Path("dog_and_cat.safetensors"))
     args = parser.parse_args()
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def cut(photograph: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-    """A part of the photograph, given in fractions of it."""
+    """Crop a part of the photograph, in fractions of its size."""
     width, height = photograph.size
     return photograph.crop(
         (round(box[0] * width), round(box[1] * height), round(box[2] * width), round(box[3] * height))
@@ -78,7 +78,7 @@ def cut(photograph: Image.Image, box: tuple[float, float, float, float]) -> Imag
 
 
 def trained_head(features: Tensor, labels: Tensor) -> nn.Linear:
-    """A linear classifier of features (n, D), with weight decay; the scale of the features is folded into it."""
+    """Train a linear classifier of features (n, D) with weight decay; it includes the scaling of the features."""
     mean, std = features.mean(dim=0), features.std(dim=0) + 1e-6
     head = nn.Linear(features.shape[1], len(NAMES))
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.01, weight_decay=0.1)

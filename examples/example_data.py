@@ -1,4 +1,4 @@
-"""The data that `finetune.py` can run on: made-up shapes, a folder of images, or the Oxford-IIIT pets."""
+"""Data sets of `finetune.py`: synthetic shapes, a folder of images, or the Oxford-IIIT pets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOREGROUND, BORDER = 1, 3  # values of the pets' trimaps; 2 is background
 
 @dataclass
 class Probe:
-    """The images that are explained, with their labels and, where known, named regions as (B, H, W) boolean masks."""
+    """The images to explain, with labels and, if available, named regions as boolean masks (B, H, W)."""
 
     images: Tensor
     labels: Tensor
@@ -29,7 +29,7 @@ class Probe:
 
 @dataclass
 class Data:
-    """What to train on, what to validate on (by name), and what to explain."""
+    """Training data, validation data by name, and the images to explain."""
 
     classes: Sequence[str]
     train: Dataset[Any]
@@ -67,7 +67,7 @@ def folder(root: Path, image_size: int, mean: Sequence[float], std: Sequence[flo
 
 
 def pets(root: Path, image_size: int, mean: Sequence[float], std: Sequence[float], num_probe: int) -> Data:
-    """The Oxford-IIIT pets, downloaded to `root` if they are not there; their trimaps are the object masks."""
+    """The Oxford-IIIT pets, downloaded to `root` if missing; their trimaps are the object masks."""
     train = OxfordIIITPet(str(root), "trainval", transform=_augmented(image_size, mean, std), download=True)
     validation = OxfordIIITPet(str(root), "test", transform=_evaluated(image_size, mean, std))
     both = OxfordIIITPet(str(root), "test", target_types=("category", "segmentation"))
@@ -84,7 +84,7 @@ def pets(root: Path, image_size: int, mean: Sequence[float], std: Sequence[float
 
 
 def _spread(length: int, count: int) -> list[int]:
-    """Indices spread evenly over a data set: such sets are often sorted by class."""
+    """Indices spread evenly over a data set, which is often sorted by class."""
     count = min(length, count)
     return [index * length // count for index in range(count)]
 

@@ -1,7 +1,7 @@
-"""Fine-tune a Vision Transformer and watch where it looks.
+"""Fine-tune a Vision Transformer and track where it looks.
 
-With no arguments: offline and on a CPU, a small ViT learns shapes from images in which the colour of a corner square
-gives the label away, and its explanation leaves the object for the square. `--no-shortcut` is the control.
+Without arguments, a small ViT learns shapes, offline and on a CPU, from images in which the colour of a corner square
+gives the label away, and its explanation moves from the object to the square. `--no-shortcut` is the control.
 
     python examples/finetune.py
     python examples/finetune.py --no-shortcut
@@ -34,7 +34,7 @@ from vit_explain_callback.cli.weights import Weights
 
 
 class FineTune(pl.LightningModule):
-    """A classifier with AdamW; keeps the accuracy on each validation set by step, for the table at the end."""
+    """A classifier trained with AdamW; records the accuracy on each validation set by step, for the final table."""
 
     def __init__(self, model: nn.Module, lr: float, validation_names: list[str], **hyperparameters: Any) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def _own(args: argparse.Namespace) -> tuple[Any, example_data.Data]:
 
 
 def _print_table(run: Run, accuracy: dict[int, dict[str, float]]) -> None:
-    """One line a snapshot: accuracy, drift (1 − Spearman's ρ to the baseline) and share of the map on each region."""
+    """Print a line per snapshot: accuracy, drift (1 − Spearman's ρ to the baseline), share of map per region."""
     method, regions = "grad_rollout", list(run.probe.regions)
     names = list(next(iter(accuracy.values()), {}))
     print(f"\n{method}, mean over {len(run.probe)} images")
@@ -171,10 +171,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-shortcut", action="store_true", help="the corner square says nothing about the label")
     parser.add_argument("--dataset", choices=["shapes", "pets"], default="shapes")
     parser.add_argument("--data-dir", type=Path, help="folder with train/ and val/, one folder for each class inside")
-    parser.add_argument("--pets-dir", type=Path, default=Path("data"), help="where the pets are, or are downloaded to")
+    parser.add_argument("--pets-dir", type=Path, default=Path("data"), help="folder of the pets, downloaded if missing")
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="any timm ViT, with --data-dir or pets")
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", action="store_true", help="start from the weights on the hub")
+    weights.add_argument("--pretrained", action="store_true", help="start from weights of the hub")
     weights.add_argument("--checkpoint", type=Path, help="start from a file that timm can read")
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--freeze-backbone", action="store_true", help="train the classifier only")
@@ -182,11 +182,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-train", type=int, default=7680, help="training images of the shapes")
-    parser.add_argument("--num-images", type=int, default=32, help="images that are explained")
+    parser.add_argument("--num-images", type=int, default=32, help="images to explain")
     parser.add_argument("--every-n-steps", type=int, help="steps between snapshots; default: ten over the run")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cpu", action="store_true", help="even if there is an accelerator")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if an accelerator is available")
     parser.add_argument("--output", type=Path, default=Path("runs"))
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Follow a Hugging Face model in transformers' Trainer, with a callback of ten lines; offline, and seconds on a CPU."""
+"""Track a model in the transformers Trainer with a callback of ten lines; takes seconds on a CPU, offline."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from vit_explain_callback import Explainer, ExplanationTracker, Probe
+from vit_explain_callback import Checks, Explainer, ExplanationTracker, Probe
 
 
 class TrackExplanations(TrainerCallback):
-    """Shows a tracker the model before the first step, after every `every` steps, and at the end."""
+    """Observe the model before the first step, at every `every`-th step, and at the end."""
 
     def __init__(self, tracker: ExplanationTracker, every: int) -> None:
         self.tracker, self.every = tracker, every
@@ -40,7 +40,7 @@ def squares(count: int) -> tuple[Tensor, Tensor]:
 
 
 def small_vit(**options: Any) -> Any:
-    """A ViT of transformers with random weights."""
+    """A transformers ViT with random weights."""
     shape: dict[str, Any] = {"image_size": 32, "patch_size": 8, "num_labels": 3}
     width: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 192}
     config = ViTConfig(num_hidden_layers=3, num_attention_heads=3, **shape, **width, **options)
@@ -52,13 +52,13 @@ def main() -> None:
     torch.manual_seed(0)
     model, probe = small_vit(), Probe.of(*squares(16))
     data = [{"pixel_values": image, "labels": label} for image, label in zip(*squares(3840), strict=True)]
-    # Faithfulness by tokens left out: painted in the mean colour of the image, which is the class here, none is missed.
+    # Faithfulness drops tokens: the mean colour of an image is its class here, so painting with it hides nothing.
     tracker = ExplanationTracker(
         Explainer(model, ["grad_rollout"]),
         probe,
         folder=Path("runs/hf_trainer/explanations"),
         target=probe.labels,
-        removal="tokens",
+        checks=Checks(removal="tokens"),
     )
     arguments = TrainingArguments(
         "runs/hf_trainer",

@@ -1,4 +1,4 @@
-"""Follow a model in a plain PyTorch loop, without Lightning; offline, and seconds on a CPU."""
+"""Track a model in a plain PyTorch loop, without Lightning; takes seconds on a CPU, offline."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit_explain_callback import Explainer, ExplanationTracker, Probe
+from vit_explain_callback import Checks, Explainer, ExplanationTracker, Probe
 
 
 def batch(count: int) -> tuple[Tensor, Tensor]:
@@ -24,9 +24,9 @@ model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, emb
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 folder = Path("runs/plain_loop/explanations")
 probe = Probe.of(*batch(16))
-# Faithfulness by tokens left out: painted in the mean colour of the image, which is the class here, none is missed.
+# Faithfulness drops tokens: the mean colour of an image is its class here, so painting with it hides nothing.
 tracker = ExplanationTracker(
-    Explainer(model, ["grad_rollout"]), probe, folder=folder, target=probe.labels, removal="tokens"
+    Explainer(model, ["grad_rollout"]), probe, folder=folder, target=probe.labels, checks=Checks(removal="tokens")
 )
 
 tracker.observe(step=0)  # the baseline

@@ -1,8 +1,7 @@
-"""Make the starting weights of `finetune.py`: a small ViT that knows shapes, trained from scratch on a CPU.
+"""Create the starting weights of `finetune.py`: a small ViT that knows shapes, trained from scratch on a CPU.
 
-First eight other shapes, then the four of `finetune.py`, all from honest images: the corner square has a random colour
-and says nothing. A second loss asks every patch token whether it lies on the object, which makes so small a run
-converge.
+It learns eight other shapes, then the four of `finetune.py`, always with a corner square of a random colour, which
+gives no hint. A second loss asks every patch token whether it lies on the object; it makes so small a run converge.
 
     python examples/pretrain.py --shapes other --steps 2500 --output other.safetensors
     python examples/pretrain.py --shapes own --steps 800 --start other.safetensors

@@ -93,7 +93,7 @@ def _draw_shape(name: str, rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 class Shapes(Dataset[tuple[Tensor, int, Tensor]]):
-    """Images of shapes, each drawn from `(seed, index)` alone, so that any item can be made again.
+    """Images of shapes, each drawn from `(seed, index)` alone, so that any item is reproducible.
 
     Args:
         classes: Names of the shapes; the label is the position in this sequence.

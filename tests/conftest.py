@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -49,6 +50,12 @@ def _no_other_notice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 def device(request: pytest.FixtureRequest) -> str:
     """For laws that hold on every device."""
     return str(request.param)
+
+
+def pytest_collection_finish() -> None:
+    """Leave out what imports have made when garbage is looked for, and when a fork takes hold of all objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

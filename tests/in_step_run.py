@@ -112,7 +112,7 @@ def run(model: Any, count: int, ranks: Ranks, batch_size: int | None, steps: int
     PASSES.clear()
     probe = Probe.of(random_images(count), torch.arange(count) % CLASSES)
     explainer = Explainer(model, ["rollout", "grad_rollout"])
-    options: dict[str, Any] = {"check_every": 1, "batch_size": batch_size, "target": probe.labels}
+    options: dict[str, Any] = {"checks": 1, "batch_size": batch_size, "target": probe.labels}
     tracker = ExplanationTracker(explainer, probe, ranks=ranks, **options)
     found: dict[str, Any] = {"values": {}, "errors": {}}
     with warnings.catch_warnings(record=True) as caught:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tests.models import CLASSES, random_images, tiny_vit
-from vit_explain_callback import ViTExplainCallback
+from vit_explain_callback import Detail, ViTExplainCallback
 from vit_explain_callback.tracking.snapshot import Snapshot
 
 
@@ -99,6 +99,14 @@ def events(trainer: pl.Trainer, folder: str | None = None) -> EventAccumulator:
 
 def saved(trainer: pl.Trainer) -> list[Snapshot]:
     return [Snapshot.load(path) for path in sorted(Path(trainer.log_dir or "").glob("explanations/step_*.safetensors"))]
+
+
+def quiet(*methods: Any, **options: Any) -> ViTExplainCallback:
+    """The callback for tests that look at no picture, page, check or statistics of blocks, or at those they ask for."""
+    level: Any = options.pop("detail", "brief")
+    detail = level if isinstance(level, Detail) else Detail(level, block_statistics=False, page=False)
+    left_out: dict[str, Any] = {"checks": None, "num_shown": 1, "detail": detail}
+    return ViTExplainCallback(*methods, **left_out | options)
 
 
 def messages(caught: list[warnings.WarningMessage]) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks import adapters, cost, leak, measure, model, noise, snapshot, training_memory
+from tests.benchmarks import adapters, cost, leak, measure, model, noise, snapshot, structure, training_memory
 from tests.benchmarks.contenders import BACKWARD, CONTENDERS, FIVE, FORWARD, materialised_maps
 from tests.models import random_images, steady_vit, tiny_vit
 from vit_explain_callback import explain
@@ -157,3 +157,32 @@ def test_a_change_that_a_model_cannot_see_moves_nothing() -> None:
     assert rows[-1][0] == "another image"
     assert [row[0] for row in rows[1:4]] == [f"shift by {pixels} of 8 pixels" for pixels in (1, 2, 4)]
     assert float(rows[1][2].split(",")[0]) < float(rows[3][2].split(",")[0])
+
+
+def test_the_structure_of_a_package_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = tmp_path / "vit_explain_callback"
+    (package / "inner").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("# A title\n\nsome words\n", encoding="utf-8")
+    long = "def wanted(given):\n" + '    """Two\n\n    lines."""\n' + "    given.own(made=found)\n" * 41
+    (package / "__init__.py").write_text(long, encoding="utf-8")
+    (package / "inner" / "__init__.py").touch()
+    callback = "class ViTExplainCallback:\n    def __init__(self, methods, *, images=None, **model): ...\n"
+    (package / "inner" / "callback.py").write_text(f"{callback}known = 'found'  # kept\n", encoding="utf-8")
+    structure.main([str(tmp_path)])
+    printed = capsys.readouterr().out.splitlines()
+    assert [re.split(r"\s{2,}|(?<=Callback)\s+", line) for line in printed[:7]] == [
+        ["Python files", "3, 48 lines in 2 packages"],
+        ["median file", "3 lines"],
+        ["longest file", "45 lines, __init__.py"],
+        ["longest function", "42 lines, __init__.py:wanted"],
+        ["functions", "2, 1 over 40 lines without docstrings"],
+        ["README.md", "5 words, 3 lines"],
+        ["ViTExplainCallback", "2 options, and **kwargs"],
+    ]
+    assert [line.split() for line in printed[8:]] == [
+        ["package", *structure.EMPTY_WORDS, "all"],
+        # One each of `made=`, `.own` and `found` a line; of `given` the parameter as well.
+        ["(top)", "41", "41", "42", "0", "41", "0", "0", "1", "166"],
+        ["inner", "0", "0", "0", "1", "0", "0", "0", "0", "1"],
+        ["all", "41", "41", "42", "1", "41", "0", "0", "1", "167"],
+    ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ METHODS = ["grad_rollout", "rollout", "grad_rollout_max_0.9"]
 def test_many_targets_equal_one_at_a_time(family: str) -> None:
     model, images = FAMILIES[family].create(), random_images(3)
     targets = [3, None, torch.tensor([0, 1, 2])]
-    found = explain_targets(model, images, targets, METHODS, batch_size=2)
+    found = explain_targets(model, images, targets, methods=METHODS, batch_size=2)
     assert len(found) == 3
     for target, explanation in zip(targets, found, strict=True):
         expected = explain(model, images, METHODS, target, batch_size=2)
@@ -206,3 +208,17 @@ def test_a_saved_file_may_be_read_by_whom_the_user_lets_read_files(explanation: 
     explanation.save(tmp_path / "a.safetensors")
     (tmp_path / "plain").touch()
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_attribute_gives_the_maps_of_a_call_by_name() -> None:
+    explainer, images = Explainer(tiny_vit(), ["rollout", "grad_rollout"]), random_images(3)
+    maps, expected = explainer.attribute(images, 1, batch_size=2), explainer(images, 1, batch_size=2).maps
+    assert list(maps) == ["rollout", "grad_rollout"]
+    torch.testing.assert_close(maps, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("call", [Explainer.__call__, Explainer.attribute, Explainer.for_targets, explain_targets])
+def test_all_but_model_images_methods_and_targets_is_named(call: Callable[..., Any]) -> None:
+    *positional, last = [p.name for p in signature(call).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert set(positional) <= {"self", "model", "images"}
+    assert last in ("target", "targets")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
 
 import vit_explain_callback
+from vit_explain_callback.methods.names import METHODS
 
 PACKAGE = Path(vit_explain_callback.__file__).parent
 # What stands on one line may import one another; everything else imports only what stands above it here.
 ORDER: list[set[str]] = [
-    {"_files", "_terminal"},
+    {"_files", "_lazy", "_terminal"},
     {"isolation", "options"},
     {"vit"},
     {"metrics"},
@@ -28,7 +32,7 @@ ORDER: list[set[str]] = [
     {"lightning", "cli"},
     {"__init__", "__main__"},
 ]
-AT_ROOT = 10  # with the marker `py.typed`
+AT_ROOT = 11  # with the marker `py.typed`
 LIGHTNING = ("lightning", "lightning_utilities", "pytorch_lightning")
 
 
@@ -82,9 +86,31 @@ def test_the_check_can_fail() -> None:
     assert upward_imports("lightning", "from vit_explain_callback.methods.attention_rollout import x") == set()
 
 
-def test_exported_names_exist() -> None:
-    assert all(hasattr(vit_explain_callback, name) for name in vit_explain_callback.__all__)
-    assert vit_explain_callback.__all__ == sorted(vit_explain_callback.__all__)
+@pytest.mark.parametrize("room", ["", ".methods", ".metrics", ".tracking", ".visualization"])
+def test_exported_names_are_sorted_and_importable(room: str) -> None:
+    package = import_module(f"vit_explain_callback{room}")
+    assert sorted(set(package.__all__)) == package.__all__
+    assert all(hasattr(package, name) for name in package.__all__)
+    assert not any(inspect.ismodule(getattr(package, name)) for name in package.__all__)
+    assert set(package.__all__) <= set(dir(package))
+
+
+def test_a_method_is_listed_once() -> None:
+    methods = import_module("vit_explain_callback.methods")
+    assert set(methods.BUILT_IN) <= set(methods.__all__) <= set(vit_explain_callback.__all__)
+    assert set(methods.BUILT_IN) == {method.__name__ for method in METHODS.values()}
+
+
+def test_the_version_is_that_of_the_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = re.search(r'^version = "(.*)"$', (PACKAGE.parent / "pyproject.toml").read_text(), re.MULTILINE)
+    assert written is not None
+    assert vit_explain_callback.__version__ == written[1]
+
+    def is_not_installed(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", is_not_installed)
+    assert vit_explain_callback.__version__ == "0+unknown"
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -96,12 +122,13 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_what_is_imported_loads_no_more_than_it_needs() -> None:
     heavy = {"torch", "lightning", "pytorch_lightning", "matplotlib"}
-    assert loaded_by("import vit_explain_callback") & heavy == set()
-    assert loaded_by("from vit_explain_callback import explain") & {"lightning", "pytorch_lightning"} == set()
+    assert loaded_by("import vit_explain_callback; vit_explain_callback.__version__") & heavy == set()
+    unused = {"lightning", "pytorch_lightning", "torchmetrics"}
+    assert loaded_by("from vit_explain_callback import explain") & unused == set()
     assert "pytorch_lightning" in loaded_by("from vit_explain_callback import ViTExplainCallback")
 
 
 def test_every_exported_name_has_its_home() -> None:
-    assert set(vit_explain_callback.__all__) == set(vit_explain_callback._HOME) <= set(dir(vit_explain_callback))
+    assert set(vit_explain_callback.__all__) == set(vit_explain_callback._HOMES) <= set(dir(vit_explain_callback))
     with pytest.raises(AttributeError, match="no attribute 'Rolout'"):
         _ = vit_explain_callback.Rolout  # type: ignore[attr-defined]

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+
+from tests.optional import optional
+
+nbclient, nbformat = optional("nbclient"), optional("nbformat")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples" / "explain.ipynb"
@@ -23,7 +24,7 @@ def notebook() -> Any:
 def run(found: Any, folder: Path) -> Any:
     """The notebook after every cell has run; in the folder, with the examples on the path as beside them."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(NOTEBOOK.parent)])}
-    client = NotebookClient(found, timeout=600, resources={"metadata": {"path": str(folder)}})
+    client = nbclient.NotebookClient(found, timeout=600, resources={"metadata": {"path": str(folder)}})
     return client.execute(env=environment)
 
 
@@ -62,7 +63,7 @@ def test_every_cell_runs_and_shows_what_it_showed(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_cell_that_fails_is_seen(tmp_path: Path) -> None:
     broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import shapes\n1 / 0")])
-    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="ZeroDivisionError"):
         run(broken, tmp_path)
 
 

@@ -30,9 +30,7 @@ OTHERS = [
 
 
 def tracker(target: Any) -> ExplanationTracker:
-    return ExplanationTracker(
-        Explainer(tiny_vit(), ["grad_rollout"]), Probe.of(IMAGES), target=target, check_every=None
-    )
+    return ExplanationTracker(Explainer(tiny_vit(), ["grad_rollout"]), Probe.of(IMAGES), target=target, checks=None)
 
 
 @pytest.mark.parametrize("target", INTEGERS, ids=repr)

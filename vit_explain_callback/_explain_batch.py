@@ -18,7 +18,7 @@ from vit_explain_callback.vit.block_logits import BlockLogit, block_logits
 from vit_explain_callback.vit.blocks import Stack, find_stack
 from vit_explain_callback.vit.calls import AttentionCall
 from vit_explain_callback.vit.recorder import AttentionRecorder
-from vit_explain_callback.vit.session import Session
+from vit_explain_callback.vit.session import Session, is_out_of_memory
 from vit_explain_callback.vit.tokens import TokenLayout, mean_of
 
 
@@ -35,7 +35,7 @@ def check_query(query: tuple[int, int], methods: Sequence[Method], grid: tuple[i
     of_target = [method.name for method in methods if method.needs_target]
     if of_target:
         raise ValueError(
-            f"Expected no `query` for {', '.join(of_target)}: gradients are of a class, and say nothing about what a "
+            f"Expected no `query` for {', '.join(of_target)}: gradients depend on a class and do not show what a "
             "patch attends to. Ask for `attention` or `rollout`."
         )
 
@@ -58,14 +58,14 @@ def explain_batch(
     session: Session,
     images: Tensor,
     methods: Sequence[Method],
-    wanted: Sequence[Tensor | None],
+    targets: Sequence[Tensor | None],
     block_statistics: bool,
     query: tuple[int, int] | None = None,
 ) -> list[Explanation]:
-    """Explain a batch, (B, C, H, W), for each wanted target, (B,), None for the predicted class.
+    """Explain a batch, (B, C, H, W), for each target, (B,), None for the predicted class.
 
     The model is in evaluation mode already. Methods that do not depend on the class are folded once for all targets.
-    Without methods, logits and targets are all there is.
+    Without methods, an explanation has logits and targets alone.
     With a `query`, (row, column), relevance starts from that patch instead of what the classifier reads.
 
     Raises:
@@ -76,13 +76,13 @@ def explain_batch(
     if not methods:
         with torch.no_grad():
             logits = session.logits(images)
-        return [Explanation({}, logits, target) for target in _targets(logits, wanted)]
+        return [Explanation({}, logits, target) for target in _classes(logits, targets)]
     logits, stack, fed = _forward(session, images, methods)
-    targets = _targets(logits.detach(), wanted)
-    gradients = _gradients(logits, stack, targets)
+    classes = _classes(logits.detach(), targets)
+    gradients = _gradients(logits, stack, classes)
     # After the backward pass: its memory is free again, and sharded parameters expect one for each forward pass.
     logits = logits.detach()
-    layout = own = session.layout(stack, fed, query is None)
+    layout = read_layout = session.layout(stack, fed, query is None)
     if query is not None:
         check_query(query, methods, layout.grid)
         layout = _read_by(query, layout)
@@ -92,23 +92,24 @@ def explain_batch(
     _check_tokens(stack, layout)
     if _weighted(methods):
         _check_reached(stack, gradients[0])
-    read = own if own.readout is not None else layout  # what blocks attend to does not hang on the query
-    meter = _meter(stack, read, fed) if block_statistics else None
-    own_logits = _block_logits(session, stack, images, targets, methods)
+    # What blocks attend to does not depend on the query.
+    metered = read_layout if read_layout.readout is not None else layout
+    meter = _meter(stack, metered, fed) if block_statistics else None
+    logits_by_block = _block_logits(session, stack, images, classes, methods)
     # Attention is computed again here, in full precision whatever the forward pass ran in.
     with torch.autocast(logits.device.type, enabled=False):
-        blocks = Blocks(stack, gradients, own_logits)
-        del stack, gradients, own_logits  # the iterator lets go of each block once nobody else holds it
-        found = _maps(methods, blocks, layout, meter)
+        blocks = Blocks(stack, gradients, logits_by_block)
+        del stack, gradients, logits_by_block  # the iterator frees each block, as nothing else refers to it
+        maps_by_target = _maps(methods, blocks, layout, meter)
     statistics = None if meter is None else meter.result()
-    return [Explanation(maps, logits, target, statistics) for maps, target in zip(found, targets, strict=True)]
+    return [Explanation(maps, logits, target, statistics) for maps, target in zip(maps_by_target, classes, strict=True)]
 
 
 def function_maps(session: Session, images: Tensor, function: MapFunction, targets: Sequence[Tensor]) -> list[Tensor]:
-    """The maps (B, h, w) that a function of the user's gives of images, (B, C, H, W), for each target, (B,).
+    """Maps (B, h, w) of a user's function for images, (B, C, H, W), and each target, (B,).
 
     Raises:
-        RuntimeError: If the function fails, gives no maps, or changes the model that is trained.
+        RuntimeError: If the function fails, does not return maps, or changes the model that is trained.
     """
     asked = targets if function.needs_target else targets[:1]
     with restored(session.adapter.model) as changed, session.giving_logits() as model, torch.enable_grad():
@@ -125,8 +126,26 @@ def function_maps(session: Session, images: Tensor, function: MapFunction, targe
     return maps if function.needs_target else maps * len(targets)
 
 
+def logits_without_tokens(session: Session, images: Tensor, removed: Tensor) -> Tensor:
+    """Logits (b, C) of images (b, C, H, W) when the tokens of some patches, (b, grid_h, grid_w) boolean, are left out.
+
+    Raises:
+        ValueError: If the model fails without them.
+    """
+    with session.without_tokens(images, removed.to(images.device)):
+        try:
+            return session.logits(images)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"Expected the blocks of {type(session.vit).__name__} to take any number of tokens, but they do not "
+                f"({error}): paint patches over instead, with `removal='mean_colour'`."
+            ) from error
+
+
 def _forward(session: Session, images: Tensor, methods: Sequence[Method]) -> tuple[Tensor, Stack, Tensor]:
-    """Logits (B, C), in the autograd graph if a method asks for it, the blocks, and the images that the ViT was fed."""
+    """Logits (B, C), in the autograd graph if a method needs it, the blocks, and the images that reached the ViT."""
     weighted = _weighted(methods)
     with (
         torch.set_grad_enabled(weighted),
@@ -144,17 +163,17 @@ def _weighted(methods: Sequence[Method]) -> bool:
     return any(method.fusion.of == "weighted" for method in methods)
 
 
-def _targets(logits: Tensor, wanted: Sequence[Tensor | None]) -> list[Tensor]:
+def _classes(logits: Tensor, targets: Sequence[Tensor | None]) -> list[Tensor]:
     predicted = logits.argmax(dim=1)
     # Copies: what the user made in inference mode could not be saved for a backward pass.
-    targets = [predicted if target is None else target.to(logits.device, copy=True) for target in wanted]
-    for target in targets:
+    classes = [predicted if target is None else target.to(logits.device, copy=True) for target in targets]
+    for target in classes:
         check_target(target, logits.shape[1])
-    return targets
+    return classes
 
 
 def _gradients(logits: Tensor, stack: Stack, targets: Sequence[Tensor]) -> list[list[Tensor | None]]:
-    """∂y_c/∂O of each block and then of the pool for each target, None where there is no graph from it to y_c."""
+    """∂y_c/∂O of each block, then of the pool, for each target; None where no graph leads from it to y_c."""
     outputs = [call.output for call in _with_pool(stack)]
     attached = [index for index, output in enumerate(outputs) if output.requires_grad]
     gradients: list[list[Tensor | None]] = [[None] * len(outputs) for _ in targets]
@@ -164,13 +183,13 @@ def _gradients(logits: Tensor, stack: Stack, targets: Sequence[Tensor]) -> list[
     with torch.enable_grad():
         chosen = [logits.gather(1, target[:, None]).sum() for target in targets]
     for place, logit in enumerate(chosen):
-        found = torch.autograd.grad(
+        of_outputs = torch.autograd.grad(
             logit,
             [outputs[index] for index in attached],
             retain_graph=place < len(chosen) - 1,
             allow_unused=True,
         )
-        for index, gradient in zip(attached, found, strict=True):
+        for index, gradient in zip(attached, of_outputs, strict=True):
             gradients[place][index] = gradient
     return gradients
 
@@ -180,8 +199,8 @@ def _block_logits(
 ) -> dict[int, BlockLogit]:
     """The logits of the blocks that a method asks for, by number."""
     count = len(stack.calls)
-    wanted = [method.layers(count) for method in methods if method.fusion.of == "block_gradient"]
-    layers = [layer for layer in range(1, count + 1) if any(layer in of_method for of_method in wanted)]
+    by_method = [method.layers(count) for method in methods if method.fusion.of == "block_gradient"]
+    layers = [layer for layer in range(1, count + 1) if any(layer in of_method for of_method in by_method)]
     return block_logits(session, stack, images, targets, layers) if layers else {}
 
 

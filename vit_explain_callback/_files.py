@@ -1,4 +1,4 @@
-"""Write files that appear whole or not at all; read safetensors files, and check what they hold."""
+"""Write files atomically; read safetensors files and check their contents."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end; after an error, or if the process is killed, nothing does.
+    """Yield a partial file that replaces `path` at the end, but not after an error or if the process is killed.
 
     Raises:
-        OSError: If `path` is a symbolic link, which would lead out of its folder.
+        OSError: If `path` is a symbolic link, which may point out of its folder.
     """
     if path.is_symlink():
-        raise OSError(f"{path} is a symbolic link and is not written through; delete it first.")
+        raise OSError(f"{path} is a symbolic link and is not overwritten; delete it first.")
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
     try:
@@ -35,18 +35,18 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file."""
+    """Write a file atomically."""
     with whole_file(path) as partial:
         partial.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a whole file of UTF-8 text; what is none is spelt out."""
+    """Write UTF-8 text atomically; what UTF-8 cannot encode is escaped."""
     write_bytes(path, savable(content).encode("utf-8"))
 
 
 def savable(text: str) -> str:
-    r"""The text with what is no UTF-8 spelt out, as in names of files of another encoding.
+    r"""Escape what UTF-8 cannot encode, as in file names of another encoding.
 
     Example:
         >>> savable("caf\udce9")
@@ -56,22 +56,22 @@ def savable(text: str) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a whole safetensors file of tensors and text by name."""
+    """Write named tensors and text to a safetensors file, atomically."""
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_bytes(path, save(whole, metadata=dict(metadata)))  # `save_file` would keep it from the user's group
+    write_bytes(path, save(whole, metadata=dict(metadata)))  # `save_file` would deny the user's group access
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the text that `write_tensors` wrote.
+    """Read the tensors and the text of a safetensors file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no safetensors file.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a safetensors file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
-        if savable(str(path)) != str(path):  # which `safe_open` does not take
+        if savable(str(path)) != str(path):  # `safe_open` refuses such paths
             content = path.read_bytes()
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             return load(content), header.get("__metadata__", {})
@@ -82,12 +82,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_tensors(path: str | Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[str, ...]]) -> None:
-    """Check that a file held the tensors of some names, of any size but none empty.
+    """Check that a file contains tensors of these names and shapes, none of them empty.
 
     Args:
-        path: The file, or what else held them, for the error.
-        tensors: What it held.
-        shapes: A letter for each dimension by name; a letter is of one size in all of them.
+        path: The file, or another source of the tensors, for the error.
+        tensors: Its tensors by name.
+        shapes: A letter for each dimension, by name; a letter stands for one size in all tensors.
 
     Raises:
         ValueError: If one is missing or has another shape.
@@ -97,27 +97,27 @@ def check_tensors(path: str | Path, tensors: Mapping[str, Tensor], shapes: Mappi
         if name not in tensors:
             raise ValueError(f"Expected {path} to hold `{name}`, but it does not.")
         shape = tuple(tensors[name].shape)
-        wanted = [f"{letter} = {sizes[letter]}" if letter in sizes else letter for letter in letters]
+        expected = [f"{letter} = {sizes[letter]}" if letter in sizes else letter for letter in letters]
         same = len(shape) == len(letters) and 0 not in shape
         if not same or any(sizes.setdefault(letter, size) != size for letter, size in zip(letters, shape, strict=True)):
-            raise ValueError(f"Expected `{name}` in {path} of shape ({', '.join(wanted)}), but got {shape}.")
+            raise ValueError(f"Expected `{name}` in {path} of shape ({', '.join(expected)}), but got {shape}.")
 
 
 def check_dtype(path: str | Path, tensors: Mapping[str, Tensor], name: str, allowed: tuple[torch.dtype, ...]) -> None:
-    """Check the dtype of a tensor that a file held.
+    """Check the dtype of a tensor from a file.
 
     Raises:
-        ValueError: If it is none of `allowed`.
+        ValueError: If it is not one of `allowed`.
     """
     if tensors[name].dtype not in allowed:
         raise ValueError(f"Expected `{name}` in {path} of dtype {allowed[0]} or alike, but got {tensors[name].dtype}.")
 
 
 def read_json(path: str | Path, metadata: Mapping[str, str], name: str) -> object:
-    """A value from the text that a file held.
+    """Parse a JSON value from the text of a file.
 
     Raises:
-        ValueError: If it is missing, or no JSON.
+        ValueError: If it is missing or not JSON.
     """
     if name not in metadata:
         raise ValueError(f"Expected {path} to hold `{name}`, but it does not.")

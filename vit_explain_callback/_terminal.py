@@ -1,4 +1,4 @@
-"""Print lines and progress on a terminal that may be ascii, closed or full; no name steers it, no secret gets there."""
+"""Print lines and progress on any terminal, without control characters and without secrets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from tqdm import tqdm
-
 _REDACTED = "***"
-_URL = r"(?i)\b([a-z][a-z0-9+.-]+:/{1,2}"  # `Path` makes one slash of two
+_URL = r"(?i)\b([a-z][a-z0-9+.-]+:/{1,2}"  # `Path` turns two slashes into one
 _SECRET = (
     r"[\w.-]*(?:(?<!class_)(?<!cls_)token|secret|passw(?:or)?d|pwd|(?:api|access|account|private)[_-]?key|credentials?"
     r"|signature|sig)"
@@ -30,7 +28,7 @@ _REDACTIONS = (
 
 
 def redacted(text: str) -> str:
-    """The text without passwords, tokens and queries of URLs, and without values that are named as secrets.
+    """Redact passwords, tokens and queries of URLs, and values that are named as secrets.
 
     Example:
         >>> redacted("https://me:hunter2@host/run?api_key=abc is not on this machine")
@@ -42,17 +40,17 @@ def redacted(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with control characters and bytes that are no UTF-8 spelt out: they are shown, not obeyed."""
+    """Escape control characters and bytes that are not UTF-8: the terminal shows them and does not obey them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def quoted(path: object) -> str:
-    """A path as one word for the shell of this system."""
+    """Quote a path for the shell of this system."""
     return subprocess.list2cmdline([str(path)]) if sys.platform == "win32" else shlex.quote(str(path))
 
 
 def print_line(text: str, stream: TextIO | None) -> None:
-    """Print a line if the stream is there; what its encoding lacks becomes a question mark.
+    """Print a line if the stream is open; characters outside its encoding become question marks.
 
     Raises:
         OSError: If it cannot be written.
@@ -65,11 +63,11 @@ def print_line(text: str, stream: TextIO | None) -> None:
 
 
 def announce(text: str) -> None:
-    """Print lines on standard output, if they can be written: a run goes on without them.
+    """Print lines on standard output; the run continues if that fails.
 
-    A progress bar of tqdm's is taken away for them, and comes back below.
+    A tqdm progress bar is cleared first and redrawn below the lines.
     """
-    from tqdm import tqdm  # late, as the command's help needs no bar
+    from tqdm import tqdm  # late: the command's help needs no bar
 
     with suppress(Exception), tqdm.external_write_mode(sys.stdout):
         for line in redacted(text).splitlines():
@@ -77,20 +75,22 @@ def announce(text: str) -> None:
 
 
 Advance = Callable[[], object]
-"""Notes that one unit of the work is done."""
+"""Called when one unit of work is done."""
 
 SECONDS = 2.0
 
 
 @contextmanager
 def progress(what: str, units: int, shown: bool) -> Iterator[Advance]:
-    """A bar for some units of work; gone at its end, and never there for work of less than two seconds.
+    """Show a progress bar, which disappears at the end and never appears for work of less than two seconds.
 
     Args:
-        what: Is done, in a few words.
-        units: Of work, such as passes.
-        shown: Whether to show it at all.
+        what: Description of the work, in a few words.
+        units: Number of units of work, such as forward passes.
+        shown: Whether to show the bar at all.
     """
+    from tqdm import tqdm
+
     stream = sys.stderr
     if not shown or stream is None or stream.closed:
         yield lambda: None

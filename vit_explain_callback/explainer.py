@@ -1,20 +1,21 @@
-"""Explain a model's predictions: any number of methods from one forward and one backward pass, and functions.
+"""Explain a model's predictions: any number of methods share one forward pass and one backward pass.
 
 Shapes: B images, C channels of the image or classes of the logits, N tokens, H heads.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from vit_explain_callback._explain_batch import explain_batch, function_maps
+from vit_explain_callback._explain_batch import explain_batch, function_maps, logits_without_tokens
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import (
     AnyMethod,
@@ -27,11 +28,11 @@ from vit_explain_callback.methods.map_function import (
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.faithfulness import removed_counts
 from vit_explain_callback.options.images import as_target, check_images
-from vit_explain_callback.options.rules import checked, checked_options
-from vit_explain_callback.vit.adapter import Adapter, LogitsOf, PlainAdapter
-from vit_explain_callback.vit.session import Session, in_parts, is_out_of_memory
+from vit_explain_callback.options.model import ModelOptions
+from vit_explain_callback.options.rules import COUNT, NONE, checked, checked_options, rules_of
+from vit_explain_callback.vit.adapter import Adapter, PlainAdapter
+from vit_explain_callback.vit.session import Session, in_parts
 from vit_explain_callback.vit.timm import (
-    Normalisation,
     check_classifier,
     find_vit,
     normalisation,
@@ -43,42 +44,24 @@ from vit_explain_callback.vit.tokens import Memory, StatedLayout
 T = TypeVar("T")
 
 
-class ModelOptions(TypedDict, total=False):
-    """What a model does not say of itself; all of it can be left out.
-
-    Attributes:
-        vit: Attribute path of the ViT inside the model, needed where it holds several.
-        forward: How to get logits (B, C) from the model and images, if not by `model(images)`.
-        prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
-        grid_size: Patches as (grid_h, grid_w), likewise.
-        class_names: Name of each class, for captions.
-    """
-
-    vit: str | None
-    forward: LogitsOf | None
-    prefix_tokens: int | None
-    grid_size: tuple[int, int] | None
-    class_names: Sequence[str] | None
-
-
 def explain(
     model: nn.Module,
     images: Tensor,
     methods: Sequence[str | AnyMethod] = ("rollout", "grad_rollout"),
     target: int | Tensor | None = None,
-    batch_size: int | None = None,
     *,
+    batch_size: int | None = None,
     block_statistics: bool = False,
     query: tuple[int, int] | None = None,
     **options: Unpack[ModelOptions],
 ) -> Explanation:
-    """Explain the predictions of a Vision Transformer: which patches they draw on, by one method or several.
+    """Explain which patches the predictions of a Vision Transformer draw on, by one method or several.
 
-    With `MapFunction`s alone, any model will do.
+    With `MapFunction`s alone, the model can be any classifier.
 
-    The model runs in evaluation mode and outside autocast, and is left as it was found: training flags, gradients,
-    buffers and random streams included. Its attention runs in its own kernel. Only with few tokens on a CPU, and if no
-    method depends on the class, is it computed in the open; logits and maps then differ in the last bits.
+    The model runs in evaluation mode and outside autocast, and is left unchanged, training flags, gradients, buffers
+    and random streams included. Attention runs in the model's own kernel, except with few tokens on a CPU where no
+    method depends on the class: there it is computed explicitly, and logits and maps differ in the last bits.
 
     Args:
         model: A ViT, or any module that holds exactly one and returns logits for a batch of images. For functions
@@ -88,21 +71,21 @@ def explain(
             (`AttentionRollout()`, `Chefer()`, `MapFunction("mine", function)`, …).
         target: Class to explain: None for the predicted one, one index for all images, or (B,) integer indices.
         batch_size: Images per pass; None takes all at once. It changes memory, not results.
-        block_statistics: Whether to measure what each block attends to; see `BlockStatistics`.
-        query: Patch as (row, column), counted from 0, to start from instead of what the classifier reads: what that
-            patch attends to. For methods that depend on no class.
-        **options: What the model does not say of itself; see `ModelOptions`.
+        block_statistics: Whether to compute what each block attends to; see `BlockStatistics`.
+        query: Patch as (row, column), counted from 0, whose attention is followed instead of the classifier's. For
+            methods that do not depend on the class.
+        **options: Facts about the model; see `ModelOptions`.
 
     A head with one logit z counts as two classes with the logits -z/2 and z/2, so that their softmax is the sigmoid of
-    z. With several labels an image, `target` names the one to explain.
+    z. If an image has several labels, `target` names the one to explain.
 
     Returns:
-        Maps, logits and targets, on the model's device. In a notebook it shows itself.
+        Maps, logits and targets, on the model's device. In a notebook it is shown as a figure.
 
     Raises:
         TypeError: If images, target, methods or the model's output are of the wrong type.
         ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
-        RuntimeError: If a `MapFunction` fails, or gives something else than maps.
+        RuntimeError: If a `MapFunction` fails, or does not return maps.
 
     Example:
         >>> import timm
@@ -111,13 +94,15 @@ def explain(
         >>> {name: tuple(maps.shape) for name, maps in explanation.maps.items()}
         {'rollout': (1, 14, 14), 'grad_rollout_max': (1, 14, 14)}
     """
-    return Explainer(model, methods, **options)(images, target, batch_size, block_statistics, query=query)
+    explainer = Explainer(model, methods, **options)
+    return explainer(images, target, batch_size=batch_size, block_statistics=block_statistics, query=query)
 
 
 def explain_targets(
     model: nn.Module,
     images: Tensor,
     targets: Sequence[int | Tensor | None],
+    *,
     methods: Sequence[str | AnyMethod] = ("rollout", "grad_rollout"),
     batch_size: int | None = None,
     **options: Unpack[ModelOptions],
@@ -139,199 +124,190 @@ def explain_targets(
         TypeError: As `explain`.
         ValueError: As `explain`, and if there is no target.
     """
-    return Explainer(model, methods, **options).for_targets(images, targets, batch_size)
+    return Explainer(model, methods, **options).for_targets(images, targets, batch_size=batch_size)
 
 
 class Explainer:
-    """Explains one model again and again; what was found out about its tokens is remembered.
+    """Explains one model repeatedly and remembers the layout of its tokens.
 
     Args:
-        model: As for `explain`, like the others.
+        model: As for `explain`, or an `Adapter` for a model that is not run by calling it.
         methods: Names or objects.
-        **options: As for `explain`.
+        **options: As for `explain`; an adapter brings its own `vit` and `forward`.
 
     Raises:
-        TypeError: If methods are of the wrong type.
-        ValueError: If the model can be seen not to be a ViT, or not a classifier.
+        TypeError: If methods or options are of the wrong type.
+        ValueError: If the model is recognised not to be a ViT, or not to be a classifier.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Adapter,
         methods: Sequence[str | AnyMethod],
         **options: Unpack[ModelOptions],
     ) -> None:
-        options = cast(ModelOptions, checked_options(options))
-        forward = options.get("forward")
-        self._set_up(PlainAdapter(model, options.get("vit"), forward), methods, **options)
-        check_vit_options(self.methods, options)
-        vit = self._found_in(model)
-        if self._attention:
-            refuse_other_timm_models(vit)
-        if forward is None and model is vit and any(method.needs_target for method in self.methods):
-            check_classifier(model)
-
-    @classmethod
-    def of(cls, adapter: Adapter, methods: Sequence[str | AnyMethod], **options: Unpack[ModelOptions]) -> Explainer:
-        """An explainer of a model that is not run by calling it.
-
-        Args:
-            adapter: How it is run.
-            methods: Names or objects.
-            **options: As for `explain`; `vit` and `forward` are the adapter's.
-        """
-        explainer = cls.__new__(cls)
-        explainer._set_up(adapter, methods, **options)
-        return explainer
-
-    def _set_up(self, adapter: Adapter, methods: Sequence[str | AnyMethod], **options: Unpack[ModelOptions]) -> None:
+        options = cast(ModelOptions, checked_options(options, rules_of(ModelOptions)))
         self.methods = resolve_methods(methods)
-        self._attention, self._functions = of_attention(self.methods), of_functions(self.methods)
         self.class_names = options.get("class_names")
-        self._adapter = adapter
+        self._attention, self._functions = of_attention(self.methods), of_functions(self.methods)
+        self._adapter = _adapted(model, self.methods, options) if isinstance(model, nn.Module) else model
         self._stated = StatedLayout(options.get("prefix_tokens"), options.get("grid_size"))
         self._memory = Memory()
+        self._first_row = 0
 
     @property
     def name(self) -> str:
-        """Class of the ViT, or of the model where none is looked for, and its path in the model where it has one."""
-        vit = self._found_in(self._adapter.model)
-        path = next((path for path, module in self._adapter.model.named_modules() if module is vit), "")
+        """Class of the ViT, or of the model where no method needs one, and its path in the model if it has one."""
+        model = self._adapter.model
+        vit = find_vit(model, self._adapter.vit) if self._attention else model
+        path = next((path for path, module in model.named_modules() if module is vit), "")
         return f"{type(vit).__name__} at `{path}`" if path else type(vit).__name__
 
-    def _found_in(self, model: nn.Module) -> nn.Module:
-        """The ViT, where a method needs one; else the model."""
-        return find_vit(model, self._adapter.vit) if self._attention else model
+    def starting_at(self, row: int) -> Explainer:
+        """This explainer for images that begin with image `row` of the probe.
+
+        It matters to a model that runs on a batch of the user's, of which the images are only a part.
+        """
+        explainer = copy.copy(self)
+        explainer._first_row = row
+        return explainer
 
     def __call__(
         self,
         images: Tensor,
         target: int | Tensor | None = None,
+        *,
         batch_size: int | None = None,
         block_statistics: bool = False,
-        first: int = 0,
         query: tuple[int, int] | None = None,
+        keep_images: bool = True,
     ) -> Explanation:
-        """Explain a batch, in parts of `batch_size` images; in smaller ones where memory does not suffice.
+        """Explain a batch, `batch_size` images at a time; fewer if they do not fit into memory.
 
-        `first` is the place of the first image in the probe, for models that are given more than images.
+        Args:
+            images: As for `explain`, like the others.
+            target: None, one index, or (B,) integer indices.
+            batch_size: Images per pass.
+            block_statistics: Whether to compute what each block attends to.
+            query: Patch to start from, as (row, column).
+            keep_images: Whether the explanation refers to the images.
 
         Raises:
             TypeError: If images, target or the model's output are of the wrong type.
             ValueError: If they are of the wrong shape or range, or if the model's attention cannot be rolled out.
+            RuntimeError: If a `MapFunction` fails.
         """
-        return self.for_targets(images, [target], batch_size, block_statistics, first, query)[0]
+        options: Any = {"batch_size": batch_size, "block_statistics": block_statistics, "query": query}
+        return self.for_targets(images, [target], keep_images=keep_images, **options)[0]
+
+    def attribute(
+        self,
+        images: Tensor,
+        target: int | Tensor | None = None,
+        *,
+        batch_size: int | None = None,
+        query: tuple[int, int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Maps of a batch by method name, (B, grid_h, grid_w) each; arguments and errors are those of a call."""
+        return self(images, target, batch_size=batch_size, query=query).maps
 
     def for_targets(
         self,
         images: Tensor,
         targets: Sequence[int | Tensor | None],
+        *,
         batch_size: int | None = None,
         block_statistics: bool = False,
-        first: int = 0,
         query: tuple[int, int] | None = None,
+        keep_images: bool = True,
     ) -> list[Explanation]:
         """Explain a batch for several targets: one forward pass, and one backward pass for each target.
 
-        The explanations share what does not depend on the target.
+        The explanations share what does not depend on the target. Arguments and errors are those of a call.
 
         Raises:
-            TypeError: As for one target.
-            ValueError: As for one target, and if there is none.
-            RuntimeError: If a function fails.
+            ValueError: Also if there is no target.
         """
         check_images(images)
         check_functions(self._functions, self._adapter.model, query)
         if not targets:
             raise ValueError("Expected `targets` to hold at least one target, but got none.")
-        wanted = [_as_targets(target, len(images)) for target in targets]
+        classes = [_as_classes(target, len(images)) for target in targets]
 
-        mean_std: list[Normalisation] = []
+        def explain_part(session: Session, part: slice, part_images: Tensor) -> list[Explanation]:
+            part_classes = [None if target is None else target[part] for target in classes]
+            explained = explain_batch(session, part_images, self._attention, part_classes, block_statistics, query)
+            about: Any = {"normalisation": normalisation(session.vit), "class_names": self.class_names}
+            return [replace(explanation, **about) for explanation in explained]
 
-        def work(session: Session, part: slice, copied: Tensor) -> list[Explanation]:
-            own = [None if target is None else target[part] for target in wanted]
-            mean_std.append(normalisation(session.vit))
-            return explain_batch(session, copied, self._attention, own, block_statistics, query)
-
-        parts = self._in_parts(images, batch_size, first, work)
-        found = [Explanation.joined(of_one) for of_one in zip(*parts, strict=True)]
-        more = self._of_functions(images, [one.target for one in found], batch_size, first)
-        about: Any = {"images": images, "normalisation": mean_std[0], "class_names": self.class_names}
+        parts = self._in_parts(images, batch_size, explain_part)
+        explanations = [Explanation.joined(of_target) for of_target in zip(*parts, strict=True)]
+        by_function = self._function_maps(images, [each.target for each in explanations], batch_size)
+        held = images if keep_images else None
         return [
-            replace(one, maps=self._in_order({**one.maps, **own}), **about)
-            for one, own in zip(found, more, strict=True)
+            replace(explanation, maps=self._in_order({**explanation.maps, **maps}), images=held)
+            for explanation, maps in zip(explanations, by_function, strict=True)
         ]
 
     def _in_order(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {method.name: maps[method.name] for method in self.methods}
 
-    def _of_functions(
-        self, images: Tensor, targets: Sequence[Tensor], batch_size: int | None, first: int
+    def _function_maps(
+        self, images: Tensor, targets: Sequence[Tensor], batch_size: int | None
     ) -> list[dict[str, Tensor]]:
-        """Maps of the functions by name, for each target; each function has a twin of its own."""
+        """Maps of the functions by name, for each target; each function gets a fresh twin."""
         maps: list[dict[str, Tensor]] = [{} for _ in targets]
         for function in self._functions:
 
             def work(session: Session, part: slice, copied: Tensor, function: MapFunction = function) -> list[Tensor]:
                 return function_maps(session, copied, function, [target[part] for target in targets])
 
-            parts = self._in_parts(images, batch_size, first, work)
-            for own, of_one in zip(maps, zip(*parts, strict=True), strict=True):
-                own[function.name] = torch.cat(of_one)
+            parts = self._in_parts(images, batch_size, work)
+            for of_target, pieces in zip(maps, zip(*parts, strict=True), strict=True):
+                of_target[function.name] = torch.cat(pieces)
         return maps
 
-    def logits(self, images: Tensor, batch_size: int | None = None, first: int = 0) -> Tensor:
-        """What the model makes of images (B, C, H, W), explained or not: (B, C) logits."""
+    def logits(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
+        """Logits (B, C) of images (B, C, H, W), explained before or not."""
         with torch.no_grad():
-            return torch.cat(
-                self._in_parts(images, batch_size, first, lambda session, _, copied: session.logits(copied))
-            )
+            parts = self._in_parts(images, batch_size, lambda session, _, copied: session.logits(copied))
+        return torch.cat(parts)
 
-    def logits_without(self, images: Tensor, taken: Tensor, batch_size: int | None = None, first: int = 0) -> Tensor:
+    def logits_without(self, images: Tensor, removed: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Logits (B, C) when the tokens of some patches never enter the first block.
 
-        For models that give tokens their position before the blocks, see `can_leave_out_tokens`, and whose images were
-        explained before.
+        For images that were explained before, and models that give tokens their position before the blocks; see
+        `can_leave_out_tokens`.
 
         Args:
             images: (B, C, H, W).
-            taken: Patches to leave out, (B, grid_h, grid_w) boolean, as many of each image.
+            removed: Patches to leave out, (B, grid_h, grid_w) boolean, as many of each image.
             batch_size: Images per pass.
-            first: Place of the first image in the probe.
 
         Raises:
             ValueError: If the model fails without them; not always where blocks need to know where tokens are.
         """
 
         def work(session: Session, part: slice, copied: Tensor) -> Tensor:
-            with session.without_tokens(copied, taken[part].to(copied.device)):
-                try:
-                    return session.logits(copied)
-                except Exception as error:
-                    if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                        raise
-                    raise ValueError(
-                        f"Expected the blocks of {type(session.vit).__name__} to take any number of tokens, but "
-                        f"they do not ({error}): paint patches over instead, with `removal='mean_colour'`."
-                    ) from error
+            return logits_without_tokens(session, copied, removed[part])
 
         with torch.no_grad():
-            return torch.cat(self._in_parts(images, batch_size, first, work))
+            return torch.cat(self._in_parts(images, batch_size, work))
 
     def can_leave_out_tokens(self, images: Tensor, grid: tuple[int, int]) -> bool | None:
         """Whether `logits_without` takes nothing but the tokens away: the blocks do not know where tokens are.
 
-        It is measured, in 13 passes of the first two images; see `vit.token_set`.
+        It is tested in 13 passes of the first two images; see `vit.token_set`.
 
         Args:
             images: (B, C, H, W) that were explained before.
             grid: Patches as (grid_h, grid_w).
 
         Returns:
-            None where the logits do not tell, as those of a classifier that is all zero.
+            None where the logits cannot show it, such as those of a classifier whose weights are zero.
 
         Raises:
-            Exception: What the model raised of whole images.
+            Exception: What the model raises for whole images.
         """
         counts = removed_counts(math.prod(grid))
 
@@ -341,23 +317,36 @@ class Explainer:
                 return False
             return treats_tokens_as_set(session, copied, layout, counts)
 
-        found = self._in_parts(images[:2], None, 0, work)
-        return None if None in found and False not in found else all(found)
+        answers = self._in_parts(images[:2], None, work)
+        return None if None in answers and False not in answers else all(answers)
 
     def _in_parts(
         self,
         images: Tensor,
         batch_size: int | None,
-        first: int,
         work: Callable[[Session, slice, Tensor], T],
     ) -> list[T]:
-        """Do `work` on copies of a few images at a time, undisturbed; on fewer where memory does not suffice."""
-        size = min(checked("batch_size", batch_size) or len(images), len(images))
+        """Do `work` on copies of a few images at a time, undisturbed; on fewer if they do not fit into memory."""
+        size = min(checked("batch_size", batch_size, COUNT | NONE) or len(images), len(images))
         with self._adapter.evaluating() as twin:
-            session = Session.of(self._adapter, twin, self._stated, self._memory, has_vit=bool(self._attention))
-            return in_parts(session, images, size, first, work)
+            has_vit = bool(self._attention)
+            session = Session.of(self._adapter, twin, self._stated, self._memory, has_vit, self._first_row)
+            return in_parts(session, images, size, work)
 
 
-def _as_targets(target: int | Tensor | None, count: int) -> Tensor | None:
-    checked = as_target(target, count)
-    return torch.full((count,), checked) if isinstance(checked, int) else checked
+def _adapted(model: nn.Module, methods: Sequence[AnyMethod], options: ModelOptions) -> Adapter:
+    """An adapter that calls the model; a model that is recognised as unsuitable for the methods is refused."""
+    check_vit_options(methods, options)
+    adapter = PlainAdapter(model, options.get("vit"), options.get("forward"))
+    vit = model
+    if of_attention(methods):
+        vit = find_vit(model, adapter.vit)
+        refuse_other_timm_models(vit)
+    if adapter.forward is None and model is vit and any(method.needs_target for method in methods):
+        check_classifier(model)
+    return adapter
+
+
+def _as_classes(target: int | Tensor | None, count: int) -> Tensor | None:
+    classes = as_target(target, count)
+    return torch.full((count,), classes) if isinstance(classes, int) else classes

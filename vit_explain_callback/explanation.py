@@ -25,7 +25,7 @@ from vit_explain_callback.metrics.attention import BlockStatistics
 from vit_explain_callback.metrics.probability import class_probabilities
 from vit_explain_callback.visualization.captions import class_caption, range_caption
 from vit_explain_callback.visualization.encode import jpeg, rendered
-from vit_explain_callback.visualization.grid import Cell, figure
+from vit_explain_callback.visualization.grid import Cell, draw_grid
 from vit_explain_callback.visualization.overlay import Picture, colour_limit, overlay, range_of, unnormalise
 
 _NUM_SHOWN = 8
@@ -34,7 +34,7 @@ _LARGEST = 1e6  # of a mean or deviation
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found for a batch. In a notebook it shows itself as a figure.
+    """The explanation of a batch. In a notebook it is shown as a figure.
 
     Attributes:
         maps: Relevance of each patch by method name, (B, grid_h, grid_w), raw: in a rollout, patches and prefix
@@ -43,7 +43,7 @@ class Explanation:
         logits: (B, C).
         target: Class whose logit the gradients are of, (B,).
         blocks: What each block attends to, if asked for.
-        images: The batch that was given, (B, C, H, W); the same tensor, not a copy. None where it was not kept.
+        images: The images that were passed in, (B, C, H, W), not a copy; None where the explanation does not keep them.
         normalisation: Mean and standard deviation that the images were normalised with, if the model says so.
         class_names: Name of each class, or None to show indices.
     """
@@ -62,7 +62,7 @@ class Explanation:
 
     @classmethod
     def joined(cls, parts: Sequence[Explanation]) -> Explanation:
-        """One explanation of all images of several, in order."""
+        """Concatenate explanations along the batch dimension."""
         blocks = [part.blocks for part in parts if part.blocks is not None]
         images = [part.images for part in parts if part.images is not None]
         return cls(
@@ -146,12 +146,14 @@ class Explanation:
                 for name in self.maps
             ]
             rows.append(cells)
-        return figure(rows, ["image", *headings], scale="the limit over each column", signed=any(signed.values()))
+        return draw_grid(
+            rows, ["image", *headings], limit_meaning="the limit over each column", signed=any(signed.values())
+        )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file of `tensors`, whole or not at all."""
         names = None if self.class_names is None else [str(name) for name in self.class_names]
-        # Safetensors keeps the order of neither; the methods' is that of the columns.
+        # Safetensors does not keep the order of tensors, which is that of the columns in `plot`.
         about = {"methods": list(self.maps), "normalisation": self.normalisation, "class_names": names}
         write_tensors(Path(path), self.tensors(), {name: json.dumps(value) for name, value in about.items()})
 
@@ -170,10 +172,10 @@ class Explanation:
         methods = _names(path, metadata, "methods")
         class_names = None if metadata.get("class_names") == "null" else _names(path, metadata, "class_names")
         check_explanation(path, tensors, methods)
-        found = cls.from_tensors(tensors)
+        explanation = cls.from_tensors(tensors)
         return replace(
-            found,
-            maps={name: found.maps[name] for name in methods},
+            explanation,
+            maps={name: explanation.maps[name] for name in methods},
             normalisation=_normalisation(path, metadata),
             class_names=class_names,
         )
@@ -190,7 +192,7 @@ class Explanation:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Explanation:
-        """The explanation that gave these `tensors`; others are passed over.
+        """The explanation with these `tensors`; tensors of other names are ignored.
 
         Raises:
             KeyError: If `logits` or `target` is missing.
@@ -213,11 +215,11 @@ class Explanation:
         return unnormalise(self.images[index], *(self.normalisation or range_of(self.images)))
 
     def _repr_jpeg_(self) -> bytes | None:
-        """A quarter of what a PNG file of photographs takes in a notebook's file."""
+        """JPEG, as a PNG of photographs takes four times the space in a notebook file."""
         return None if self.images is None else jpeg(rendered(self.plot()))
 
     def _repr_html_(self) -> str | None:
-        """The picture with a line on what it leaves out; a notebook file keeps both, so not where it shows all."""
+        """The picture and a line on the images that it leaves out; None where it shows all, as JPEG then suffices."""
         left = len(self.logits) - _NUM_SHOWN
         if self.images is None or left <= 0:
             return None
@@ -227,7 +229,7 @@ class Explanation:
 
 
 def tensors_under(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin with `group/`, without it."""
+    """The tensors whose names begin with `group/`, by name without that prefix."""
     prefix = f"{group}/"
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -251,28 +253,28 @@ def _normalisation(path: Path, metadata: Mapping[str, str]) -> tuple[tuple[float
 
 
 def _are_channels(value: object) -> bool:
-    """Whether these are two lists of as many finite numbers."""
+    """Whether this is two lists of finite numbers, of equal length."""
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(each, list) and each for each in value):
         return False
     numbers = [*value[0], *value[1]]
-    known = all(isinstance(number, int | float) and abs(number) < _LARGEST for number in numbers)
-    return known and len(value[0]) == len(value[1])
+    are_numbers = all(isinstance(number, int | float) and abs(number) < _LARGEST for number in numbers)
+    return are_numbers and len(value[0]) == len(value[1])
 
 
-def grid_of(method: str) -> tuple[str, str]:
-    """What the sides of a method's maps are called, which may be others than those of another method's."""
+def side_names(method: str) -> tuple[str, str]:
+    """Names of the sides of a method's maps, as each method may have its own grid."""
     return f"grid_h of {method}", f"grid_w of {method}"
 
 
 def check_explanation(path: str | Path, tensors: Mapping[str, Tensor], methods: Sequence[str]) -> None:
-    """Check that what a file held makes an explanation.
+    """Check that the tensors of a file make an explanation.
 
     Raises:
-        ValueError: If not; it names the file and the tensor.
+        ValueError: If not; the error names the file and the tensor.
     """
     grid = ("grid_h", "grid_w")
     shapes: dict[str, tuple[str, ...]] = {"logits": ("B", "C"), "target": ("B",)}
-    shapes |= {f"map/{name}": ("B", *grid_of(name)) for name in methods}
+    shapes |= {f"map/{name}": ("B", *side_names(name)) for name in methods}
     if any(name.startswith("block/") for name in tensors):
         maps = ("rows", "columns")
         shapes |= {

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import check_removal
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
 from vit_explain_callback.options.images import as_target, check_images
-from vit_explain_callback.options.rules import checked_options
+from vit_explain_callback.options.rules import COUNT, FLAG, METRICS, NONE, ON_ERROR, checked_options, refuse_unknown
 from vit_explain_callback.page.document import LivePage
 from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.tracking.errors import Guard, OnError, warn
@@ -25,49 +25,47 @@ from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.notices import Notices
 from vit_explain_callback.tracking.output import Output
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.tracking.reliability import ReliabilityMeter, RemovalOrAuto
+from vit_explain_callback.tracking.reliability import ReliabilityMeter
 from vit_explain_callback.tracking.run_folder import RunFolder
-from vit_explain_callback.tracking.scalars import Detail, drift_scalars, of_detail, scalars
+from vit_explain_callback.tracking.scalars import drift_scalars, of_detail, scalars
+from vit_explain_callback.tracking.settings import Checks, Detail, Level
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
 from vit_explain_callback.tracking.summary import summary
 from vit_explain_callback.tracking.writers import Writer
 
 _VERSION = 2  # of the state
+_RULES = {"metrics": METRICS, "batch_size": COUNT | NONE, "progress": FLAG, "on_error": ON_ERROR}
+_OPTIONS = ("folder", "writers", "target", "checks", "metrics", "detail", "batch_size", "progress", "on_error", "ranks")
 
 
 class ExplanationTracker:
-    """Explains the same images again and again, measures what changed, and writes it down.
+    """Explains the same images again and again, measures what changed, and writes the results.
 
     Args:
-        explainer: Of the model that is trained. Maps of more than 64 cells a side, as of pixels, are saved as they are
-            and measured pooled; see `metrics.maps.pooled`.
-        probe: The images.
-        folder: Where raw maps go, as `step_*.safetensors` beside `probe.safetensors`, which `load_run` reads. One that
-            holds another run is not added to: `{folder}_1` is taken, and so on. None keeps nothing on the disk.
-        writers: Where scalars and pictures go. A writer that fails does not stop the run.
-        target: Class whose logit the gradients are of, an integer or (B,); None, and -1 for an image, is the prediction
-            at the baseline.
-        check_every: Snapshots between those that also measure noise and faithfulness, the second being the first of
-            them. The last always does, and the baseline has its noise measured. None: none is measured.
-        removal: How faithfulness takes patches away, `"mean_colour"` or `"tokens"`; `"auto"` is `"tokens"` where the
-            model allows it.
+        explainer: Explains the model that is trained. Maps of more than 64 cells a side, such as pixel maps, are saved
+            unchanged and pooled before they are measured; see `metrics.maps.pooled`.
+        probe: The images to explain.
+        folder: Folder for the raw maps, `step_*.safetensors` beside `probe.safetensors`, which `load_run` reads. If it
+            holds another run, `{folder}_1` is used, and so on. None writes nothing to disk.
+        writers: Receive scalars and pictures. A writer that fails does not stop the run.
+        target: Class whose logit is differentiated, an integer or (B,). None, or -1 for an image, is the prediction at
+            the baseline.
+        checks: Measure noise and faithfulness with every `checks`-th snapshot, or `Checks`; None: with none.
+        metrics: Drift metrics to log besides rank correlation: names of built-in ones, or `DriftMetric` objects. One
+            that fails does not stop the run.
+        detail: `"brief"` writes what is worth a first look, `"full"` writes everything; or `Detail`.
         batch_size: Images explained in one pass; None takes all at once.
-        block_statistics: Whether to measure what each block attends to.
-        metrics: Measures of drift to log besides rank correlation: names of built-in ones, or `DriftMetric` objects.
-            One that fails does not stop the run.
-        detail: `"brief"` measures everything, and writes what is to be looked at first; `"full"` writes everything.
-        report: Whether to write the page `report.html` beside the maps, after a snapshot and at the end.
-        progress: Whether a bar on standard error shows what takes longer than two seconds.
-        on_error: What becomes of a writer or a check that fails: `"warn"` says it once and goes on, `"raise"` raises.
-        ranks: Place of this process among those of the run.
+        progress: Whether to show a progress bar on standard error for work that takes longer than two seconds.
+        on_error: What to do when a writer or a check fails: `"warn"` reports it once and continues, `"raise"` raises.
+        ranks: The processes of the run, and which of them this one is.
 
     Attributes:
         history: The snapshots so far.
-        output: Where it is written; its `writers` may be replaced.
-        probe: The images.
+        output: Writes the snapshots; its `writers` may be replaced.
+        probe: The images to explain.
         methods: Names of the methods.
-        explainer: Of the model; another one with the same methods may take its place, as for the next checkpoint of a
-            series. None once it was released.
+        explainer: Explains the model. It may be replaced by one with the same methods, for example for the next
+            checkpoint of a series. None after `release`.
 
     Raises:
         TypeError: If the images or the target are of the wrong type.
@@ -77,8 +75,8 @@ class ExplanationTracker:
         >>> import timm, torch
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5)
         >>> probe = Probe.of(torch.randn(2, 3, 224, 224), torch.tensor([0, 3]))
-        >>> tracker = ExplanationTracker(Explainer(model, ["rollout"]), probe, check_every=None)
-        >>> values = tracker.observe(step=0)  # before the first optimiser step, and as often as wanted after it
+        >>> tracker = ExplanationTracker(Explainer(model, ["rollout"]), probe, checks=None)
+        >>> values = tracker.observe(step=0)  # before the first optimiser step, then as often as you like
         >>> round(values["explain/drift/baseline_rank_correlation/rollout"], 3)
         1.0
         >>> values = tracker.observe(step=10)
@@ -94,31 +92,21 @@ class ExplanationTracker:
         folder: Path | RunFolder | None = None,
         writers: Sequence[Writer] = (),
         target: SupportsIndex | Tensor | None = None,
-        check_every: int | None = 20,
-        removal: RemovalOrAuto = "auto",
-        batch_size: int | None = None,
-        block_statistics: bool = True,
+        checks: int | Checks | None = 20,
         metrics: Sequence[str | DriftMetric] = (),
-        detail: Detail = "brief",
-        report: bool = True,
+        detail: Level | Detail = "brief",
+        batch_size: int | None = None,
         progress: bool = False,
         on_error: OnError = "warn",
         ranks: Ranks | None = None,
+        **unknown: NoReturn,
     ) -> None:
-        read = checked_options(
-            {
-                "check_every": check_every,
-                "removal": removal,
-                "batch_size": batch_size,
-                "block_statistics": block_statistics,
-                "metrics": metrics,
-                "detail": detail,
-                "report": report,
-                "progress": progress,
-                "on_error": on_error,
-            }
+        refuse_unknown(unknown, _OPTIONS)
+        options = checked_options(
+            {"metrics": metrics, "batch_size": batch_size, "progress": progress, "on_error": on_error}, _RULES
         )
-        check_removal(removal, explainer.methods)
+        checks, detail = Checks.of("checks", checks), Detail.of("detail", detail)
+        check_removal(checks.removal, explainer.methods)
         if probe.images is None:
             raise ValueError("Expected a probe made with `Probe.of`, but got one that was read from a folder.")
         check_images(probe.images)
@@ -126,34 +114,37 @@ class ExplanationTracker:
         self.methods = [method.name for method in explainer.methods]
         self._images, self._target = probe.images, as_target(target, len(probe.images))
         self.explainer: Explainer | None = explainer
-        self._batch_size, self._block_statistics = read["batch_size"], read["block_statistics"]
+        self._batch_size, self._block_statistics = options["batch_size"], detail.block_statistics
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
-        removed = None if probe.regression else removal
-        checks = (read["check_every"], removed, self._batch_size)
-        self._checks = ReliabilityMeter(*checks, self._ranks, self._guard, probe.multilabel)
+        removal = None if probe.regression else checks.removal
+        self._checks = ReliabilityMeter(
+            checks.every_n_snapshots, removal, self._batch_size, self._ranks, self._guard, probe.multilabel
+        )
         self._notices = Notices(self.methods)
-        self._detail: Detail = detail
-        self._metrics = resolve_metrics(read["metrics"])
+        self._level: Level = detail.level
+        self._metrics = resolve_metrics(options["metrics"])
         self._shows_progress = progress and self._ranks.rank == 0
-        own = RunFolder(folder) if isinstance(folder, Path) else folder
-        self.output = Output(probe, own, writers, detail, LivePage().write if report else None, self._guard)
+        run_folder = RunFolder(folder) if isinstance(folder, Path) else folder
+        self.output = Output(
+            probe, run_folder, writers, detail.level, LivePage().write if detail.page else None, self._guard
+        )
 
     def observe(self, step: int) -> dict[str, float]:
-        """Take a snapshot: explain, measure and write. The first one is the baseline.
+        """Take a snapshot: explain, measure and write. The first snapshot is the baseline.
 
-        A second one at the same step, of weights that were replaced since, takes the place of the one before.
+        A second snapshot at the same step replaces the first, for weights that have been replaced since.
 
         Args:
             step: Optimiser steps taken so far.
 
         Returns:
-            The scalars that are logged of it, by tag; the same on every process.
+            The logged scalars by tag, the same on every process.
 
         Raises:
-            Exception: What the model raised on any process.
+            Exception: Whatever the model raised on any process.
         """
-        again = self.history.count > 1 and self.history.now.step == step
-        number = self.history.count - again
+        repeats = self.history.count > 1 and self.history.now.step == step
+        number = self.history.count - repeats
         due = self._checks.are_due(number)
         passes = self._checks.passes(len(self.methods), number > 0) if due else 0
         with self._progress(f"explaining {len(self.probe)} images at step {step}", 1 + passes) as advance:
@@ -164,7 +155,7 @@ class ExplanationTracker:
             advance()
             self.history.check_grids(explanation)
             reliability = self._reliability(explanation, number > 0, advance) if due else None
-        if again:
+        if repeats:
             self.history.drop_latest()
         snapshot = Snapshot(step, explanation, reliability)
         self.history.add(snapshot)
@@ -173,17 +164,17 @@ class ExplanationTracker:
             for notice in self._notices.of(values):
                 warn(notice)
             self.output.add(self.history, values, snapshot)
-        return of_detail(values, self._detail)
+        return of_detail(values, self._level)
 
     def scalars(self) -> dict[str, float]:
-        """The scalars that are logged of the latest snapshot, by tag."""
-        return of_detail(self._values(), self._detail)
+        """The logged scalars of the latest snapshot, by tag."""
+        return of_detail(self._values(), self._level)
 
     def finish(self) -> str:
-        """Check the latest snapshot, unless that is done, and write what is known at the end only.
+        """Check the latest snapshot if it has not been checked, and write the summary and the final pictures.
 
         Returns:
-            The summary in words.
+            The summary of the run in words.
 
         Raises:
             RuntimeError: If there is no snapshot.
@@ -205,25 +196,25 @@ class ExplanationTracker:
             self.history.update_latest(reliability)
 
     def release(self) -> None:
-        """Let go of the model and the writers; the snapshots stay."""
+        """Drop the references to model and writers; the snapshots stay."""
         self.explainer, self.output.writers = None, ()
 
     def state_dict(self) -> dict[str, Any]:
-        """The snapshots kept, and whose they are; loads with `weights_only=True`."""
+        """The stored snapshots and what identifies the run; loads with `weights_only=True`."""
         run = None if self.output.folder is None else self.output.folder.run
         about = {"version": _VERSION, "fingerprint": self.probe.fingerprint, "run": run}
         about["removal"] = self._checks.removal
         return {**about, **self.history.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int | None = None) -> None:
-        """Go on from what `state_dict` gave; where that cannot be, say why and begin anew.
+        """Continue from a `state_dict`; if that is impossible, say why and start with a new baseline.
 
-        It cannot be if the state is of other images, methods or targets, or if it is not readable. Snapshots in the
-        folder that are beyond the step at which the run goes on are of another branch: see `RunFolder`.
+        It is impossible if the state belongs to other images, methods or targets, or cannot be read. Snapshots in the
+        folder beyond the step at which the run continues belong to another branch: see `RunFolder`.
 
         Args:
-            state: What `state_dict` gave.
-            step: At which the run goes on; None is that of the latest snapshot in the state.
+            state: What `state_dict` returned.
+            step: Step at which the run continues; None: that of the latest snapshot in the state.
         """
         history = History()
         try:
@@ -242,18 +233,18 @@ class ExplanationTracker:
                 self.output.folder.resume(state["run"], self.history.now.step if step is None else step)
 
     def _other_than(self, history: History, state: Mapping[str, Any]) -> str | None:
-        """What keeps a history from being that of this run."""
+        """Why a history belongs to another run; None if it belongs to this one."""
         baseline, target = history.baseline, self._target
         if state.get("fingerprint") != self.probe.fingerprint or set(baseline.maps) != set(self.methods):
             return "are of other images or methods than this run's"
         if isinstance(target, Tensor):
-            wanted = torch.where(target < 0, baseline.prediction, target.cpu())
+            expected_target = torch.where(target < 0, baseline.prediction, target.cpu())
         else:
-            wanted = baseline.prediction if target is None else torch.full_like(baseline.target, target)
-        return None if wanted.equal(baseline.target) else "are of another `target` than this run's"
+            expected_target = baseline.prediction if target is None else torch.full_like(baseline.target, target)
+        return None if expected_target.equal(baseline.target) else "are of another `target` than this run's"
 
     def _values(self) -> dict[str, float]:
-        """Every scalar of the latest snapshot; without those of a metric of the user's that fails."""
+        """Every scalar of the latest snapshot, but for a user's metric that fails."""
         values = scalars(self.history, self.probe)
         for metric in self._metrics:
             add = partial(self._add_drift, values, metric)
@@ -264,8 +255,8 @@ class ExplanationTracker:
         values |= drift_scalars(self.history, self.probe, metric)
 
     def _reliability(self, explanation: Explanation, with_gains: bool, advance: Advance) -> Reliability | None:
-        known = self.history.baseline.reliability if self.history.count else None
-        return self._checks.of(self._model(), self._images, explanation, known, with_gains, advance)
+        baseline = self.history.baseline.reliability if self.history.count else None
+        return self._checks.of(self._model(), self._images, explanation, baseline, with_gains, advance)
 
     def _progress(self, what: str, passes: int) -> AbstractContextManager[Advance]:
         return progress(f"ViTExplainCallback: {what}", passes, self._shows_progress)
@@ -274,7 +265,7 @@ class ExplanationTracker:
         target = self._target
         if not isinstance(target, Tensor) or (target >= 0).all():
             return target
-        logits = self._ranks.alike(lambda: self._model().logits(self._images, self._batch_size).cpu())
+        logits = self._ranks.alike(lambda: self._model().logits(self._images, batch_size=self._batch_size).cpu())
         return torch.where(target < 0, logits.argmax(dim=1), target)
 
     def _model(self) -> Explainer:

@@ -1,4 +1,4 @@
-"""What the explainers of other libraries cost as methods, beside one of ours and beside forward and backward.
+"""Measure the cost of other libraries' explainers, relative to one of ours and to forward and backward.
 
 On ViT-Ti/16 at 224, 4 images, times are over those of `grad_rollout`; on a tiny ResNet and a tiny Swin, which have no
 rollout, over a forward pass and a backward pass to the images. All go through an `Explainer`, which explains a copy.
@@ -7,7 +7,7 @@ round, with its 10th and 90th percentile. Times are the process's own CPU time, 
 
     python -m tests.benchmarks.adapters --rounds 9
 
-A library that is not installed is left out.
+Libraries that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _of(module: str, name: str) -> Any:
 
 
 def runs(model: nn.Module, size: int, methods: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], object]]:
-    """A call for each method whose library is there, and for the two to compare with where they can be had."""
+    """A call for each method whose library is installed, and for the two references where they exist."""
     images = torch.randn(_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
     target = torch.arange(_IMAGES)
     found: dict[str, Any] = {LIMIT: MapFunction("limit", forward_and_backward)}
@@ -105,7 +105,7 @@ def runs(model: nn.Module, size: int, methods: Mapping[str, Callable[[], Any]]) 
 
 
 def ratios(calls: Mapping[str, Callable[[], object]], over: str, rounds: int) -> dict[str, Sequence[float]]:
-    """Time of each call over that of one of them, in each round."""
+    """Time of each call relative to one of them, in each round."""
     for call in calls.values():
         call()
     shuffle, taken = random.Random(0), []

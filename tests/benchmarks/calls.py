@@ -1,9 +1,9 @@
-"""How often the callback runs the user's own code: his step, his `forward`, his records.
+"""Count how often the callback runs the user's code: the step, the `forward`, the records.
 
     python -m tests.benchmarks.calls
 
-Counts calls on copies, beside those that the trainer makes anyway, for kinds of projects, and times a fit of a module
-that holds 300,000 records.
+Counts calls on copies, beyond the trainer's own, for several kinds of projects, and times a fit of a module that holds
+300,000 records.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> None:
         without, _ = calls(project, None)
         row = []
         for every in (None, 1):
-            options: dict[str, Any] = {"num_images": 8, "check_every_n_snapshots": every}
+            options: dict[str, Any] = {"num_images": 8, "checks": every}
             found, snapshots = calls(project, ViTExplainCallback(**options))
             assert snapshots == 3
             row.append([found[key] - without[key] for key in ("step", "forward")])

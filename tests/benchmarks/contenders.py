@@ -1,4 +1,4 @@
-"""What `python -m tests.benchmarks.cost` compares: the limits, this package, the way round it, and its peers.
+"""Contenders of `python -m tests.benchmarks.cost`: the limits, this package, a way without it, and its peers.
 
 Shapes: B images, L blocks, H heads, N tokens.
 """
@@ -25,13 +25,13 @@ FIVE = ("rollout", "rollout_max_0.9", "grad_rollout", "grad_rollout_0.9", "grad_
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to spend time on a batch of images.
+    """One computation on a batch of images.
 
     Attributes:
-        prepare: Takes a timm ViT whose parameters need no gradients, and gives what is run on images (B, C, H, W).
-        limit: Name of the contender below which it cannot get.
-        ours: Name of the contender of this package that gives the same maps, if there is one.
-        matrices: How many (B, L, H, N, N) tensors it keeps.
+        prepare: Turns a timm ViT whose parameters require no gradients into a function of images (B, C, H, W).
+        limit: Name of the contender that bounds its cost from below.
+        ours: Name of the contender of this package with the same maps, if any.
+        matrices: Number of (B, L, H, N, N) tensors that it stores.
     """
 
     prepare: Callable[[nn.Module], Run]

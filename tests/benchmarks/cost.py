@@ -1,8 +1,8 @@
-"""What an explanation costs, next to what it cannot cost less than, and to what one would do without this package.
+"""Measure the cost of an explanation, relative to its lower limit and to computing it without this package.
 
 The limit of rollout is the model's forward pass without gradients; that of gradient rollout is forward and backward to
-the input, with parameters that need no gradient. The way round the package is to switch fused attention off, to keep
-every attention matrix and its gradient, and to multiply N × N matrices (`contenders.materialised_maps`).
+the input, with parameters that need no gradient. Without the package one switches fused attention off, keeps
+every attention matrix and its gradient, and multiplies N × N matrices (`contenders.materialised_maps`).
 
 In each configuration one process runs all contenders in turn, `--rounds` times, in another order each round; a ratio is
 the median over rounds of the ratio within a round, with its 10th and 90th percentile. Peak memory is that of one run
@@ -95,7 +95,7 @@ SCALED = (FORWARD, BACKWARD, "rollout", "grad_rollout")
 
 
 def refusal(configuration: Configuration, contender: str, device: str) -> str | None:
-    """Why a contender is not tried: it would need more memory than there is."""
+    """Why a contender is skipped: it would need more memory than the machine has."""
     model = configuration.create("meta")
     block, tokens, layers = model.blocks[0], model.patch_embed.num_patches + model.num_prefix_tokens, len(model.blocks)
     bytes_each = 2 if configuration.dtype == "bfloat16" else 4

@@ -1,4 +1,4 @@
-"""When a curve crosses a level, by how much one is ahead of another, and intervals of what many runs say."""
+"""Find where curves cross a level, how far one leads another, and intervals over many runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def lasting_fall(curve: Sequence[tuple[int, float]], level: float) -> float:
 
 
 def alarm(curve: Sequence[tuple[int, float]], threshold: float) -> float:
-    """Step of the first snapshot whose value is above a threshold, NaN if there is none: nobody knows before it.
+    """Step of the first snapshot whose value is above a threshold, NaN if there is none.
 
     Example:
         >>> alarm([(0, 0.0), (10, math.nan), (20, 4.0)], 2.0)

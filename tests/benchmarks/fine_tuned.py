@@ -1,4 +1,4 @@
-"""Models fine-tuned for a few steps, with the images that they are explained on."""
+"""Fine-tune models for a few steps, and choose the images to explain them on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention flow at the size of real Vision Transformers: how long, beside other solvers, and what it shows.
+"""Time attention flow at the size of real Vision Transformers, relative to other solvers, and see what it shows.
 
 One image, flow to every patch, on the attention of DINOv2 ViT-S/14 where `VIT_EXPLAIN_WEIGHTS` names its weights, else
 of random ones. The other solvers run on the whole graph for a few patches; their time for an image is extrapolated.

@@ -1,4 +1,4 @@
-"""On a GPU, in one command and within ten minutes: tests, kernels, time, memory, and both targets.
+"""Check a GPU in one command within ten minutes: tests, kernels, time, memory, and both targets.
 
 First the tests marked `cuda` run, for at most two fifths of the time. Then each configuration runs in a process of its
 own: `cost` times the limits, rollout and gradient rollout in turn and takes their peak memory, and the profiler sees

@@ -1,4 +1,4 @@
-"""Do the logged signals tell of a planted shortcut before accuracy does, and are they quiet when nothing is wrong?
+"""Test whether signals reveal a planted shortcut before accuracy does, and stay quiet when nothing is wrong.
 
 Adebayo et al. 2022 (arXiv:2212.04629) ask it of explanations. A model that knows its task is fine-tuned on images in
 which a corner square, or the tint of the background, gives the label away (`planted`); or on images in which neither
@@ -14,7 +14,7 @@ one snapshot after the end. Runs whose accuracy loses less than a tenth have no 
     python -m tests.benchmarks.known_answers --output runs.jsonl --only 'photographs/corner/*' --seeds 0 1 2
     python -m tests.benchmarks.known_answers --from runs.jsonl
 
-A run that the output holds already is not made again. Photographs need VIT_EXPLAIN_WEIGHTS (DINOv2 ViT-S/14) and
+Runs that are already in the output are not repeated. Photographs need VIT_EXPLAIN_WEIGHTS (DINOv2 ViT-S/14) and
 --stamps.
 """
 

@@ -1,4 +1,4 @@
-"""What many snapshots leave, memory, handles, threads and bytes on the disk, and whether each costs more than the last.
+"""Measure what many snapshots leave (memory, handles, threads, bytes on disk), and whether later ones cost more.
 
 python -m tests.benchmarks.leak
 python -m tests.benchmarks.leak --snapshots 300 --num-images 64 --model vit_tiny_patch16_224
@@ -33,8 +33,8 @@ from vit_explain_callback import ViTExplainCallback
 class Usage(pl.Callback):
     """What is in use after every step.
 
-    Python's collector is called first: until then, objects that refer to one another in circles are neither in use nor
-    freed. It passes over what was there before the first step, which would take it half a second each time.
+    Python's collector runs first, since reference cycles are neither in use nor freed until then. Objects from before
+    the first step are frozen: collecting them would take half a second each time.
 
     Attributes:
         folder: Of the run.
@@ -85,7 +85,7 @@ def _bytes(folder: Path, pattern: str) -> int:
 
 
 class Short(pl.Callback):
-    """Lets the history of a callback be full after a few snapshots."""
+    """Fills the history of a callback after a few snapshots."""
 
     def __init__(self, callback: ViTExplainCallback, capacity: int) -> None:
         self.callback, self.capacity = callback, capacity
@@ -106,7 +106,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Train with a snapshot after every step; a tiny ViT of 32 x 32 pixels, or one of timm's."""
     callback = ViTExplainCallback(
-        every_n_steps=1, num_images=num_images, num_shown=1, check_every_n_snapshots=check_every, on_error="raise"
+        every_n_steps=1, num_images=num_images, num_shown=1, checks=check_every, on_error="raise"
     )
     vit: Any = None if model is None else timm.create_model(model, num_classes=10)
     data = Pictures() if vit is None else smooth_images(16, vit.patch_embed.img_size[0])
@@ -130,7 +130,7 @@ def measure(
 def slope(values: list[float], warm_up: int, period: int = 1) -> float:
     """Growth a snapshot, leaving out the first `warm_up`: the median over pairs of snapshots (Theil and Sen).
 
-    Unlike the least squares, it does not move with what comes and goes, or comes once. Pairs are a multiple of `period`
+    Unlike least squares, it ignores what comes and goes, or comes once. Pairs are a multiple of `period`
     apart, so that what returns after so many snapshots is compared with itself.
     """
     rest = np.asarray(values[warm_up:])

@@ -1,4 +1,4 @@
-"""Time and peak memory of one call, and the machine they were measured on.
+"""Measure time and peak memory of one call, and describe the machine.
 
 Memory on the CPU is the highest resident set of the process during the call, above what is resident before it. Every
 call is measured in a process of its own, since what an allocator keeps for later depends on what ran before. There:

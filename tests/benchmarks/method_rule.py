@@ -1,4 +1,4 @@
-"""The rule for the default methods, on the values by image that `methods.py` measured."""
+"""Apply the rule for the default methods to the values per image from `methods.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of what `methods.py` measured, in Markdown."""
+"""Format the values from `methods.py` as Markdown tables."""
 
 from __future__ import annotations
 

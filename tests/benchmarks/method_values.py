@@ -1,4 +1,4 @@
-"""What is measured of every explanation method on one fine-tuned model: values by image, nothing averaged."""
+"""Measure every explanation method on one fine-tuned model: values per image, nothing averaged."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def measured(task: Task, labels: Sequence[str], seed: int, advance: Callable[[],
     maps, logits = explained(task, list(names.values()), task.images)
     changed, changes = _under_changes(task, list(names.values()), seed, logits)
     scaled = Explainer(task.model, list(names.values()), forward=with_larger_logits)
-    confident = scaled(task.images, task.labels, BATCH).maps
+    confident = scaled(task.images, task.labels, batch_size=BATCH).maps
     advance()
     found: dict[str, Any] = {}
     maps[RANDOM] = random_maps(
@@ -92,7 +92,7 @@ def measured(task: Task, labels: Sequence[str], seed: int, advance: Callable[[],
 
 def explained(task: Task, names: Sequence[str], images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Maps by name, and logits."""
-    found = Explainer(task.model, names)(images, task.labels, BATCH)
+    found = Explainer(task.model, names)(images, task.labels, batch_size=BATCH)
     return dict(found.maps), found.logits
 
 

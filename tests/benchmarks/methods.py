@@ -1,4 +1,4 @@
-"""Which explanation methods earn their place, measured where a user is: on models fine-tuned for a few steps.
+"""Compare explanation methods on models fine-tuned for a few steps, to choose the defaults.
 
 Two tasks: DINOv2 ViT-S/14 after 24 steps on real photographs, and the example's small ViT after 60 steps on shapes;
 each at several seeds of head, data and noise. Gradients are of the logit of the label. By image, and never averaged

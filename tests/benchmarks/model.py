@@ -1,4 +1,4 @@
-"""What a snapshot costs as a formula, fitted to measurements and checked against one that it was not fitted to.
+"""Fit the cost of a snapshot as a formula to measurements, and check it against a held-out one.
 
 Images are n, ranks r (processes that each hold the model), cores c; blocks L, heads H, tokens N, width of a head d,
 variants v.

@@ -1,4 +1,4 @@
-"""What a change that a model should ignore does to it: is it ignored, and how far do the maps move?
+"""Measure how far a change that a model should ignore moves its output and its maps.
 
 Four models: the example's small ViT with a new head on shapes; the same on images with a corner square of a random
 colour, after it has learnt that the colour gives the label away, and before; and, with a folder of photographs and

@@ -1,4 +1,4 @@
-"""Designs of the overlay side by side, and what they are worth to colour-blind eyes.
+"""Draw designs of the overlay side by side, and measure them also as colour-blind eyes see them.
 
     PYTHONPATH=examples python -m tests.benchmarks.overlay_designs cat.png coffee.png --checkpoint dinov2.safetensors
 
@@ -12,10 +12,7 @@ a line for each design and kind of sight, over all pixels of the pictures:
 - `strongest`: colour difference between strongest relevance and none, in 95 % of the pixels at least.
 - `step`: the same between neighbours of the six values 0, 0.2, …, 1, for the pair that is told apart worst.
 
-The package draws `chosen`. `before` has the clearest steps, and hides the photograph: its mean L* is 24 of 100. `one
-hue` cannot be told from the grey by lightness alone (a difference of 3), and its steps are 6 to the protanope.
-`spotlight` cannot show how strong relevance is where the photograph is pale or grey itself: its steps are 5. `chosen`
-keeps as much of the photograph as any, and its worst step is 11, more than four times what is just noticeable.
+The package draws `chosen`; README.md has the figures.
 
 Colour differences are Euclidean in CIELAB (ΔE*ab, 1976), of which about 2.3 is just noticeable (Mahy et al. 1994).
 Colour blindness is simulated in linear RGB with the matrices of Machado, Oliveira and Fernandes 2009 (IEEE TVCG 15:6)

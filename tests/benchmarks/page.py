@@ -1,4 +1,4 @@
-"""What a run's page costs: seconds to make it, its bytes, and how fluently it slides in Chromium.
+"""Measure a run's page: seconds to write it, its bytes, and how smoothly it slides in Chromium.
 
 Runs of random maps over photograph-like pictures, held in memory, with 200 scalars that are known: neither reading the
 files of a run nor computing its scalars is timed. Of the browser: seconds until every picture is there, milliseconds of

@@ -1,4 +1,4 @@
-"""Fine-tuning runs on images with a planted shortcut, or with nothing wrong, and what is measured at each snapshot.
+"""Run fine-tuning on images with a planted shortcut, or with nothing wrong, and measure each snapshot.
 
 A run goes on from a model that has learnt the task with both hints random, so that there is accuracy to lose; five
 neighbouring seeds share that model, and differ in training images, probe, and test images. What is kept is per image,

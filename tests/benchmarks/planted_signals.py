@@ -1,4 +1,4 @@
-"""Signals made of what a run kept: one value a snapshot, higher is more suspicious.
+"""Compute signals from a stored run: one value per snapshot, higher is more suspicious.
 
 A quantity known for each image gives up to four signals; m is its value, 0 the run's own baseline:
 

@@ -1,10 +1,10 @@
-"""How rollout and gradient rollout behave on real weights: faithfulness, randomised blocks, and known caveats.
+"""Measure rollout and gradient rollout on real weights: faithfulness, randomised blocks, and known caveats.
 
 DINOv2 ViT-S/14 is fine-tuned for a few steps to tell shapes apart, and then:
 
 - faithfulness of head fusions and discard ratios: symmetric relevance gain against a random order, and lift on the
   object;
-- cascading randomisation (Adebayo et al. 2018, arXiv:1810.03292): blocks are drawn anew from the last to the first;
+- cascading randomisation (Adebayo et al. 2018, arXiv:1810.03292): blocks are re-initialised from the last to the first;
 - another image's attention in one block: in which blocks does a map notice?
 - attention flow to each patch, against the capped column sum of the first block;
 - gradients multiplied by 10 and 100.
@@ -138,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     model = fine_tuned(args.steps, args.seed)
     images, labels, masks = batch(1, args.num_images)
-    accuracy = (Explainer(model, ["rollout"]).logits(images, 64).argmax(dim=1) == labels).float().mean()
+    accuracy = (Explainer(model, ["rollout"]).logits(images, batch_size=64).argmax(dim=1) == labels).float().mean()
     print(f"\naccuracy after {args.steps} steps: {accuracy:.2f} on {args.num_images} images")
     faithfulness(model, images, labels, masks)
     cascade(model, images, labels)

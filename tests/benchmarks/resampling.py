@@ -1,4 +1,4 @@
-"""Bootstrap intervals over seeds and images, the separation d', and the rule for the default methods.
+"""Compute bootstrap intervals over seeds and images, the separation d', and the rule for the default methods.
 
 Values are one array a task, (S, I, …): S seeds, each of which explains the same I images. A statistic is one number of
 such arrays.
@@ -85,7 +85,7 @@ def d_prime(same: Array, other: Array) -> float:
 def separation(columns: int, sign: float) -> Callable[[Tasks], float]:
     """The statistic d', mean over tasks, of arrays (S, I, C) whose first `columns` are of changes to be ignored.
 
-    `sign` is 1 for a measure that grows with drift, and -1 for one that falls.
+    `sign` is 1 for a metric that grows with drift, and -1 for one that falls.
     """
 
     def statistic(tasks: Tasks) -> float:
@@ -146,7 +146,7 @@ def compared(
 
     Args:
         gains: SRG by method, (S, I) or (S, I, C) of each task.
-        drift: Values of the headline measure by method, (S, I, C).
+        drift: Values of the headline metric by method, (S, I, C).
         default: The present one.
         statistic: The separation of such values.
     """

@@ -1,4 +1,4 @@
-"""Does the lift of the shortcut's region tell of a shortcut before accuracy does?
+"""Test whether the lift of the shortcut's region reveals it before accuracy does.
 
 Fine-tunes the example on images whose corner square gives the label away, once a seed, and reads the curves that the
 callback logged. `lead` is the number of optimiser steps by which the square's lift first reaches 2 before accuracy

@@ -1,4 +1,4 @@
-"""Where the time of a snapshot goes, and what share of an epoch it is.
+"""Measure where a snapshot spends its time, and its share of an epoch.
 
 A real run with TensorBoard: the callback's own steps are timed inside it, snapshot by snapshot, and the medians over
 those with a full filmstrip are printed. One training step of the same model at batch 32 is timed in a run without the

@@ -1,7 +1,7 @@
-"""Memory of gradient rollout on a model in training, whose parameters ask for gradients.
+"""Measure the memory of gradient rollout on a model in training, whose parameters require gradients.
 
-The limit is a forward pass and a backward pass to the images alone, of a model whose parameters ask for none. Explained
-is a twin of the model, whose parameters ask for none either.
+The limit is a forward pass and a backward pass to the images alone, of a model whose parameters require none. What is
+explained is a twin of the model, whose parameters require none either.
 
     python -m tests.benchmarks.training_memory
     python -m tests.benchmarks.training_memory --checkpointing

@@ -23,7 +23,7 @@ from vit_explain_callback import ViTExplainCallback, explain
 from vit_explain_callback.cli.classifier import timm_transform
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.drift import read_images
-from vit_explain_callback.cli.weights import Weights, with_weights
+from vit_explain_callback.cli.weights import Weights, model_with_weights
 from vit_explain_callback.page.document import page
 from vit_explain_callback.tracking.run import load_run
 from vit_explain_callback.tracking.snapshot import Snapshot
@@ -107,9 +107,9 @@ def test_a_series_that_was_interrupted_goes_on(
 
     def spy(name: str, weights: Weights) -> Any:
         asked.append(weights.path.name)
-        return with_weights(name, weights)
+        return model_with_weights(name, weights)
 
-    monkeypatch.setattr("vit_explain_callback.cli.drift.with_weights", spy)
+    monkeypatch.setattr("vit_explain_callback.cli.drift.model_with_weights", spy)
     assert drift(checkpoints, images, output) == 0
     assert asked == ["2.safetensors"]
 
@@ -143,7 +143,7 @@ def test_lightning_checkpoints_give_their_step_and_lose_their_prefix(tmp_path: P
         "step_00000030.safetensors",
         "step_00000070.safetensors",
     ]
-    loaded = with_weights(NAME, Weights.read(paths[0]))
+    loaded = model_with_weights(NAME, Weights.read(paths[0]))
     assert all(a.equal(b) for a, b in zip(loaded.parameters(), model(1).parameters(), strict=True))
 
 
@@ -152,7 +152,7 @@ def test_lightning_checkpoints_give_their_step_and_lose_their_prefix(tmp_path: P
     [
         ({"checkpoint": "nowhere.ckpt"}, "no file nowhere.ckpt"),
         ({"checkpoint": "IMAGES/d.png"}, "cannot be read as weights"),
-        ({"checkpoint": "other.safetensors"}, "holds nothing that fits"),
+        ({"checkpoint": "other.safetensors"}, "holds no tensor that fits"),
         ({"checkpoint": "part.safetensors"}, "does not hold all of"),
         ({"--images": "empty"}, "There is no image in"),
         ({"--method": "roll"}, "`methods` to name"),
@@ -200,7 +200,7 @@ def test_the_page_of_a_run_says_what_its_summary_says(tmp_path: Path) -> None:
 
 
 def test_the_scalars_of_a_saved_run_are_those_that_were_logged(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(check_every_n_snapshots=1, detail="full"), tmp_path)
+    trainer = fit(ViTExplainCallback(checks=1, detail="full"), tmp_path)
     board = events(trainer)
     rows = load_run(Path(trainer.log_dir or "")).scalars
     rebuilt = [(row["step"], {tag: value for tag, value in row.items() if tag != "step"}) for row in rows]
@@ -271,7 +271,7 @@ def test_what_a_series_of_transformers_cannot_be_of(
     hugging_face_vit(1, classes=4).save_pretrained(tmp_path / "four")
     assert hf_drift([tmp_path / "four"], images, tmp_path) == 2
     assert (
-        "classifier.bias, classifier.weight … are missing or of another shape. With --hf, give"
+        "classifier.bias, classifier.weight … are missing or of another shape. Pass the folder"
         in capsys.readouterr().err
     )
     assert hf_drift([images], images, tmp_path) == 2

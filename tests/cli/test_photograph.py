@@ -40,7 +40,7 @@ def test_a_transform_that_turns_images_is_refused() -> None:
     plain = view(crop_pct=1.0).transform
     with pytest.raises(ValueError, match="upright"):
         View(lambda image: plain(image).flip(-1)).box((300, 300))
-    with pytest.raises(ValueError, match="does not show where it looks"):
+    with pytest.raises(ValueError, match="does not show which part it uses"):
         View(lambda image: plain(image) * 0).box((300, 300))
 
 
@@ -104,7 +104,7 @@ def test_the_map_lies_where_the_model_looked_and_the_rest_is_faint(tmp_path: Pat
     Image.new("RGB", (640, 320), (100, 100, 100)).save(tmp_path / "a.png")
     photograph, image = Photograph.read(tmp_path / "a.png", view(crop_pct=1.0))
     assert image.shape == (3, 224, 224)
-    assert photograph.seen == pytest.approx((160, 0, 480, 320), abs=2)
+    assert photograph.visible_pixels == pytest.approx((160, 0, 480, 320), abs=2)
     shown = photograph.overlay(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), 4.0)
     assert shown.shape == (320, 640, 3)
     assert (shown[:, :155] == 229).all()

@@ -1,13 +1,13 @@
-"""The folder of results: what is never written over, names that no file system takes, and the index.
+"""The folder of results: what is never overwritten, names that no file system accepts, and the index.
 
 | attempt | asserted |
 |---|---|
 | `--output .` beside a photograph, or another file, called as a result | unchanged; the others are explained |
 | the same through a hard link, and for a result of an earlier run that is now an image to explain | the same |
 | an output file, a folder in the output or the index that is a symbolic link | what it leads to is unchanged |
-| `report.html` or `--output` that is another file, or a link | unchanged; a page is written over |
+| `report.html` or `--output` that is another file, or a link | unchanged; a page is overwritten |
 | another `explanations.json`, or one that was edited (200 times) | unchanged; one line |
-| the same command again; with another method between; after a run that was killed | written over |
+| the same command again; with another method between; after a run that was killed | overwritten |
 | file names that are no UTF-8, hold control characters, are 250 bytes long | explained, with printable short names |
 | a name too long to open; an image that the transform cannot take | the others are explained |
 | NaN weights | `null`, valid JSON |
@@ -61,7 +61,7 @@ def test_a_file_called_as_a_result_is_not_written_over(
     given = ["a.png", "b.png", *([RESULT] if as_input else [])]
     for _ in range(2):
         assert main([*given, *OWN, "--output", "."]) == 2
-        assert "is not written over" in capsys.readouterr().err
+        assert "is not overwritten" in capsys.readouterr().err
         assert [image["file"] for image in index(".")["images"]] == given[1:]
     assert main(["compare", "a.png", *OWN, "--output", "."]) == 2
     assert {name: Path(name).read_bytes() for name in before} == before
@@ -112,7 +112,7 @@ def test_an_index_that_is_none_is_left_alone(here: Path, capsys: pytest.CaptureF
         try:
             ResultFolder(path.parent).write_index({})
         except OSError as error:
-            assert "is not written over" in str(error)  # noqa: PT017
+            assert "is not overwritten" in str(error)  # noqa: PT017
             assert path.read_bytes() == before
             refused += 1
         strict_index() if path.read_bytes() != before else None
@@ -121,7 +121,7 @@ def test_an_index_that_is_none_is_left_alone(here: Path, capsys: pytest.CaptureF
         path.write_text(other)
         assert main(["both.png", *OWN]) == 2
         assert path.read_text() == other
-    assert capsys.readouterr().err.count("is no list of results of vit-explain") == 5
+    assert capsys.readouterr().err.count("is not an index of vit-explain") == 5
 
 
 def test_own_results_are_written_over_whatever_ran_between(here: Path) -> None:
@@ -285,7 +285,7 @@ def test_open_shows_the_picture_or_the_folder(
     assert main(["compare", "both.png", *OWN, "--open"]) == 0
     folder = (here / "explanations").as_uri()
     assert shown == [f"{folder}/a%20b.rollout_max_0.9.png", folder, f"{folder}/both.compare.png"]
-    assert "there is no browser to show" in capsys.readouterr().err
+    assert "no browser can be opened to show" in capsys.readouterr().err
 
 
 def test_a_page_is_written_over_a_page_and_over_nothing_else(
@@ -308,7 +308,7 @@ def test_a_page_is_written_over_a_page_and_over_nothing_else(
     assert main(["report", "run", "--output", "notes.html"]) == 2
     assert main(["report", "run"]) == 2
     assert Path("notes.html").read_text() == "<title>Notes</title>"
-    assert capsys.readouterr().err.count("is not written") == 2
+    assert capsys.readouterr().err.count("is not overwritten") == 2
 
 
 def test_overlays_are_pictures(here: Path) -> None:

@@ -7,7 +7,7 @@
 | standard output on a full device | results written, one line on standard error, status 2 |
 | standard error closed | results written |
 | escape sequences, bidirectional marks, bytes that are no UTF-8 in a file's name | shown spelt out |
-| help, errors in options, a missing image | neither torch, timm nor numpy is loaded |
+| help, the version, errors in options, a missing image | neither torch, timm nor numpy is loaded |
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
@@ -25,7 +26,7 @@ import pytest
 from tests.cli.photographs import ANIMALS, OWN, index, photograph
 from vit_explain_callback._terminal import printable
 from vit_explain_callback.cli.command import main
-from vit_explain_callback.cli.parser import HEAD_FUSIONS
+from vit_explain_callback.cli.subparsers import HEAD_FUSIONS
 from vit_explain_callback.cli.terminal import shortened, table
 from vit_explain_callback.methods import heads as fusion
 
@@ -53,6 +54,7 @@ sys.exit(status)
         (["a.png", "--nonsense"], 2),
         (["a.png", "--batch_size", "0"], 2),
         (["nowhere.png"], 2),
+        (["--version"], 0),
         ([], 2),
     ],
 )
@@ -63,7 +65,26 @@ def test_help_and_wrong_options_load_nothing(words: list[str], status: int, tmp_
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert len(done.stderr.splitlines()) == (1 if status else 0)
-    assert ("example" in done.stdout) == (status == 0)
+    assert ("example" in done.stdout) == ("--help" in words)
+
+
+def test_the_version_is_that_of_the_installed_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed() -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["--version"])
+        assert stopped.value.code == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(metadata, "version", lambda name: {"vit-explain-callback": "0.2.0"}[name])
+    assert printed() == "vit-explain 0.2.0\n"
+
+    def not_installed(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", not_installed)
+    assert printed() == "vit-explain of unknown version, as vit-explain-callback is not installed\n"
 
 
 def test_the_parser_knows_the_fusions_without_loading_them() -> None:
@@ -131,7 +152,7 @@ SPEAKING = """
 import sys
 from vit_explain_callback.cli import command, terminal
 def parse(words):
-    terminal.say("a line")
+    terminal.print_output("a line")
     raise ValueError("the end")
 command.parse = parse
 sys.exit(command.main())

@@ -96,6 +96,12 @@ def test_folders_names_and_what_cannot_be_read(here: Path, capsys: pytest.Captur
     assert len(index("in/out")["images"]) == 3
 
 
+def test_a_folder_named_images_is_no_subcommand(here: Path) -> None:
+    photograph("images/a.png", 0)
+    assert main(["images", *OWN]) == 0
+    assert [image["file"] for image in index()["images"]] == [str(Path("images/a.png"))]
+
+
 def test_a_batch_gives_what_single_images_give(here: Path) -> None:
     for seed in range(3):
         photograph(f"in/{seed}.png", seed, (40 + seed, 60))
@@ -182,7 +188,7 @@ def gone(*_: Any, **how: Any) -> Any:
         (["both.png", *OWN, "--category_index", "dgo"], "Close: 1 dog."),
         (["both.png", *OWN, "--category_index", "5"], "a class in 0 … 4"),
         (["both.png", *OWN, "--category_index", "-1"], "a class in 0 … 4"),
-        (["both.png", *OWN[:6], "--category_index", "dog"], "say --class_names"),
+        (["both.png", *OWN[:6], "--category_index", "dog"], "Pass --class_names"),
         (["both.png", *OWN[:6], "--class_names", "a", "b"], "each of the 5 classes"),
         (["both.png", "--device", "cpu", "--category_index", "crane"], "134 (crane), 517 (crane)"),
         (["both.png", "--device", "cpu", "--category_index", "cat"], "Egyptian cat"),
@@ -195,7 +201,7 @@ def gone(*_: Any, **how: Any) -> Any:
         (["both.png", "--checkpoint", "both.png", "--model", NAME], "cannot be read as weights"),
         (["both.png", "--model", "vit_tiny_patch16_225"], "did you mean vit_tiny_patch16_224"),
         (["both.png", "--model", "resnet18"], "hold a Vision Transformer"),
-        (["both.png", "--hf", "nowhere", "--model", NAME], "--hf to stand without"),
+        (["both.png", "--hf", "nowhere", "--model", NAME], "--hf without"),
         (["compare", "both.png", "else.png", *OWN], "Expected one image"),
     ],
 )
@@ -217,7 +223,9 @@ def test_without_the_hub_the_cure_is_said(
     monkeypatch.setattr(timm, "create_model", gone)
     assert main(["both.png"]) == 2
     said = capsys.readouterr().err
-    assert "cannot be fetched from the hub (no connection). Offline, give a file of them with --checkpoint FILE" in said
+    assert (
+        "cannot be fetched from the hub (no connection). Offline, pass a file of weights with --checkpoint FILE" in said
+    )
     assert len(said.strip().splitlines()) == 1
 
 

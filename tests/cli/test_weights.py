@@ -31,7 +31,7 @@ from torch import Tensor
 
 from tests.cli.photographs import ANIMALS, NAME, checkpoint
 from vit_explain_callback.cli.command import main
-from vit_explain_callback.cli.weights import Weights, with_weights
+from vit_explain_callback.cli.weights import Weights, model_with_weights
 
 
 class Evil:
@@ -102,7 +102,7 @@ def test_what_would_run_code_is_named_with_the_cure(here: Path) -> None:
 def test_the_oldest_format_is_refused_by_itself(here: Path) -> None:
     """Torch before 2.6 reads it, whatever `weights_only` says."""
     Path("a.pth").write_bytes(as_oldest_format())
-    with pytest.raises(ValueError, match="of torch's format of 2016"):
+    with pytest.raises(ValueError, match="has torch's format of 2016"):
         Weights.read(Path("a.pth"))
 
 
@@ -135,7 +135,7 @@ def test_every_wrapper_is_taken_off(here: Path, wrapper: str, suffix: str) -> No
     path = Path(f"weights{suffix}")
     torch.save(WRAPPED[wrapper](model.state_dict(), other.state_dict()), path)
     weights = Weights.read(path)
-    assert same_model(with_weights(NAME, weights), model)
+    assert same_model(model_with_weights(NAME, weights), model)
     assert weights.step == (70 if wrapper == "Lightning" else None)
 
 
@@ -156,7 +156,7 @@ def test_of_two_models_in_a_file_one_is_to_be_named(
     assert "begin with 'student.' and 'teacher.vit.': choose one, as in --prefix student." in said
     maps = []
     for prefix, model in zip(("student", "teacher.vit."), both_models, strict=True):
-        assert same_model(with_weights(NAME, Weights.read(Path("both.ckpt"), prefix)), model)
+        assert same_model(model_with_weights(NAME, Weights.read(Path("both.ckpt"), prefix)), model)
         assert main([*words, "--prefix", prefix, "--output", prefix]) == 0
         maps.append(np.load(Path(prefix) / "both.rollout_max_0.9.npy"))
     assert not np.array_equal(*maps)
@@ -167,7 +167,7 @@ def test_of_two_models_in_a_file_one_is_to_be_named(
 
 def test_a_prefix_that_is_not_there_is_refused_with_those_that_are(both_models: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match=r"got 'pupil': it holds student, teacher\.vit\."):
-        with_weights(NAME, Weights.read(Path("both.ckpt"), "pupil"))
+        model_with_weights(NAME, Weights.read(Path("both.ckpt"), "pupil"))
 
 
 def test_one_model_under_two_names_and_a_teacher_of_another_width_leave_no_choice(here: Path) -> None:
@@ -175,7 +175,7 @@ def test_one_model_under_two_names_and_a_teacher_of_another_width_leave_no_choic
     torch.save(prefixed("net.", model.state_dict()) | prefixed("alias.", model.state_dict()), "a.pth")
     torch.save(prefixed("student.", model.state_dict()) | prefixed("big.", wide.state_dict()), "b.pth")
     for path in ("a.pth", "b.pth"):
-        assert same_model(with_weights(NAME, Weights.read(Path(path))), model)
+        assert same_model(model_with_weights(NAME, Weights.read(Path(path))), model)
 
 
 @pytest.mark.parametrize(
@@ -184,15 +184,15 @@ def test_one_model_under_two_names_and_a_teacher_of_another_width_leave_no_choic
         ({"epoch": 3}, "holds no tensors by name"),
         ({"state_dict": {3: 4}}, "holds no tensors by name"),
         ([torch.zeros(2)], "but it holds a list"),
-        ({"cls_token": "x", "unknown": torch.zeros(3)}, "holds nothing that fits"),
+        ({"cls_token": "x", "unknown": torch.zeros(3)}, "holds no tensor that fits"),
         ({"patch_embed.proj.weight": torch.zeros(7)}, "does not fit VisionTransformer"),
-        ({"visual.class_embedding": torch.zeros(7)}, "holds nothing that fits"),
+        ({"visual.class_embedding": torch.zeros(7)}, "holds no tensor that fits"),
     ],
 )
 def test_what_is_no_model_is_said(here: Path, content: Any, message: str) -> None:
     torch.save(content, "a.pth")
     with pytest.raises(ValueError, match=message):
-        with_weights(NAME, Weights.read(Path("a.pth")))
+        model_with_weights(NAME, Weights.read(Path("a.pth")))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
@@ -212,7 +212,7 @@ def test_edited_files_are_read_or_said(here: Path, suffix: str) -> None:
             edited[draw.randrange([200, 3000, len(whole)][attempt % 3])] = draw.randrange(256)
         path.write_bytes(edited[: draw.randrange(len(whole))] if attempt % 10 == 0 else edited)
         try:
-            with_weights(NAME, Weights.read(path), embed_dim=12, depth=1)
+            model_with_weights(NAME, Weights.read(path), embed_dim=12, depth=1)
         except ValueError as error:
             assert str(path) in str(error)  # noqa: PT017
             refused += 1
@@ -221,4 +221,4 @@ def test_edited_files_are_read_or_said(here: Path, suffix: str) -> None:
 
 def test_a_safetensors_file_of_another_case(here: Path) -> None:
     save_file(checkpoint().state_dict(), "A.SAFETENSORS")
-    assert same_model(with_weights(NAME, Weights.read(Path("A.SAFETENSORS"))), checkpoint())
+    assert same_model(model_with_weights(NAME, Weights.read(Path("A.SAFETENSORS"))), checkpoint())

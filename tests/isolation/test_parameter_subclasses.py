@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tests.models import CLASSES, random_images, randomised, tiny_vit
+from tests.optional import optional
 from tests.plain_vits import SIZE, PlainViT, built
 from vit_explain_callback import MapFunction, explain
+
+peft, transformers = optional("peft"), optional("transformers")
 
 METHODS = ["rollout", "grad_rollout", "legrad", "chefer"]
 
@@ -87,7 +88,7 @@ def swapped(model: Any, swap: Callable[[nn.Linear], nn.Module], only: str = "") 
 def adapted(model: Any) -> Any:
     """With low-rank adapters on the projections to queries, whatever they are called."""
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    return get_peft_model(model, LoraConfig(target_modules=sorted(names & {"qkv", "query", "q_proj"})))
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=sorted(names & {"qkv", "query", "q_proj"})))
 
 
 def hugging_face() -> Any:

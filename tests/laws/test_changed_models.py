@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.models import CLASSES, random_images, randomised, tiny_vit
-from tests.runs import Classifier, fit, saved
-from vit_explain_callback import ViTExplainCallback, explain
+from tests.runs import Classifier, fit, quiet, saved
+from vit_explain_callback import explain
 from vit_explain_callback.explainer import Explainer
 
 IMAGES, METHODS = random_images(2), ["rollout", "grad_rollout"]
@@ -70,7 +70,7 @@ def test_a_model_that_changes_in_a_run(tmp_path: Path, change: Callable[[Any], N
                 change(self)
                 self.net.train()
 
-    callback = ViTExplainCallback(METHODS, every_n_steps=4, num_images=2, images=(IMAGES, torch.tensor([0, 1])))
+    callback = quiet(METHODS, every_n_steps=4, num_images=2, images=(IMAGES, torch.tensor([0, 1])))
     module = Changes()
     trainer = fit(callback, tmp_path, module, max_epochs=1)
     last = saved(trainer)[-1]
@@ -84,5 +84,5 @@ def test_a_grid_that_the_model_does_not_have_is_refused(tmp_path: Path, stated: 
     with pytest.raises(ValueError, match="grid_size"):
         explain(tiny_vit(), IMAGES, **stated)
     with pytest.raises(ValueError, match="grid_size"):
-        fit(ViTExplainCallback(**stated), tmp_path)
+        fit(quiet(**stated), tmp_path)
     assert explain(tiny_vit(), IMAGES, grid_size=(4, 4), prefix_tokens=1).maps["rollout"].shape == (2, 4, 4)

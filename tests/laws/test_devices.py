@@ -68,11 +68,11 @@ def explanations_are_those_of_the_cpu(device: str, family: str) -> None:
 def images_and_targets_may_be_elsewhere(device: str) -> None:
     model, images, target = tiny_vit().double(), random_images(3).double(), torch.tensor([0, 3, 1])
     methods = [*METHODS, SALIENCY]
-    expected = explain_targets(model, images, [target, 2, None], methods)
+    expected = explain_targets(model, images, [target, 2, None], methods=methods)
     looking = explain(model, images, ["attention"], query=(1, 2))
     model.to(device)
     for given in (images, images.to(device)):
-        found = explain_targets(model, given, [target, 2, None], methods, batch_size=2)
+        found = explain_targets(model, given, [target, 2, None], methods=methods, batch_size=2)
         for one, other in zip(found, expected, strict=True):
             assert_near(one.cpu(), other, 1e-7)
         assert_near(explain(model, given, ["attention"], query=(1, 2)).cpu(), looking, 1e-7)
@@ -95,7 +95,7 @@ def observed(device: str, dtype: torch.dtype = torch.float64) -> tuple[list[dict
     """The scalars of a run of two snapshots with every check, and its summary."""
     model, labels = steady_vit().to(dtype).to(device), torch.tensor([0, 1, -1, 3])
     with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"folder": Path(folder, "run"), "on_error": "raise", "check_every": 1}
+        options: dict[str, Any] = {"folder": Path(folder, "run"), "on_error": "raise", "checks": 1}
         probe = Probe.of(random_images(4), labels)
         tracker = ExplanationTracker(Explainer(model, ["rollout_0.5", "grad_rollout"]), probe, target=labels, **options)
         values = [tracker.observe(0)]

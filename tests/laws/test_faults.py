@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from tests.laws.test_nothing_left_behind import traces
 from tests.lightning.test_loggers import LikeWandb
-from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
+from tests.runs import Classifier, Pictures, events, fit, loader, messages, quiet, saved
 from vit_explain_callback import ViTExplainCallback
 
 
@@ -81,19 +81,19 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("error", [RuntimeError("the model cannot"), KeyError("x"), OUT_OF_MEMORY[0]])
 def test_a_forward_that_raises(tmp_path: Path, error: Exception) -> None:
     _, plain, _ = ending(None, tmp_path, Classifier())
-    trainer, weights, said = ending(ViTExplainCallback(every_n_steps=1), tmp_path, Failing(error, (4, 5)))
+    trainer, weights, said = ending(quiet(every_n_steps=1), tmp_path, Failing(error, (4, 5)))
     assert_trained_alike(weights, plain)
     (only,) = said  # of two
     assert f"the snapshot at step 4 failed, and training goes on: {error!r}" in only
     assert [snapshot.step for snapshot in saved(trainer)] == [0, 1, 2, 3, 6, 7, 8]
     with pytest.raises(type(error)):
-        fit(ViTExplainCallback(every_n_steps=1, on_error="raise"), tmp_path, Failing(error, (4, 5)))
+        fit(quiet(every_n_steps=1, on_error="raise"), tmp_path, Failing(error, (4, 5)))
 
 
 def test_a_fault_of_ours_at_the_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, plain, _ = ending(None, tmp_path, Classifier())
     monkeypatch.setattr("vit_explain_callback.tracking.notices.STATISTICS", "nowhere")  # a KeyError
-    _, weights, said = ending(ViTExplainCallback(), tmp_path, Classifier())
+    _, weights, said = ending(quiet(), tmp_path, Classifier())
     assert_trained_alike(weights, plain)
     assert len(said) == 1
     assert "the snapshot at step 0 failed, and training goes on: KeyError" in said[0]
@@ -112,7 +112,7 @@ def test_a_batch_that_memory_does_not_suffice_for_is_explained_in_halves(tmp_pat
 
 def test_a_batch_is_not_halved_for_another_error(tmp_path: Path) -> None:
     error = RuntimeError("the model cannot")
-    trainer, _, said = ending(ViTExplainCallback(), tmp_path, Failing(error, (4,), most_images=3))
+    trainer, _, said = ending(quiet(), tmp_path, Failing(error, (4,), most_images=3))
     assert len(said) == 1
     assert [snapshot.step for snapshot in saved(trainer)] == [0, 8]
 
@@ -145,7 +145,7 @@ def test_a_logger_that_raises(tmp_path: Path) -> None:
     board = TensorBoardLogger(str(tmp_path))
     logger: Any = [Broken(), board, LikeWandb()]
     _, plain, _ = ending(None, tmp_path, Classifier())
-    trainer, weights, said = ending(ViTExplainCallback(["rollout"]), tmp_path, Classifier(), logger=logger)
+    trainer, weights, said = ending(quiet(["rollout"]), tmp_path, Classifier(), logger=logger)
     assert_trained_alike(weights, plain)
     (only,) = said
     assert "cannot write to Broken (logger 0), and training goes on: ConnectionError('no network')" in only
@@ -153,7 +153,7 @@ def test_a_logger_that_raises(tmp_path: Path) -> None:
     assert logger[2].pictures["explain/filmstrip/rollout"] == [0, 4, 8, 8]
     assert len(list(tmp_path.rglob("step_*.safetensors"))) == 3
     with pytest.raises(ConnectionError):
-        fit(ViTExplainCallback(["rollout"], on_error="raise"), tmp_path, logger=[Broken()])
+        fit(quiet(["rollout"], on_error="raise"), tmp_path, logger=[Broken()])
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    trainer, _, said = ending(ViTExplainCallback(["rollout"], every_n_steps=1), tmp_path, Classifier())
+    trainer, _, said = ending(quiet(["rollout"], every_n_steps=1), tmp_path, Classifier())
     (only,) = said
     assert "cannot write to the folder" in only
     assert "No space left on device" in only
@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     logger = TensorBoardLogger(str(tmp_path))
     Path(logger.log_dir).mkdir(parents=True)
     Path(logger.log_dir, "explanations").write_text("a file is in the way", encoding="utf-8")
-    callback = ViTExplainCallback(["rollout"], every_n_steps=1)
+    callback = quiet(["rollout"], every_n_steps=1)
     trainer, _, said = ending(callback, tmp_path, Classifier(), logger=logger)
     (only,) = said
     assert "cannot write to the folder" in only
@@ -205,7 +205,7 @@ def test_a_validation_loader_that_dies(tmp_path: Path) -> None:
     _, plain, _ = ending(None, tmp_path, Classifier())
     options = {"check_val_every_n_epoch": 9}  # else the run itself would die
     trainer, weights, said = ending(
-        ViTExplainCallback(["rollout"], every_n_epochs=1),
+        quiet(["rollout"], every_n_epochs=1),
         tmp_path,
         Classifier(),
         validation=loader(Dying(1, tmp_path)),
@@ -220,7 +220,7 @@ def test_a_validation_loader_that_dies(tmp_path: Path) -> None:
     drift = events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")
     assert drift[0].value == pytest.approx(1)  # step 4 is the baseline
     trainer, weights, said = ending(
-        ViTExplainCallback(["rollout"]), tmp_path, Classifier(), validation=loader(Dying(99, tmp_path)), **options
+        quiet(["rollout"]), tmp_path, Classifier(), validation=loader(Dying(99, tmp_path)), **options
     )
     assert_trained_alike(weights, plain)
     assert len(said) == 1  # the same is not said again
@@ -241,7 +241,7 @@ def test_ctrl_c_in_the_middle_of_a_snapshot(tmp_path: Path) -> None:
     fit(None, tmp_path / "plain", plain, max_epochs=1)
     before = traces(plain)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(ViTExplainCallback(every_n_epochs=1), tmp_path, module)  # else within validation, in evaluation mode
+        fit(quiet(every_n_epochs=1), tmp_path, module)  # else within validation, in evaluation mode
     assert_trained_alike(list(module.parameters()), list(plain.parameters()))
     after = traces(module)
     assert [key for key in after if key not in ("random", "hooks") and after[key] != before[key]] == []

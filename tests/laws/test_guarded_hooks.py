@@ -21,16 +21,15 @@ from tests.laws.test_faults import assert_trained_alike, ending
 from tests.lightning.test_loggers import Spy
 from tests.models import tiny_vit
 from tests.processes import python
-from tests.runs import Classifier, Pictures, fit, loader, messages, saved
-from vit_explain_callback import ViTExplainCallback
+from tests.runs import Classifier, Pictures, fit, loader, messages, quiet, saved
+from vit_explain_callback import Detail, ViTExplainCallback
 from vit_explain_callback.lightning.fit import Fit
 from vit_explain_callback.options.images import check_images
 from vit_explain_callback.tracking.errors import Guard, is_refusal, raised_by_us, warn
 
 
 def short(**options: Any) -> ViTExplainCallback:
-    options = {"num_images": 2, "num_shown": 1, "check_every_n_snapshots": None} | options
-    return ViTExplainCallback(["rollout"], **options)
+    return quiet(["rollout"], **{"num_images": 2} | options)
 
 
 class Sized(nn.Identity):
@@ -135,7 +134,7 @@ class Freed(Classifier):
 @pytest.mark.parametrize("steps", [1, 3], ids=["the last step is seen", "the last step is not"])
 @pytest.mark.parametrize("how", ["deleted", "a part deleted", "None", "no memory", "another model"])
 def test_a_module_that_is_freed_when_training_ends(tmp_path: Path, how: str, steps: int) -> None:
-    trainer, _, said = ending(short(every_n_steps=steps, check_every_n_snapshots=9), tmp_path, Freed(how))
+    trainer, _, said = ending(short(every_n_steps=steps, checks=9), tmp_path, Freed(how))
     assert trainer.global_step == 8
     assert [snapshot.step for snapshot in saved(trainer)] == ([*range(9)] if steps == 1 else [0, 3, 6])
     assert len(said) <= 2
@@ -224,8 +223,8 @@ NOTICES = {
     "few images": lambda folder: fit(short(num_images=64), folder),
     "another machine": lambda folder: fit(short(), "memory://runs", logger=Spy(), enable_checkpointing=False),
     "a failure": lambda folder: fit(short(every_n_steps=1), folder, Fails(lambda n: "no")),
-    "degenerate": lambda folder: fit(ViTExplainCallback(["grad_rollout"]), folder, ZeroHead()),
-    "a full log": lambda folder: fit(short(max_pictures_mb=0.0001), folder),
+    "degenerate": lambda folder: fit(quiet(["grad_rollout"]), folder, ZeroHead()),
+    "a full log": lambda folder: fit(short(detail=Detail(max_pictures_mb=0.0001)), folder),
 }
 
 
@@ -262,11 +261,10 @@ def test_warnings_that_are_errors_do_not_stop_a_run(
 
 WITH_ERRORS = """
     import sys, warnings
-    from vit_explain_callback import ViTExplainCallback
-    from tests.runs import fit
+    from tests.runs import fit, quiet
     {setup}
     warnings.filterwarnings("error", message="ViTExplainCallback")
-    trainer = fit(ViTExplainCallback(["rollout"], num_images=64, num_shown=1), sys.argv[1])
+    trainer = fit(quiet(["rollout"], num_images=64), sys.argv[1])
     open(sys.argv[1] + "/done", "w").write(str(trainer.global_step))
 """
 STREAMS = {

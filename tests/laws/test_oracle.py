@@ -87,7 +87,7 @@ def test_a_hand_written_softmax_gives_the_maps_of_the_fused_kernel(name: str) ->
 def test_a_batch_equals_its_images_one_by_one(batch_size: int) -> None:
     model, images = tiny_vit().double(), random_images(5)
     target = torch.tensor([3, 0, 1, 4, 2])
-    together = explain(model, images, VARIANTS, target, batch_size)
+    together = explain(model, images, VARIANTS, target, batch_size=batch_size)
     for image in range(5):
         alone = explain(model, images[image : image + 1], VARIANTS, target[image : image + 1])
         for key, maps in alone.maps.items():

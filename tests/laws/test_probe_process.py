@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader
 from tests.bits import differing
 from tests.laws.test_user_data import NO_THREAD, RIGHT, Recording
 from tests.laws.user_project import Case, check, leave, of_user
+from tests.runs import quiet
 from tests.situations.project import COUNT, LABELS, Samples, loader, pictures, training
-from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.isolation import child
 
 pytestmark = pytest.mark.skipif(not child.can_fork(), reason="needs fork")
@@ -322,7 +322,7 @@ def test_a_data_module_is_asked_for_its_loaders_by_the_trainer_alone(given: bool
     for name in ("without", "with"):
         data = Data(tmp_path / f"cache_{name}")
         images = (pictures(count=4), torch.tensor(LABELS[:4])) if given else None
-        callbacks = [ViTExplainCallback(images=images)] if name == "with" else []
+        callbacks = [quiet(images=images)] if name == "with" else []
         case = Case(NO_THREAD, "drew from its streams", OfTwoLoaders, lambda data=data: (data, None))  # type: ignore[misc]
         case = replace(case, trainer={"check_val_every_n_epoch": 2})  # validation has no loaders before the second
         one = leave(case, tmp_path / name, callbacks)
@@ -346,7 +346,7 @@ class Property(Samples):
 
 
 def test_names_are_asked_for_in_the_process_too(tmp_path: Path) -> None:
-    callback = ViTExplainCallback()
+    callback = quiet()
     case = Case(NO_THREAD, "asked", Recording, lambda: (training(), DataLoader(Property(pictures(), LABELS), 5)))
     leave(case, tmp_path, [callback])
     assert callback.tracker is not None
@@ -389,12 +389,12 @@ def test_a_process_that_gives_nothing_is_given_up_once(
     monkeypatch.setattr(child, "PATIENCE", patience)
     case = Case(NO_THREAD, RIGHT, Recording, lambda: (training(), DataLoader(Elsewhere(what), 5)))
     case = replace(case, trainer={"max_epochs": 3})
-    without, found = leave(case, tmp_path / "without", []), leave(case, tmp_path / "with", [ViTExplainCallback()])
+    without, found = leave(case, tmp_path / "without", []), leave(case, tmp_path / "with", [quiet()])
     assert differing(without.everything, of_user(found.everything, without.everything)) == []
     said = [text for text in found.said if "in a process of its own" in text]
     assert len(said) == 1, found.said
     assert why in said[0]
-    assert "give `images=(images, labels)`" in said[0]
+    assert "Pass `images=(images, labels)`" in said[0]
     assert found.steps == [2, 4, 6]
 
 
@@ -407,7 +407,7 @@ def test_an_error_in_that_process_is_said_and_the_images_that_go_by_are_explaine
         case, trainer={"num_sanity_val_steps": sanity_steps}, warned=(0 if sanity_steps else 1,), snapshots=2
     )
     check(case, tmp_path)
-    said = leave(case, tmp_path / "again", [ViTExplainCallback()]).said
+    said = leave(case, tmp_path / "again", [quiet()]).said
     told = [text for text in said if "Cannot re-initialize CUDA" in text]
     assert told
     assert all("images=(images, labels)" in text for text in told)
@@ -443,7 +443,7 @@ class Printing(Samples):
 
 def test_what_a_data_set_prints_is_printed_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     counts = []
-    for name, callbacks in (("without", []), ("with", [ViTExplainCallback()])):
+    for name, callbacks in (("without", []), ("with", [quiet()])):
         case = Case(NO_THREAD, "twice", Recording, lambda: (training(), DataLoader(Printing(pictures(), LABELS), 5)))
         leave(case, tmp_path / name, callbacks)
         said = capfd.readouterr()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.laws.user_project import NAMED, Case, check, leave
 from tests.models import CLASSES
-from tests.runs import fit
+from tests.runs import fit, quiet
 from tests.situations.project import LABELS, Project, loader, training
 from vit_explain_callback import ViTExplainCallback
 
@@ -124,7 +124,7 @@ def test_the_best_checkpoint_is_that_of_the_users_metric(tmp_path: Path) -> None
         fit(None, folder, OwnAccuracy(), loader(), training(), more_callbacks=[*callbacks, keep], **options)
         return keep.best_model_score
 
-    assert best([], tmp_path / "without").equal(best([ViTExplainCallback()], tmp_path / "with"))
+    assert best([], tmp_path / "without").equal(best([quiet()], tmp_path / "with"))
 
 
 def test_what_is_ours_stands_under_one_prefix(tmp_path: Path) -> None:

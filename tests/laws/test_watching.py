@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.models import CLASSES
-from tests.runs import events, fit
+from tests.runs import events, fit, quiet
 from tests.situations.project import Project, loader, pictures
 from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.lightning import trace
@@ -76,7 +76,7 @@ class Wrapped(Counted):
 @pytest.mark.parametrize("project", [Counted, HeadInStep, Wrapped])
 def test_no_step_is_run_and_no_forward_of_the_module(project: Any, tmp_path: Path) -> None:
     counts = []
-    for callback in (None, ViTExplainCallback(num_images=5, check_every_n_snapshots=1)):
+    for callback in (None, ViTExplainCallback(num_images=5, checks=1)):
         CALLS.clear()
         torch.manual_seed(0)
         trained(callback, tmp_path / str(callback is None), project())
@@ -121,7 +121,7 @@ class Watched(Project):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:ViTExplainCallback")
 def test_what_a_watched_step_computes_differs_in_no_bit(tmp_path: Path) -> None:
     values, hooks = [], []
-    for callbacks in ([], [ViTExplainCallback(num_images=5), ViTExplainCallback(["rollout"], num_images=4)]):
+    for callbacks in ([], [quiet(num_images=5), quiet(["rollout"], num_images=4)]):
         torch.manual_seed(0)
         module = Watched()
         seen: list[float] = []
@@ -158,7 +158,7 @@ class Failing(Project):
 def test_a_watched_step_that_fails_raises_the_users_error_and_leaves_nothing(tmp_path: Path) -> None:
     module = Failing()
     with pytest.raises(KeyError, match="the user's own"):
-        trained(ViTExplainCallback(), tmp_path, module)
+        trained(quiet(), tmp_path, module)
     assert nn.Module.__call__.__name__ == "_wrapped_call_impl"
     assert torch.overrides._get_current_function_mode() is None  # type: ignore[no-untyped-call]
 
@@ -171,7 +171,7 @@ def test_a_fault_of_the_watching_does_not_reach_the_step(tmp_path: Path, monkeyp
     torch.manual_seed(0)
     module = Project()
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
-        trainer = trained(ViTExplainCallback(num_images=5), tmp_path, module)
+        trainer = trained(quiet(num_images=5), tmp_path, module)
     assert trainer.global_step == 2
 
 
@@ -230,7 +230,7 @@ def test_a_module_is_not_copied_with_what_it_holds(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Holding(tmp_path)
     registered = list(Holding.registry)
-    callback = ViTExplainCallback(num_images=5)
+    callback = quiet(num_images=5)
     trainer = trained(callback, tmp_path, module, enable_checkpointing=False)
     assert callback.tracker is not None
     assert callback.tracker.history.count >= 2
@@ -270,7 +270,7 @@ def test_no_features_are_kept_of_a_watched_step(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(trace.StepRecorder, "trace", looked_at)
     torch.manual_seed(0)
-    module, callback = Stem(), ViTExplainCallback(num_images=5)
+    module, callback = Stem(), quiet(num_images=5)
     trained(callback, tmp_path, module)
     assert kept[0] == 4  # the module, its stem, and there the first part and its convolution
     assert callback.tracker is not None
@@ -292,7 +292,7 @@ class Swapping(Project):
 
 def test_weights_can_be_swapped_in_a_watched_step(tmp_path: Path) -> None:
     values = []
-    for callback in (None, ViTExplainCallback(num_images=5)):
+    for callback in (None, quiet(num_images=5)):
         torch.manual_seed(0)
         module, seen = Swapping(), list[float]()
         trained(callback, tmp_path / str(callback is None), module, more_callbacks=[Seen(seen)])
@@ -328,7 +328,7 @@ class Wrapping(pl.Callback):
 @pytest.mark.parametrize("is_first", [False, True])
 def test_what_the_user_has_wrapped_stays_so(is_first: bool, tmp_path: Path) -> None:
     counts = []
-    for callback in (None, ViTExplainCallback(num_images=5)):
+    for callback in (None, quiet(num_images=5)):
         torch.manual_seed(0)
         wrapping = Wrapping()
         others = [] if callback is None else [callback]
@@ -360,7 +360,7 @@ def test_what_parts_print_and_log_in_a_snapshot_is_not_heard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     heard = []
-    for callback in (None, ViTExplainCallback(num_images=5)):
+    for callback in (None, quiet(num_images=5)):
         torch.manual_seed(0)
         trained(callback, tmp_path / str(callback is None), Talking())
         heard.append((capsys.readouterr().out.count("said by the head"), caplog.text.count("logged by the head")))

@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.lightning.test_loggers import Spy
 from tests.models import random_images, tiny_vit
-from tests.runs import Classifier, Pictures, events, fit, loader, messages
+from tests.runs import Classifier, Pictures, events, fit, loader, messages, quiet
 from vit_explain_callback import Explainer, ExplanationTracker, Probe, ViTExplainCallback, load_run
 from vit_explain_callback.tracking.run_folder import RunFolder
 from vit_explain_callback.tracking.snapshot import Snapshot
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no logger of this run shows pi
 
 
 def small(**options: Any) -> ViTExplainCallback:
-    options = {"num_images": 2, "num_shown": 1, "check_every_n_snapshots": None} | options
-    return ViTExplainCallback(["rollout"], **options)
+    options = {"num_images": 2, "num_shown": 1, "checks": None} | options
+    return quiet(["rollout"], **options)
 
 
 def loggers(kind: str, folder: Path) -> Any:
@@ -112,7 +112,7 @@ def test_a_run_that_goes_on_from_its_last_checkpoint_is_no_branch(tmp_path: Path
 
 def tracker(folder: Path, model: nn.Module | None = None) -> ExplanationTracker:
     probe = Probe.of(random_images(2))
-    return ExplanationTracker(Explainer(model or tiny_vit(), ["rollout"]), probe, folder=folder, check_every=None)
+    return ExplanationTracker(Explainer(model or tiny_vit(), ["rollout"]), probe, folder=folder, checks=None)
 
 
 def test_branches_of_a_loop_of_ones_own(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def tags_twice(trainer: Any) -> list[Any]:
     return twice
 
 
-@pytest.mark.parametrize("schedule", [{}, {"every_n_steps": 3}, {"every_n_epochs": 2}, {"check_every_n_snapshots": 1}])
+@pytest.mark.parametrize("schedule", [{}, {"every_n_steps": 3}, {"every_n_epochs": 2}, {"checks": 1}])
 def test_fitting_on_with_one_trainer_goes_on_with_the_run(tmp_path: Path, schedule: dict[str, Any]) -> None:
     callback, module = small(**schedule), Classifier()
     trainer = fit(callback, tmp_path, module)

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from tests.models import CLASSES, random_images, steady_vit, tiny_vit
-from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
-from vit_explain_callback import AttentionRollout, ViTExplainCallback, explain
+from tests.runs import Classifier, Pictures, events, fit, loader, messages, quiet, saved
+from vit_explain_callback import AttentionRollout, Detail, ViTExplainCallback, explain
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.localisation import region_statistics
 from vit_explain_callback.metrics.shape import map_statistics
@@ -106,7 +106,7 @@ def test_regions_add_their_lift_to_the_first_scalars(tmp_path: Path) -> None:
 
 def test_what_is_not_asked_for_is_not_written(tmp_path: Path) -> None:
     callback = ViTExplainCallback(
-        ["rollout"], check_every_n_snapshots=None, block_statistics=False, margin_charts=False, detail="full"
+        ["rollout"], checks=None, detail=Detail("full", block_statistics=False, margin_charts=False)
     )
     tags = events(fit(callback, tmp_path, Classifier(steady_vit()))).Tags()
     left_out = re.compile("faithfulness|scale|noise_to|attention|drift_blocks|sink_lift|left")
@@ -153,7 +153,7 @@ def test_the_event_file_stays_small(tmp_path: Path) -> None:
 def test_pictures_stop_at_the_bound_and_it_is_said_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=1, max_pictures_mb=0.4), tmp_path)
+        trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=1, detail=Detail(max_pictures_mb=0.4)), tmp_path)
     assert len([text for text in messages(caught) if "a larger `max_pictures_mb` than 0.4" in text]) == 1
     board = events(trainer)
     pictures = [event for tag in board.Tags()["images"] for event in board.Images(tag)]
@@ -168,7 +168,7 @@ def test_a_key_of_the_users_is_left_alone(tmp_path: Path) -> None:
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.log("explain/probe/accuracy", 7.0)
 
-    trainer = fit(ViTExplainCallback(["rollout"]), tmp_path, Same())
+    trainer = fit(quiet(["rollout"]), tmp_path, Same())
     assert trainer.callback_metrics["explain/probe/accuracy"] == 7
     assert "explain/probe/target_probability" in trainer.callback_metrics
 
@@ -187,7 +187,7 @@ def test_a_key_of_the_users_is_left_alone(tmp_path: Path) -> None:
 def test_snapshots_are_taken_before_the_first_step_on_schedule_and_at_the_end(
     tmp_path: Path, schedule: dict[str, Any], steps: list[int]
 ) -> None:
-    trainer = fit(ViTExplainCallback(["rollout"], **schedule), tmp_path)
+    trainer = fit(quiet(["rollout"], **schedule), tmp_path)
     assert [snapshot.step for snapshot in saved(trainer)] == steps
     drift = events(trainer).Scalars("explain/drift/baseline_rank_correlation/rollout")
     assert [event.step for event in drift] == steps
@@ -195,14 +195,14 @@ def test_snapshots_are_taken_before_the_first_step_on_schedule_and_at_the_end(
 
 
 def test_accumulated_gradients_count_as_one_step(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=1), tmp_path, accumulate_grad_batches=2)
+    trainer = fit(quiet(["rollout"], every_n_steps=1), tmp_path, accumulate_grad_batches=2)
     assert [snapshot.step for snapshot in saved(trainer)] == [0, 1, 2, 3, 4]
 
 
 def test_saved_maps_are_those_of_the_model_at_that_step(tmp_path: Path) -> None:
     module, data = Classifier(), Pictures()
     before = explain(module.net, data.images, target=data.labels)
-    trainer = fit(ViTExplainCallback(), tmp_path, module)
+    trainer = fit(quiet(), tmp_path, module)
     baseline, *_, last = saved(trainer)
     after = explain(module.net, data.images, target=data.labels)
     for snapshot, explanation in ((baseline, before), (last, after)):
@@ -230,7 +230,7 @@ def test_the_last_filmstrip_still_shows_the_baseline_after_many_snapshots(
         return filmstrip(pictures, titles, steps, *rest)
 
     monkeypatch.setattr("vit_explain_callback.tracking.pictures.filmstrip", spy)
-    callback = ViTExplainCallback(["rollout"], every_n_steps=1, num_shown=2, num_images=4)
+    callback = quiet(["rollout"], every_n_steps=1, num_shown=2, num_images=4)
     trainer = fit(callback, tmp_path, max_epochs=5)
     assert len(saved(trainer)) == 21
     accumulator = EventAccumulator(trainer.log_dir, size_guidance={"images": 10})
@@ -252,7 +252,7 @@ def test_colour_limits_are_frozen_at_the_baseline(tmp_path: Path, monkeypatch: p
         return filmstrip(*arguments)
 
     monkeypatch.setattr("vit_explain_callback.tracking.pictures.filmstrip", spy)
-    fit(ViTExplainCallback(["rollout_max"], every_n_steps=1), tmp_path, Classifier(lr=0.5))
+    fit(quiet(["rollout_max"], every_n_steps=1), tmp_path, Classifier(lr=0.5))
     assert len(limits) == 10  # nine snapshots, and once more at the end
     assert len(set(limits)) == 1
 
@@ -260,7 +260,7 @@ def test_colour_limits_are_frozen_at_the_baseline(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("keys", [("image", "label"), ("pixel_values", "labels")])
 def test_mapping_batches(tmp_path: Path, keys: tuple[str, str]) -> None:
     data = Pictures(keys=keys)
-    trainer = fit(ViTExplainCallback(["rollout"]), tmp_path, train=loader(data), validation=loader(data))
+    trainer = fit(quiet(["rollout"]), tmp_path, train=loader(data), validation=loader(data))
     assert saved(trainer)[0].target.equal(data.labels)
 
 
@@ -278,7 +278,7 @@ def test_a_module_without_forward_is_explained_through_its_vit(tmp_path: Path) -
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), 1e-2)
 
-    assert len(saved(fit(ViTExplainCallback(on_error="raise"), tmp_path, Bare()))) == 3
+    assert len(saved(fit(quiet(on_error="raise"), tmp_path, Bare()))) == 3
 
 
 class Torchvision(Classifier):
@@ -297,7 +297,7 @@ class Torchvision(Classifier):
 
 def test_a_model_that_is_not_timms_needs_no_configuration_either(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="100% of the `grad_rollout` maps are degenerate"):  # its new head is all zero
-        trainer = fit(ViTExplainCallback(on_error="raise"), tmp_path, Torchvision())
+        trainer = fit(quiet(on_error="raise"), tmp_path, Torchvision())
     assert [snapshot.maps["grad_rollout"].shape for snapshot in saved(trainer)] == [(16, 4, 4)] * 3
     picture = events(trainer).Images("explain/filmstrip/grad_rollout")[-1].encoded_image_string
     left_column = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))[18:146, :128]
@@ -313,7 +313,7 @@ def test_a_module_without_forward_is_followed_through_its_step_whatever_its_mode
             return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     for options in ({}, {"vit": "net"}, {"forward": lambda module, images: module.net(images)}):
-        callback = ViTExplainCallback(["rollout"], on_error="raise", **options)  # type: ignore[arg-type]
+        callback = quiet(["rollout"], on_error="raise", **options)  # type: ignore[arg-type]
         assert len(saved(fit(callback, tmp_path, NoForward()))) == 3
 
 
@@ -328,21 +328,21 @@ def test_of_two_vits_the_one_is_explained_that_the_loss_comes_from(tmp_path: Pat
             return self.net(images) + self.teacher(images)
 
     for options in ({}, {"vit": "net"}):
-        callback = ViTExplainCallback(["rollout"], on_error="raise", **options)  # type: ignore[arg-type]
+        callback = quiet(["rollout"], on_error="raise", **options)  # type: ignore[arg-type]
         baseline, *_ = saved(fit(callback, tmp_path, Distilled()))
         assert callback.tracker is not None
         expected = explain(tiny_vit(), callback.tracker.probe.images, ["rollout"])  # type: ignore[arg-type]
         torch.testing.assert_close(baseline.maps["rollout"], expected.maps["rollout"])
     with pytest.raises(ValueError, match="come from 2: net, teacher"):
-        fit(ViTExplainCallback(), tmp_path, Both())
-    assert len(saved(fit(ViTExplainCallback(["rollout"], vit="net", on_error="raise"), tmp_path, Both()))) == 3
+        fit(quiet(), tmp_path, Both())
+    assert len(saved(fit(quiet(["rollout"], vit="net", on_error="raise"), tmp_path, Both()))) == 3
 
 
 @pytest.mark.parametrize("target", ["label", "prediction", 3])
 def test_the_target_stays_fixed_over_the_run(tmp_path: Path, target: Any) -> None:
     module, data = Classifier(lr=0.5), Pictures()
     predicted = explain(module.net, data.images, ["rollout"]).logits.argmax(1)
-    snapshots = saved(fit(ViTExplainCallback(target=target, every_n_steps=1), tmp_path, module))
+    snapshots = saved(fit(quiet(target=target, every_n_steps=1), tmp_path, module))
     expected = {"label": data.labels, "prediction": predicted, 3: torch.full((16,), 3)}[target]
     assert not snapshots[-1].prediction.equal(predicted)
     assert all(snapshot.target.equal(expected) for snapshot in snapshots)
@@ -350,11 +350,11 @@ def test_the_target_stays_fixed_over_the_run(tmp_path: Path, target: Any) -> Non
 
 def test_given_images_are_explained_instead_of_the_validation_set(tmp_path: Path) -> None:
     images = random_images(3, seed=99)
-    callback = ViTExplainCallback(["rollout"], images=images, on_error="raise")
+    callback = quiet(["rollout"], images=images, on_error="raise")
     snapshot, *_ = saved(fit(callback, tmp_path, validation=None))
     torch.testing.assert_close(snapshot.maps["rollout"], explain(tiny_vit(), images, ["rollout"]).maps["rollout"])
     assert snapshot.target.equal(snapshot.prediction)
-    labelled = ViTExplainCallback(images=(images, torch.tensor([4, 4, 1])), on_error="raise")
+    labelled = quiet(images=(images, torch.tensor([4, 4, 1])), on_error="raise")
     assert saved(fit(labelled, tmp_path))[0].target.tolist() == [4, 4, 1]
 
 
@@ -364,20 +364,20 @@ def test_transfer_hooks_run_as_in_validation(tmp_path: Path) -> None:
             images, labels = batch
             return [images * 2 if self.trainer.training else images / 2, labels]
 
-    trainer = fit(ViTExplainCallback(["rollout"], on_error="raise"), tmp_path, Transferring())
+    trainer = fit(quiet(["rollout"], on_error="raise"), tmp_path, Transferring())
     expected = explain(tiny_vit(), Pictures().images / 2, ["rollout"]).maps["rollout"]
     torch.testing.assert_close(saved(trainer)[0].maps["rollout"], expected)
     assert trainer.state.stage is None or not trainer.validating
 
 
 def test_probe_images_are_there_before_the_first_epoch_that_is_validated(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["rollout"], on_error="raise"), tmp_path, check_val_every_n_epoch=9)
+    trainer = fit(quiet(["rollout"], on_error="raise"), tmp_path, check_val_every_n_epoch=9)
     assert saved(trainer)[0].target.equal(Pictures().labels)
 
 
 def test_fewer_images_than_asked_for_are_used_and_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="`num_images=64`, but the validation set gave 16; these are used"):
-        trainer = fit(ViTExplainCallback(["rollout"], num_images=64), tmp_path)
+        trainer = fit(quiet(["rollout"], num_images=64), tmp_path)
     assert len(saved(trainer)[0].logits) == 16
 
 
@@ -394,14 +394,14 @@ def test_fewer_images_than_asked_for_are_used_and_said(tmp_path: Path) -> None:
         ({"num_shown": 0}, ValueError, "`num_shown` to be an integer of at least 1"),
         ({"batch_size": 0}, ValueError, "`batch_size` to be an integer of at least 1"),
         ({"detail": "all"}, ValueError, "`detail` to be 'brief' or 'full', but got 'all'"),
-        ({"max_pictures_mb": 0}, ValueError, "`max_pictures_mb` to be a number above 0, but got 0"),
+        ({"detail": {"max_pictures_mb": 0}}, ValueError, "`max_pictures_mb` to be a number above 0, but got 0"),
         ({"target": "lable"}, ValueError, "'label', 'prediction' or a class index of at least 0, but got 'lable'"),
         ({"on_error": "ignore"}, ValueError, "`on_error` to be 'warn' or 'raise'"),
         ({"images": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, TypeError, "torch.uint8"),
         ({"images": torch.full((1, 3, 32, 32), 200.0)}, ValueError, "as of bytes"),
         ({"images": torch.full((1, 3, 32, 32), torch.inf)}, ValueError, "NaN or Inf"),
         ({"images": torch.zeros(3, 32, 32)}, ValueError, r"shape \(B, C, H, W\)"),
-        ({"mean": (0.5, 0.5, 0.5)}, ValueError, "both `mean` and `std`"),
+        ({"normalisation": ((0.5,) * 3, (0.5,) * 2)}, ValueError, "`normalisation` to be .mean, std."),
         ({"images": (torch.zeros(2, 3, 32, 32), torch.zeros(3).long())}, ValueError, "2 images but 3 labels"),
     ],
 )
@@ -437,7 +437,7 @@ class NoHead(pl.LightningModule):
         ({}, {"module": Swin}, "SwinTransformer, which is not a stack of blocks"),
         ({}, {"module": NoHead}, "compare outputs, a row for each image, with labels in a loss, but saw no such loss"),
         ({"vit": "head"}, {}, "'head'"),
-        ({}, {"validation": None}, "Expected a validation loader .* Give the images yourself"),
+        ({}, {"validation": None}, "Expected a validation loader .* Pass the images"),
         ({"methods": [AttentionRollout(start_block=4)]}, {}, r"`start_block` in 1 … 3"),
         ({"images": torch.zeros(1, 3, 40, 32)}, {}, "images of 32x32 pixels .* but got 40x32"),
         ({"images": torch.zeros(1, 3, 40, 32)}, {"sanity": 1}, "images of 32x32 pixels .* but got 40x32"),
@@ -449,7 +449,7 @@ def test_a_configuration_that_cannot_work_stops_before_training(
 ) -> None:
     module = run.get("module", Classifier)()
     before = [parameter.clone() for parameter in module.parameters()]
-    callback, validation, sanity = ViTExplainCallback(**arguments), run.get("validation", "same"), run.get("sanity", 0)
+    callback, validation, sanity = quiet(**arguments), run.get("validation", "same"), run.get("sanity", 0)
     with pytest.raises(ValueError, match=message):
         fit(callback, tmp_path, module, validation, num_sanity_val_steps=sanity)
     assert all(one.equal(other) for one, other in zip(before, module.parameters(), strict=True))
@@ -459,18 +459,18 @@ def test_a_step_that_fails_with_validation_images_does_not_stop_training(tmp_pat
     data = Pictures()
     data.images = (data.images.clamp(-1, 1) * 127 + 127).byte()
     with pytest.warns(UserWarning, match="A step of Classifier failed with probe images"):
-        trainer = fit(ViTExplainCallback(), tmp_path, validation=loader(data))
+        trainer = fit(quiet(), tmp_path, validation=loader(data))
     assert trainer.global_step == 8
 
 
 def test_nothing_is_saved_without_save_maps_or_in_a_fast_dev_run(tmp_path: Path) -> None:
-    fit(ViTExplainCallback(["rollout"], save_maps=False), tmp_path)
-    fit(ViTExplainCallback(["rollout"]), tmp_path, fast_dev_run=True)
+    fit(quiet(["rollout"], save_maps=False), tmp_path)
+    fit(quiet(["rollout"]), tmp_path, fast_dev_run=True)
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 
 def test_a_second_fit_with_the_same_callback_starts_afresh(tmp_path: Path) -> None:
-    callback = ViTExplainCallback(["rollout"])
+    callback = quiet(["rollout"])
     fit(callback, tmp_path)
     assert [snapshot.step for snapshot in saved(fit(callback, tmp_path))] == [0, 4, 8]
 
@@ -488,12 +488,12 @@ def test_class_names_come_from_the_data_set(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("vit_explain_callback.tracking.pictures.with_strip", spy)
     data = Pictures()
     data.classes = ["ant", "bee", "cat", "dog", "eel"]  # type: ignore[attr-defined]
-    fit(ViTExplainCallback(["rollout"], every_n_epochs=2, detail="full"), tmp_path, validation=loader(data))
+    fit(quiet(["rollout"], every_n_epochs=2, detail="full"), tmp_path, validation=loader(data))
     assert {predicted(text) for text in texts} <= set(data.classes)  # type: ignore[attr-defined]
     assert texts[0].startswith("step 0 · ")
     assert re.search(r" · p(\(\w+\))? 0\.\d\d$", texts[0])
     texts.clear()
-    fit(ViTExplainCallback(["rollout"], class_names=["one"], every_n_epochs=2, detail="full"), tmp_path)
+    fit(quiet(["rollout"], class_names=["one"], every_n_epochs=2, detail="full"), tmp_path)
     assert {predicted(text) for text in texts} <= {
         "one",
         "class 1",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.models import CLASSES, tiny_vit
-from tests.runs import events, fit
+from tests.runs import events, fit, quiet
 from tests.situations.project import Project, loader, pictures
 from vit_explain_callback import ViTExplainCallback
 
@@ -153,9 +153,9 @@ def test_what_no_loss_confirms_is_refused_with_a_cure_that_works(
     if sanity:  # and the module itself gives the embedding
         project = type(project.__name__, (project,), {"forward": Project.forward})
     with pytest.raises(ValueError, match="`ViTExplainCallback\\(forward=lambda module, images: …\\)` gives logits"):
-        trained(ViTExplainCallback(num_images=5), tmp_path, project(), num_sanity_val_steps=sanity)
+        trained(quiet(num_images=5), tmp_path, project(), num_sanity_val_steps=sanity)
     if sanity:
-        callback = ViTExplainCallback(num_images=5, **FORWARD)
+        callback = quiet(num_images=5, **FORWARD)
         trained(callback, tmp_path / "cured", project(), num_sanity_val_steps=sanity)
         assert callback.tracker is not None
         assert callback.tracker.history.now.logits.shape == (5, CLASSES)
@@ -219,7 +219,7 @@ def test_the_logits_of_classes_are_found_among_other_outputs(
     project, logits = RIGHT[name]
     torch.manual_seed(0)
     module = project()
-    callback = ViTExplainCallback(num_images=5)
+    callback = quiet(num_images=5)
     with pytest.warns(UserWarning, match="2 losses") if name == "a box" else contextlib.nullcontext():
         trained(callback, tmp_path, module, num_sanity_val_steps=sanity)
     assert callback.tracker is not None
@@ -264,7 +264,7 @@ class Ages(Embedding):
 @pytest.mark.parametrize("way", ["squares", "log-cosh", "root", "absolute", "relative"])
 def test_a_regression_is_explained_as_one(way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    module, callback = Ages(way), ViTExplainCallback(num_images=5)
+    module, callback = Ages(way), quiet(num_images=5)
     trainer = trained(callback, tmp_path, module)
     assert callback.tracker is not None
     assert callback.tracker.probe.regression
@@ -278,7 +278,7 @@ def test_a_regression_is_explained_as_one(way: str, tmp_path: Path, capsys: pyte
 
 def test_grades_are_questions_and_not_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    module, callback = Grades(), ViTExplainCallback(num_images=5)
+    module, callback = Grades(), quiet(num_images=5)
     trainer = trained(callback, tmp_path, module)
     assert callback.tracker is not None
     assert callback.tracker.probe.labels is None
@@ -294,7 +294,7 @@ def test_grades_are_questions_and_not_classes(tmp_path: Path, capsys: pytest.Cap
 
 def test_the_task_can_be_said(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    callback = ViTExplainCallback(num_images=5, task="regression", **FORWARD)
+    callback = quiet(num_images=5, task="regression", **FORWARD)
     trained(callback, tmp_path, Triplet())
     assert callback.tracker is not None
     assert callback.tracker.probe.regression
@@ -303,9 +303,7 @@ def test_the_task_can_be_said(tmp_path: Path) -> None:
 
 
 def test_labels_beyond_the_classes_name_the_cures(tmp_path: Path) -> None:
-    callback = ViTExplainCallback(
-        num_images=5, forward=lambda module, images: FORWARD["forward"](module, images)[:, :2], vit="vit"
-    )
+    callback = quiet(num_images=5, forward=lambda module, images: FORWARD["forward"](module, images)[:, :2], vit="vit")
     with pytest.raises(ValueError, match=r"`target=` names one class or .*`task=` says what the outputs are"):
         trained(callback, tmp_path, Triplet())
 
@@ -324,7 +322,7 @@ def test_images_without_a_label_are_left_out_where_the_step_fails_on_them(
     unlabelled: int, sanity: int, tmp_path: Path
 ) -> None:
     labels = [0, 1, 2, 3, 4, *[unlabelled, 0, 1, unlabelled, 2] * 3]
-    callback = ViTExplainCallback(num_images=8)
+    callback = quiet(num_images=8)
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=r"`num_images=8`, but of the 20 in the validation set [67] can be explained"):
         trained(callback, tmp_path, Fussy(), labels, num_sanity_val_steps=sanity, limit_val_batches=1)
@@ -358,7 +356,7 @@ class MaskedImages(Embedding):
 def test_images_that_the_step_leaves_out_have_no_label(project: Any, sanity: int, tmp_path: Path) -> None:
     """Where no step was watched, images that the model is not given are left out here too."""
     labels = [0, 1, 2, 3, 4, *[-1, 0, 1, -1, 2] * 3]
-    callback = ViTExplainCallback(num_images=8)
+    callback = quiet(num_images=8)
     torch.manual_seed(0)
     module = project()
     is_fewer = project is MaskedImages and not sanity
@@ -397,7 +395,7 @@ class Mixed(Embedding):
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 def test_labels_of_mixed_images_are_not_those_of_the_probe(share: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module, callback = Mixed(share), ViTExplainCallback(num_images=5)
+    module, callback = Mixed(share), quiet(num_images=5)
     labels = [index * 3 % CLASSES for index in range(20)]
     trained(callback, tmp_path, module, labels, num_sanity_val_steps=1)
     assert callback.tracker is not None
@@ -431,7 +429,7 @@ def test_images_of_the_users_own_are_explained_as_the_loss_has_them(
 ) -> None:
     torch.manual_seed(0)
     module, images = Featured(regression), pictures(seed=8, count=5)
-    callback = ViTExplainCallback(images=images)
+    callback = quiet(images=images)
     trained(callback, tmp_path, module, num_sanity_val_steps=sanity)
     assert callback.tracker is not None
     assert callback.tracker.probe.images is not None
@@ -445,7 +443,7 @@ def test_images_of_the_users_own_are_explained_as_the_loss_has_them(
 @pytest.mark.parametrize("sanity", [0, 1])
 def test_images_of_the_users_own_do_not_make_an_embedding_classes(sanity: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    callback = ViTExplainCallback(images=pictures(seed=8, count=5))
+    callback = quiet(images=pictures(seed=8, count=5))
     with pytest.raises(ValueError, match="an embedding is not the logits of classes"):
         trained(callback, tmp_path, NTXent(), num_sanity_val_steps=sanity)
 
@@ -466,6 +464,6 @@ class Twice(Project):
 
 def test_nothing_is_said_of_a_forward_that_gives_the_same(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    callback = ViTExplainCallback(num_images=5)
+    callback = quiet(num_images=5)
     trained(callback, tmp_path, Twice(), num_sanity_val_steps=1)  # warnings are errors
     assert callback.tracker is not None

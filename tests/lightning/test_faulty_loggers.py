@@ -17,13 +17,13 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tests.laws.test_faults import assert_trained_alike, ending
 from tests.lightning.test_loggers import Spy
 from tests.processes import python
-from tests.runs import Classifier, events, fit
+from tests.runs import Classifier, events, fit, quiet
 from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.tracking import run_folder as space
 
 
 def short() -> ViTExplainCallback:
-    return ViTExplainCallback(["rollout"], num_images=2, num_shown=1, check_every_n_snapshots=None)
+    return quiet(["rollout"], num_images=2)
 
 
 class Leaves(Spy):
@@ -71,7 +71,7 @@ def test_a_logger_that_raises_when_it_is_asked(tmp_path: Path, kind: type[Leaves
     assert len(list(tmp_path.rglob("step_*"))) == 2
     if kind is NoExperiment:
         with pytest.raises(ConnectionError):
-            fit(ViTExplainCallback(["rollout"], on_error="raise"), tmp_path, Left(), logger=[kind()])
+            fit(quiet(["rollout"], on_error="raise"), tmp_path, Left(), logger=[kind()])
 
 
 class LikeDVCLive(Spy):
@@ -193,7 +193,7 @@ def test_a_disk_that_fills_while_a_run_goes_on(tmp_path: Path, monkeypatch: pyte
                 monkeypatch.setattr(space, "SPARE_BYTES", 2**20)
 
     _, plain, _ = ending(None, tmp_path, Classifier())
-    callback = ViTExplainCallback(["rollout"], num_images=2, every_n_steps=1, check_every_n_snapshots=None)
+    callback = quiet(["rollout"], num_images=2, every_n_steps=1)
     trainer, weights, said = ending(callback, tmp_path, Fills())
     assert_trained_alike(weights, plain)
     assert len(said) == 2

@@ -58,16 +58,13 @@ CONFIG = """
           init_args:
             methods: [rollout, grad_rollout_max_0.9]
             every_n_steps: 1
-            check_every_n_snapshots: 2
-            removal: tokens
-            block_statistics: false
-            margin_charts: false
+            checks: {every_n_snapshots: 2, removal: tokens}
+            detail: {block_statistics: false, margin_charts: false}
             num_images: 2
             num_shown: 1
             target: 1
             class_names: [ant, bee, cat]
-            mean: [0.5, 0.5, 0.5]
-            std: [0.5, 0.5, 0.5]
+            normalisation: [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
             batch_size: 1
             save_maps: true
             on_error: raise
@@ -102,7 +99,7 @@ OWN = """
               - class_path: vit_explain_callback.DriftMetric
                 init_args: {name: total, function: own.total, unchanged: 0}
             num_images: 2
-            check_every_n_snapshots: null
+            checks: null
             on_error: raise
 """
 

@@ -13,16 +13,15 @@ from PIL import Image
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from tests.runs import events, fit, messages
-from vit_explain_callback import ViTExplainCallback
+from tests.runs import events, fit, messages, quiet
 
 
 def test_without_a_logger_maps_are_still_saved_and_it_is_said_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(ViTExplainCallback(["rollout"]), tmp_path, logger=False)
+        fit(quiet(["rollout"]), tmp_path, logger=False)
     assert len(messages(caught)) == 1
-    assert "add a `TensorBoardLogger` to see every picture" in messages(caught)[0]
+    assert "Add a `TensorBoardLogger` to see them all" in messages(caught)[0]
     assert len(list((tmp_path / "explanations").glob("step_*.safetensors"))) == 3
     pictures = {path.name for path in (tmp_path / "explanations").glob("*.png")}
     assert pictures == {"explain-filmstrip-rollout.png", "explain-heatmap-blocks.png"}
@@ -32,7 +31,7 @@ def test_without_a_logger_maps_are_still_saved_and_it_is_said_once(tmp_path: Pat
 
 def test_another_logger_gets_the_scalars(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no logger of this run shows pictures"):
-        trainer = fit(ViTExplainCallback(["rollout"]), tmp_path, logger=CSVLogger(str(tmp_path)))
+        trainer = fit(quiet(["rollout"]), tmp_path, logger=CSVLogger(str(tmp_path)))
     trainer.logger.save()  # type: ignore[union-attr]
     table = Path(trainer.log_dir or "", "metrics.csv").read_text(encoding="utf-8")
     assert "explain/drift/baseline_rank_correlation/rollout" in table
@@ -102,7 +101,7 @@ class LikeComet(Spy):
 @pytest.mark.parametrize("kind", [LikeWandb, LikeMLflow, LikeComet])
 def test_loggers_that_take_pictures_another_way(tmp_path: Path, kind: type[Spy]) -> None:
     logger = kind()
-    fit(ViTExplainCallback(["rollout"], num_shown=1, detail="full"), tmp_path, logger=logger)
+    fit(quiet(["rollout"], num_shown=1, detail="full"), tmp_path, logger=logger)
     assert logger.pictures == {
         "explain/filmstrip/rollout": [0, 4, 8, 8],
         "explain/heatmap/blocks": [0, 4, 8],
@@ -117,7 +116,7 @@ def test_several_loggers_each_get_everything(tmp_path: Path) -> None:
     spy = LikeWandb()
     board = TensorBoardLogger(str(tmp_path))
     table = CSVLogger(str(tmp_path), name="csv")
-    trainer = fit(ViTExplainCallback(["rollout"], num_shown=1), tmp_path, logger=[spy, board, table])
+    trainer = fit(quiet(["rollout"], num_shown=1), tmp_path, logger=[spy, board, table])
     table.save()
     written = events(trainer, board.log_dir)
     assert (
@@ -138,7 +137,7 @@ def test_drift_can_be_monitored_by_lightnings_own_callbacks(tmp_path: Path) -> N
     # At the end of validation, and so before the first epoch's drift.
     first = EarlyStopping(tag, mode="max", patience=9, check_on_train_epoch_end=False)
     trainer = fit(
-        ViTExplainCallback(["rollout"]),
+        quiet(["rollout"]),
         tmp_path,
         enable_checkpointing=True,
         max_epochs=6,
@@ -157,10 +156,10 @@ def test_drift_can_be_monitored_from_the_first_moment_of_a_resumed_run(tmp_path:
         tag = "explain/drift/previous_rank_correlation/rollout"
         return EarlyStopping(tag, mode="max", patience=9, check_on_train_epoch_end=False)
 
-    trainer = fit(ViTExplainCallback(["rollout"]), tmp_path, more_callbacks=[patient()])
+    trainer = fit(quiet(["rollout"]), tmp_path, more_callbacks=[patient()])
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed = fit(
-        ViTExplainCallback(["rollout"]),
+        quiet(["rollout"]),
         tmp_path,
         max_epochs=3,
         ckpt_path=str(tmp_path / "half.ckpt"),

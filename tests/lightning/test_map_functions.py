@@ -19,7 +19,7 @@ from tests.bits import differing
 from tests.models import CLASSES, random_images, tiny_vit
 from tests.other_models import grad_cam, saliency, tiny_resnet, tiny_swin
 from tests.runs import events, fit, messages, saved
-from vit_explain_callback import Explainer, ExplanationTracker, MapFunction, Probe, ViTExplainCallback, load_run
+from vit_explain_callback import Checks, Explainer, ExplanationTracker, MapFunction, Probe, ViTExplainCallback, load_run
 from vit_explain_callback.page.document import page
 
 IMAGES = random_images(16, (64, 64), seed=7)
@@ -248,4 +248,4 @@ def test_a_function_beside_the_methods_of_a_vit(tmp_path: Path) -> None:
 def test_tokens_are_not_left_out_for_maps_that_have_none() -> None:
     explainer = Explainer(tiny_vit(), ["rollout", SALIENCY])
     with pytest.raises(ValueError, match="Expected `removal='mean_colour'` for `saliency`, whose cells are no tokens"):
-        ExplanationTracker(explainer, Probe.of(random_images(2)), removal="tokens")
+        ExplanationTracker(explainer, Probe.of(random_images(2)), checks=Checks(removal="tokens"))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tests.laws.test_faults import assert_trained_alike, ending
 from tests.lightning.test_loggers import Spy
 from tests.models import random_images
-from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
-from vit_explain_callback import Probe, ViTExplainCallback, load_run
+from tests.runs import Classifier, Pictures, events, fit, loader, messages, quiet, saved
+from vit_explain_callback import Probe, load_run
 from vit_explain_callback._terminal import redacted
 from vit_explain_callback.lightning.sample import sample
 from vit_explain_callback.page.document import page
@@ -84,7 +84,7 @@ def test_no_secret_of_a_logger_is_shown_or_written(
     tmp_path: Path, url: str, fails: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    callback = ViTExplainCallback(["rollout"], num_images=2, num_shown=1, check_every_n_snapshots=None)
+    callback = quiet(["rollout"], num_images=2)
     trainer, _, said = ending(callback, tmp_path, Classifier(), logger=Remote(url, fails), max_epochs=1)
     assert trainer.global_step == 4
     assert [one for one in said if "cannot write to Remote" in one or not fails]
@@ -98,7 +98,7 @@ def test_the_greeting_hides_the_address_of_a_board(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    callback = ViTExplainCallback(["rollout"], num_images=2, num_shown=1, check_every_n_snapshots=None)
+    callback = quiet(["rollout"], num_images=2)
     logger = TensorBoardLogger("memory://me:S3CRET@runs")
     *_, said = ending(callback, tmp_path, Classifier(), logger=logger, max_epochs=1)
     printed = capsys.readouterr().out
@@ -121,11 +121,11 @@ def test_names_that_are_no_utf8_are_saved_under_others(tmp_path: Path, given: st
     masks = torch.zeros(5, 32, 32, dtype=torch.bool)
     masks[:, :16] = True
     options: dict[str, Any] = {"class_names": Named().classes} if given == "option" else {}
-    callback = ViTExplainCallback(
+    callback = quiet(
         ["rollout"],
         images=(images, labels),
         regions=dict.fromkeys(NAMES, masks),
-        check_every_n_snapshots=None,
+        checks=None,
         detail="full",
         **options,
     )
@@ -153,7 +153,7 @@ def test_a_folder_whose_name_is_no_utf8(
 ) -> None:
     folder = tmp_path / name
     logger: Any = False if kind == "none" else CSVLogger(folder, name="", version=name)
-    callback = ViTExplainCallback(["rollout"], num_images=2, num_shown=1, check_every_n_snapshots=None)
+    callback = quiet(["rollout"], num_images=2)
     _, weights, said = ending(callback, folder, Classifier(), logger=logger, max_epochs=1)
     assert [text for text in said if "goes on" in text] == []
     (page_file,) = folder.rglob("report.html")
@@ -231,7 +231,7 @@ class Embeds(Classifier):
 
 @pytest.mark.parametrize("kind", ["gradient", "sparse"])
 def test_a_sparse_parameter_fails_no_snapshot(tmp_path: Path, kind: str) -> None:
-    callback = ViTExplainCallback(["rollout"], num_images=2, num_shown=1, check_every_n_snapshots=None)
+    callback = quiet(["rollout"], num_images=2)
     trainer, weights, said = ending(callback, tmp_path / "with", Embeds(kind), max_epochs=1)
     _, plain, _ = ending(None, tmp_path / "without", Embeds(kind), max_epochs=1)
     assert said == []

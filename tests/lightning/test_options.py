@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from tests.models import CLASSES, random_images, tiny_vit
-from tests.runs import Classifier, Pictures, fit, loader
-from vit_explain_callback import Explainer, ExplanationTracker, Probe, ViTExplainCallback, explain
+from tests.runs import Classifier, Pictures, fit, loader, quiet
+from vit_explain_callback import Checks, Detail, Explainer, ExplanationTracker, Probe, ViTExplainCallback, explain
+from vit_explain_callback.lightning.settings import MODEL_OPTIONS, CallbackModelOptions, Display, Schedule, Settings
 from vit_explain_callback.metrics.drift import DriftMetric
-from vit_explain_callback.options.rules import OPTIONS, checked
+from vit_explain_callback.options.rules import CLASS_NAMES, FLAG, checked, rules_of
 
 IMAGES, LABELS = random_images(2), torch.tensor([0, 1])
 MASKS = torch.ones(2, 32, 32, dtype=torch.bool)
-PARAMETERS = [*inspect.signature(ViTExplainCallback.__init__).parameters][1:]
+PARAMETERS = [*inspect.signature(ViTExplainCallback).parameters][:-1] + [*MODEL_OPTIONS]
+GROUPS: dict[str, type[Checks] | type[Detail]] = {"checks": Checks, "detail": Detail}
 # What no integer is, and what is out of range of most; then what other types make of options.
 NUMBERS: list[Any] = [1.5, 2.0, math.nan, math.inf, -math.inf, 10**30, -1, 0, True, "3", [3], {}, b"1", 1j, object()]
 NUMBERS += [torch.tensor(1.5), torch.tensor([1, 2]), np.array([2]), np.float64(2), np.bool_(True), "", "nan", "auto"]
@@ -46,23 +48,25 @@ def odd_metric(maps: Tensor, reference: Tensor) -> Tensor:
     return maps.new_zeros(len(maps))
 
 
+MEANS: list[Any] = [*SEQUENCES, (0.5,), (0.5, 0.5), (math.nan,) * 3, (math.inf,) * 3, ["0.5"] * 3, (0.5,) * 4]
+STDS: list[Any] = [*SEQUENCES, (0, 1, 1), (-1.0,) * 3, (0.5,), (math.nan,) * 3, torch.full((3,), 0.5), np.full(3, 0.5)]
 VALUES: dict[str, list[Any]] = {
     **{
         name: [*NUMBERS, *GOOD, None, Falsy()]
         for name in ("num_images", "num_shown", "batch_size", "every_n_epochs", "every_n_steps", "prefix_tokens")
     },
-    "check_every_n_snapshots": [*NUMBERS, *GOOD, None],
+    "checks": [*NUMBERS, *GOOD, None],
     "target": [*NUMBERS, *GOOD, None, "lable", "prediction", "0", CLASSES, torch.tensor([0, 1])],
-    **dict.fromkeys(("block_statistics", "save_maps", "report", "margin_charts"), FLAGS),
-    **dict.fromkeys(("detail", "on_error", "removal"), WORDS),
+    **dict.fromkeys(("block_statistics", "save_maps", "page", "margin_charts"), FLAGS),
+    **dict.fromkeys(("detail", "level", "on_error", "removal"), WORDS),
+    "every_n_snapshots": [*NUMBERS, *GOOD, None],
     "task": WORDS,
     "max_pictures_mb": [*NUMBERS, *GOOD, 0.5, np.float32(0.5), None],
     "methods": [*SEQUENCES, None, "rollout", "rolout", [3], ["rollout", "rollout"], nn.Identity(), {"rollout"}],
     "metrics": [*SEQUENCES, None, "spearman", "pearson", [odd_metric], DriftMetric("odd", odd_metric, 0)],
     "vit": [3, True, ["net"], b"net", nn.Identity(), Falsy(), "nowhere", "net.", "net.blocks", "net", ""],
     "class_names": [*SEQUENCES, None, ["a"], list("abcde"), list("abcdefgh"), range(5), np.array(list("abcde"))],
-    "mean": [*SEQUENCES, (0.5,), (0.5, 0.5), (math.nan,) * 3, (math.inf,) * 3, ["0.5"] * 3, (0.5,) * 4, [0.5] * 3],
-    "std": [*SEQUENCES, (0, 1, 1), (-1.0,) * 3, (0.5,), (math.nan,) * 3, torch.full((3,), 0.5), np.full(3, 0.5)],
+    "normalisation": [(mean, [0.5] * 3) for mean in MEANS] + [([0.5] * 3, std) for std in STDS] + [*SEQUENCES, None],
     "forward": ["x", 3, int, lambda: None, lambda images: images, nn.Identity(), Falsy(), lambda m, x: m.net(x), None],
     "grid_size": [
         *SEQUENCES,
@@ -111,18 +115,28 @@ def in_words(case: Any) -> str:
 
 def with_what_belongs_to_it(name: str, value: Any) -> dict[str, Any]:
     more: dict[str, Any] = {"images": (IMAGES, LABELS)} if name in ("regions", "target") else {}
-    if name in ("mean", "std"):
-        more = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     if name == "every_n_steps":
         more = {"every_n_epochs": "auto"}
-    checked = {} if name in ("removal", "batch_size") else {"check_every_n_snapshots": None}  # checks take most time
-    return {"num_images": 2, "num_shown": 1, "methods": ["rollout"]} | checked | more | {name: value}
+    checked = {} if name in ("removal", "batch_size") else {"checks": None}  # checks take most time
+    unseen: dict[str, Any] = {"detail": {"page": False, "block_statistics": False}, "num_shown": 1}
+    options = {"num_images": 2, "methods": ["rollout"]} | unseen | checked | more
+    option = grouped(name, value)
+    if "detail" in option and name != "detail":
+        option = {"detail": unseen["detail"] | option["detail"]}
+    return options | option
+
+
+def grouped(name: str, value: Any) -> dict[str, Any]:
+    """An option as the callback takes it: in a mapping where it belongs to a group."""
+    group = next((option for option, group in GROUPS.items() if name in group.__annotations__), None)
+    return {name: value} if group is None else {group: {name: value}}
 
 
 def test_there_are_many_and_every_option_has_some() -> None:
     assert len(CASES) >= 200
-    assert set(VALUES) == set(PARAMETERS)
-    assert set(PARAMETERS) - {"images"} <= set(OPTIONS)
+    assert set(VALUES) == set(PARAMETERS).union(*(group.__annotations__ for group in GROUPS.values()))
+    classes = (Settings, Schedule, Display, CallbackModelOptions, Checks, Detail)
+    assert set(VALUES) - {"images", *GROUPS} == set().union(*map(rules_of, classes))
 
 
 @pytest.mark.parametrize(("name", "value"), CASES, ids=in_words)
@@ -154,7 +168,7 @@ def refusal(work: Any) -> Exception | None:
     return None
 
 
-OF_THE_MODEL = ("target", "vit", "grid_size", "prefix_tokens", "mean", "std", "images", "forward")
+OF_THE_MODEL = ("target", "vit", "grid_size", "prefix_tokens", "normalisation", "images", "forward")
 
 
 @pytest.mark.parametrize(
@@ -172,8 +186,8 @@ OF_THE_MODEL = ("target", "vit", "grid_size", "prefix_tokens", "mean", "std", "i
             "Expected `grid_size` to be (grid_h, grid_w), two integers of at least 1 or None, but got",
         ),
         (
-            {"std": (0, 1, 1), "mean": (0, 0, 0)},
-            "Expected `std` to be a number above 0 for each channel or None, but got",
+            {"normalisation": ((0, 0, 0), (0, 1, 1))},
+            "Expected `normalisation` to be (mean, std), a finite number and a number above 0 for each channel",
         ),
         ({"detail": "all"}, "Expected `detail` to be 'brief' or 'full', but got 'all'."),
         (
@@ -197,8 +211,8 @@ def test_the_form_of_the_errors(options: dict[str, Any], message: str) -> None:
             "Expected no `grid_size` or `prefix_tokens`, or those of VisionTransformer, 4x4 patches",
         ),
         ({"prefix_tokens": 9}, "8 patches in a grid of the image's proportions, 32x32, but there is none"),
-        ({"mean": (0.5,), "std": (0.5,)}, "one value for each of the 3 channels of the images, but got 1"),
-        ({"mean": (0.5,) * 4, "std": [0.5] * 4}, "one value for each of the 3 channels of the images, but got 4"),
+        ({"normalisation": ((0.5,), (0.5,))}, "one value for each of the 3 channels of the images, but got 1"),
+        ({"normalisation": ((0.5,) * 4, [0.5] * 4)}, "one value for each of the 3 channels of the images, but got 4"),
         ({"vit": "head"}, "`vit` to be the path"),
         ({"images": IMAGES[..., :24]}, "images of 32x32 pixels"),
         ({"images": (IMAGES, LABELS + 10**6)}, r"`target` classes in 0 … 4"),
@@ -211,7 +225,7 @@ def test_what_only_the_model_can_tell_is_refused_before_the_first_step(
     module = Classifier()
     before = [parameter.detach().clone() for parameter in module.parameters()]
     with pytest.raises(ValueError, match=message):
-        fit(ViTExplainCallback(**{"num_images": 2} | options), tmp_path, module)
+        fit(quiet(**{"num_images": 2} | options), tmp_path, module)
     assert all(one.equal(other) for one, other in zip(before, module.parameters(), strict=True))
 
 
@@ -223,10 +237,16 @@ class Grey(Classifier):
 def test_a_grey_image_is_shown_with_a_mean_of_its_own(tmp_path: Path) -> None:
     data = Pictures()
     data.images = data.images[:, :1]
-    options: dict[str, Any] = {"num_images": 2, "check_every_n_snapshots": None}
+    options: dict[str, Any] = {"num_images": 2, "checks": None}
     with pytest.raises(ValueError, match="each of the 1 channels of the images, but got 3"):
-        fit(ViTExplainCallback(mean=[0.5] * 3, std=[0.5] * 3, **options), tmp_path, Grey(), loader(data), loader(data))
-    callback = ViTExplainCallback(**options | {"mean": [0.25], "std": np.array([0.5])})
+        fit(
+            ViTExplainCallback(normalisation=([0.5] * 3, [0.5] * 3), **options),
+            tmp_path,
+            Grey(),
+            loader(data),
+            loader(data),
+        )
+    callback = ViTExplainCallback(**options | {"normalisation": ([0.25], np.array([0.5]))})
     fit(callback, tmp_path, Grey(), loader(data), loader(data))
     assert callback.tracker is not None
     picture, image = callback.tracker.probe.pictures[0], callback.tracker.probe.images
@@ -243,7 +263,7 @@ def test_images_of_many_channels_are_shown_by_the_first_three_of_their_mean() ->
 
 @pytest.mark.parametrize("names", [["only one"], list("abcdefgh")])
 def test_too_few_names_of_classes_leave_indices(tmp_path: Path, names: list[str]) -> None:
-    callback = ViTExplainCallback(["rollout"], class_names=names, num_images=4, check_every_n_snapshots=None)
+    callback = quiet(["rollout"], class_names=names, num_images=4)
     fit(callback, tmp_path, max_epochs=1)
     assert callback.tracker is not None
     assert callback.tracker.probe.class_names == names
@@ -254,22 +274,22 @@ def test_regions_of_another_size_count_by_their_share(tmp_path: Path) -> None:
     half[:, :16] = True
     lifts = []
     for masks in (half, half[:, ::4, ::4], half.repeat_interleave(3, 1).repeat_interleave(3, 2)):
-        callback = ViTExplainCallback(["rollout"], images=IMAGES, regions={"top": masks}, check_every_n_snapshots=None)
+        callback = quiet(["rollout"], images=IMAGES, regions={"top": masks})
         fit(callback, tmp_path, max_epochs=1)
         assert callback.tracker is not None
         lifts.append(callback.tracker.scalars()["explain/lift/top/rollout"])
     assert lifts == pytest.approx([lifts[0]] * 3)
 
 
-SHARED = ["batch_size", "removal", "block_statistics", "metrics", "detail", "report", "on_error"]
+SHARED = ["batch_size", "checks", "metrics", "detail", "on_error", *Checks.__annotations__, *Detail.__annotations__]
 
 
 @pytest.mark.parametrize(("name", "value"), [case for case in CASES if case[0] in SHARED], ids=in_words)
 def test_the_tracker_takes_and_refuses_the_same(name: str, value: Any) -> None:
     def tracker() -> None:
-        ExplanationTracker(Explainer(tiny_vit(), ["rollout"]), Probe.of(IMAGES), **{name: value})
+        ExplanationTracker(Explainer(tiny_vit(), ["rollout"]), Probe.of(IMAGES), **grouped(name, value))
 
-    assert repr(refusal(tracker)) == repr(refusal(partial(ViTExplainCallback, **{name: value})))
+    assert repr(refusal(tracker)) == repr(refusal(partial(ViTExplainCallback, **grouped(name, value))))
 
 
 @pytest.mark.parametrize(
@@ -296,10 +316,32 @@ def test_explain_refuses_options_that_are_none() -> None:
 
 def test_what_is_converted() -> None:
     given: dict[str, Any] = {"num_images": np.int64(2), "every_n_steps": torch.tensor(5), "grid_size": [4, 4]}
-    settings = ViTExplainCallback(**given | {"mean": [0, 0, 0], "std": torch.ones(3)}).settings
+    settings = ViTExplainCallback(**given | {"normalisation": ([0, 0, 0], torch.ones(3))}).settings
     assert (settings.num_images, settings.schedule.every_n_steps) == (2, 5)
     assert type(settings.num_images) is type(settings.schedule.every_n_steps) is int
     assert settings.model["grid_size"] == (4, 4)
     assert settings.display.normalisation == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    assert checked("class_names", ("a", 1)) == ["a", "1"]
-    assert checked("report", np.bool_(True)) is True
+    assert checked("class_names", ("a", 1), CLASS_NAMES) == ["a", "1"]
+    assert checked("page", np.bool_(True), FLAG) is True
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"check_every_n_snapshots": 5}, "checks="),
+        ({"removal": "tokens"}, "checks=Checks(removal=…)"),
+        ({"report": False}, "detail=Detail(page=…)"),
+        ({"mean": [0.5] * 3}, "normalisation=(mean, std)"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(old: dict[str, Any], new: str) -> None:
+    message = re.escape(f"Expected `{new}`, the new name of `{next(iter(old))}`, but got")
+    with pytest.raises(TypeError, match=message):
+        ViTExplainCallback(**old)
+    with pytest.raises(TypeError, match=message):
+        ExplanationTracker(Explainer(tiny_vit(), ["rollout"]), Probe.of(IMAGES), **old)
+
+
+def test_a_group_refuses_what_is_none_of_its_options() -> None:
+    with pytest.raises(TypeError, match=r"Expected options of `detail` out of level, .*, but got `pages`"):
+        ViTExplainCallback(detail={"pages": True})  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from torch.utils.data import (
 
 from vit_explain_callback.isolation.child import can_fork
 from vit_explain_callback.lightning.batches import BatchBuffer, images_and_labels, picked
-from vit_explain_callback.lightning.items import labels_of, spread
+from vit_explain_callback.lightning.items import labels_of, spread_over_classes
 from vit_explain_callback.lightning.probe_batch import probe_batch
 
 IMAGES = torch.arange(40.0).reshape(10, 1, 2, 2)
@@ -186,7 +186,7 @@ def test_what_streams_or_is_no_loader_of_torchs_is_watched(forks: bool) -> None:
     watched = BatchBuffer(3)
     for start in (0, 2, 4, 6):
         batch: dict[str, Any] = {"x": IMAGES[start : start + 2].clone(), "names": ["a", "b"], "scale": 3}
-        watched.take(batch)
+        watched.add(batch)
         batch["x"].zero_()
     assert watched.batch["x"].equal(IMAGES[:4])
     assert (watched.batch["names"], watched.batch["scale"]) == (["a", "b", "a", "b"], 3)
@@ -198,12 +198,12 @@ def test_classes_take_turns_where_labels_are_known_without_reading() -> None:
     assert labels_of(ConcatDataset([Subset(data, [9, 0]), data]))[:3] == [2, 0, 0]  # type: ignore[index]
     assert labels_of(random_split(data, [4, 6])[0]) is not None
     assert labels_of(Augmented()) is None
-    chosen = spread(range(10), labels.tolist(), 6)
+    chosen = spread_over_classes(range(10), labels.tolist(), 6)
     assert [int(labels[index]) for index in chosen[:3]] == [0, 1, 2]
     assert len(set(chosen)) == 6
     for count in range(1, 12):
-        assert len(spread(range(10), labels.tolist(), count)) == min(count, 10)
-        assert len(set(spread(range(10), None, count))) == min(count, 10)
+        assert len(spread_over_classes(range(10), labels.tolist(), count)) == min(count, 10)
+        assert len(set(spread_over_classes(range(10), None, count))) == min(count, 10)
 
 
 @pytest.mark.parametrize("forks", WAYS, indirect=True)
@@ -259,8 +259,8 @@ def test_the_probe_is_a_copy() -> None:
     ("batch", "error", "message"),
     [
         ({"audio": IMAGES}, ValueError, r"images under one of .* but got \['audio'\]"),
-        (7, TypeError, "but got int. Give the images yourself"),
-        (("a", "b"), TypeError, "images as one tensor, but got str. Give the images"),
+        (7, TypeError, "but got int. Pass the images"),
+        (("a", "b"), TypeError, "images as one tensor, but got str. Pass the images"),
     ],
 )
 def test_other_batches_are_refused(batch: Any, error: type[Exception], message: str) -> None:

@@ -11,7 +11,7 @@ from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
 
 from tests.lightning.test_loggers import Spy
 from tests.runs import fit
-from vit_explain_callback import ViTExplainCallback
+from vit_explain_callback import Detail, ViTExplainCallback
 
 
 def tracked(tmp_path: Path, logger: Any, **options: Any) -> tuple[str, str]:
@@ -111,5 +111,5 @@ def test_comet_and_neptune_are_called_as_they_document_it(tmp_path: Path) -> Non
 @pytest.mark.filterwarnings("ignore:.*no logger of this run shows pictures")
 def test_without_a_page_there_is_the_summary_alone(tmp_path: Path) -> None:
     comet = CometLogger()
-    _, text = tracked(tmp_path, comet, report=False)
+    _, text = tracked(tmp_path, comet, detail=Detail(page=False))
     assert comet.calls == {"text": (text, 4)}

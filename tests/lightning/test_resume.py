@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from tests.models import random_images
 from tests.processes import python
-from tests.runs import Classifier, Pictures, events, fit, loader, saved
+from tests.runs import Classifier, Pictures, events, fit, loader, quiet, saved
 from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.tracking.snapshot import Snapshot
 
@@ -28,7 +28,7 @@ CURVES = (
 
 
 def small(**schedule: Any) -> ViTExplainCallback:
-    return ViTExplainCallback(num_images=4, num_shown=1, **schedule)
+    return quiet(num_images=4, **schedule)
 
 
 def state_in(checkpoint: Path) -> dict[str, Any]:
@@ -44,10 +44,11 @@ def step_of(checkpoint: Path) -> int:
 
 
 def test_a_resumed_run_keeps_its_baseline_and_takes_no_snapshot_twice(tmp_path: Path) -> None:
-    whole = fit(small(), tmp_path / "whole", max_epochs=4)
-    first = fit(small(), tmp_path / "parts", max_epochs=2)
+    options: dict[str, Any] = {"num_images": 4, "num_shown": 1}
+    whole = fit(ViTExplainCallback(**options), tmp_path / "whole", max_epochs=4)
+    first = fit(ViTExplainCallback(**options), tmp_path / "parts", max_epochs=2)
     first.save_checkpoint(tmp_path / "half.ckpt")
-    second = fit(small(), tmp_path / "parts", max_epochs=4, ckpt_path=str(tmp_path / "half.ckpt"))
+    second = fit(ViTExplainCallback(**options), tmp_path / "parts", max_epochs=4, ckpt_path=str(tmp_path / "half.ckpt"))
     assert [snapshot.step for snapshot in saved(second)] == [12, 16]
     for tag in (
         "explain/drift/baseline_rank_correlation/grad_rollout",
@@ -76,7 +77,7 @@ def test_a_run_resumed_from_lightnings_own_checkpoint_misses_no_snapshot(
 def test_other_images_after_resuming_are_said_and_start_a_new_baseline(tmp_path: Path) -> None:
     trainer = fit(small(), tmp_path)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    other = ViTExplainCallback(images=random_images(3, seed=5))
+    other = quiet(images=random_images(3, seed=5))
     with pytest.warns(UserWarning, match="a new baseline is taken"):
         resumed = fit(other, tmp_path, max_epochs=3, ckpt_path=str(tmp_path / "half.ckpt"))
     assert [snapshot.step for snapshot in saved(resumed)] == [8, 12]
@@ -123,8 +124,7 @@ KILLED = """
     import os, signal, sys
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
-    from tests.runs import fit
-    from vit_explain_callback import ViTExplainCallback
+    from tests.runs import fit, quiet
 
     class Kill(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
@@ -132,7 +132,7 @@ KILLED = """
                 os.kill(os.getpid(), signal.SIGKILL)
 
     keeper = ModelCheckpoint(sys.argv[1], every_n_train_steps=2, save_top_k=-1)
-    fit(ViTExplainCallback(every_n_steps=1, num_images=4, num_shown=1), sys.argv[1], enable_checkpointing=True,
+    fit(quiet(every_n_steps=1, num_images=4), sys.argv[1], enable_checkpointing=True,
         more_callbacks=[Kill(), keeper])
 """
 
@@ -161,7 +161,7 @@ def test_a_killed_run_is_resumed_where_its_last_checkpoint_stands(tmp_path: Path
 
 
 def test_a_checkpoint_loads_with_and_without_the_callback(tmp_path: Path) -> None:
-    with_callback = fit(ViTExplainCallback(["rollout"]), tmp_path / "with")
+    with_callback = fit(quiet(["rollout"]), tmp_path / "with")
     with_callback.save_checkpoint(tmp_path / "with.ckpt")
     without = fit(None, tmp_path / "without")
     without.save_checkpoint(tmp_path / "without.ckpt")
@@ -169,9 +169,7 @@ def test_a_checkpoint_loads_with_and_without_the_callback(tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match="add the following callbacks: .*ViTExplainCallback"):
         resumed = fit(None, tmp_path / "a", max_epochs=3, ckpt_path=str(tmp_path / "with.ckpt"))
     assert resumed.global_step == 12
-    resumed = fit(
-        ViTExplainCallback(["rollout"]), tmp_path / "b", max_epochs=3, ckpt_path=str(tmp_path / "without.ckpt")
-    )
+    resumed = fit(quiet(["rollout"]), tmp_path / "b", max_epochs=3, ckpt_path=str(tmp_path / "without.ckpt"))
     assert [snapshot.step for snapshot in saved(resumed)] == [8, 12]
     module = Classifier.load_from_checkpoint(tmp_path / "with.ckpt", map_location="cpu", weights_only=True)
     trained = with_callback.lightning_module

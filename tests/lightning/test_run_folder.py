@@ -11,13 +11,13 @@ import pytest
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from tests.lightning.test_loggers import LikeMLflow, LikeWandb
-from tests.runs import Classifier, fit, messages
+from tests.runs import Classifier, fit, messages, quiet
 from vit_explain_callback import ViTExplainCallback
 from vit_explain_callback.tracking.run import load_run
 
 
 def short(target: Any = "label") -> ViTExplainCallback:
-    return ViTExplainCallback(["rollout"], num_images=2, num_shown=1, check_every_n_snapshots=None, target=target)
+    return quiet(["rollout"], num_images=2, target=target)
 
 
 class SharesItsFolder(LikeWandb):

@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.models import random_images
 from tests.processes import python
 from vit_explain_callback import AttentionRollout, MapFunction, ViTExplainCallback
+from vit_explain_callback.lightning.settings import MODEL_OPTIONS
 from vit_explain_callback.lightning.state_key import in_words
 from vit_explain_callback.metrics.drift import DriftMetric
 
@@ -57,8 +58,8 @@ def options() -> list[dict[str, Any]]:
         {"methods": [MapFunction("mine", partial(saliency))]},
         *({"every_n_epochs": epochs} for epochs in (1, 2)),
         *({"every_n_steps": steps} for steps in (1, 20)),
-        *({"check_every_n_snapshots": every} for every in (1, None)),
-        *({"removal": removal} for removal in ("tokens", "mean_colour")),
+        *({"checks": every} for every in (1, None)),
+        *({"checks": {"removal": removal}} for removal in ("tokens", "mean_colour")),
         *({"num_images": count} for count in (8, np.int64(9))),
         *({"images": images} for images in (IMAGES, IMAGES + 1, (IMAGES, LABELS), (IMAGES, 1 - LABELS), IMAGES[:1])),
         {"images": IMAGES.double()},
@@ -66,14 +67,14 @@ def options() -> list[dict[str, Any]]:
         {"images": IMAGES, "regions": {"a": MASKS, "b": ~MASKS}},
         *({"num_shown": count} for count in (1, 2)),
         *({"target": target} for target in ("prediction", 0, 1, np.int64(2))),
-        {"block_statistics": False},
+        {"detail": {"block_statistics": False}},
         *({"metrics": metrics} for metrics in (["cosine"], ["top10_iou"], [DriftMetric("mine", measure, 0)])),
         {"metrics": [DriftMetric("mine", partial(measure, power=3), 0)]},
         {"metrics": [DriftMetric("mine", measure, 1)]},
         *({"vit": path} for path in ("net", "teacher")),
         *({"class_names": names} for names in (["a", "b"], ["b", "a"])),
-        *({"mean": mean, "std": [1.0] * 3} for mean in ([0.5] * 3, [0.25] * 3)),
-        {"mean": [0.5] * 3, "std": [0.5] * 3},
+        *({"normalisation": (mean, [1.0] * 3)} for mean in ([0.5] * 3, [0.25] * 3)),
+        {"normalisation": ([0.5] * 3, [0.5] * 3)},
         *({"forward": forward} for forward in (Forward(1).method, Forward(2).method, Forward(1), Forward(2))),
         *(
             {"forward": forward}
@@ -84,9 +85,10 @@ def options() -> list[dict[str, Any]]:
         *({"prefix_tokens": tokens} for tokens in (0, 1)),
         *({"grid_size": grid} for grid in ((4, 4), [2, 8])),
         *({"batch_size": size} for size in (1, 2)),
-        *({name: False} for name in ("save_maps", "report", "margin_charts")),
+        {"save_maps": False},
+        *({"detail": {name: False}} for name in ("page", "margin_charts")),
         {"detail": "full"},
-        *({"max_pictures_mb": size} for size in (1, 0.5)),
+        *({"detail": {"max_pictures_mb": size}} for size in (1, 0.5)),
         {"on_error": "raise"},
         *({"task": task} for task in ("classification", "multilabel", "regression")),
     ]
@@ -102,7 +104,10 @@ def test_every_option_makes_a_key_of_its_own() -> None:
         assert first != second, (one, other)
     assert not [key for key in found if " at 0x" in key or len(key) > 600]
     named = {name for each in options() for name in each}
-    assert named == set(ViTExplainCallback.__init__.__annotations__) - {"return"}
+    assert named == (set(ViTExplainCallback.__init__.__annotations__) | set(MODEL_OPTIONS)) - {
+        "return",
+        "model_options",
+    }
 
 
 @pytest.mark.parametrize("seed", ["1", "2"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from tests.models import CLASSES
-from tests.runs import fit
+from tests.runs import fit, quiet
 from tests.situations.project import Project, loader, pictures
 from vit_explain_callback import ViTExplainCallback
 
@@ -73,7 +73,7 @@ def prompted(items: list[Any]) -> Any:
 
 @pytest.mark.parametrize("sanity", [0, 1])
 def test_what_has_as_many_rows_as_images_need_not_belong_to_them(sanity: int, tmp_path: Path) -> None:
-    callback = ViTExplainCallback(num_images=16, batch_size=6)
+    callback = quiet(num_images=16, batch_size=6)
     validation = loader(pictures(count=32), [i % 16 for i in range(32)], batch_size=16, collate_fn=prompted)
     module = same_as_without(Prompted, tmp_path, callback, validation=validation, num_sanity_val_steps=sanity)
     check_logits(callback, lambda images: module.eval()(images, PROMPTS))
@@ -95,15 +95,15 @@ class Gathering(Project):
 
 def test_what_is_gathered_has_the_form_that_it_has_in_the_run() -> None:
     """With several processes, a dimension of them comes first."""
-    from vit_explain_callback.lightning.read_only_trainer import _Alone
+    from vit_explain_callback.lightning.read_only_trainer import _SingleProcess
 
     logits = torch.randn(4, 5)
-    assert _Alone(1).all_gather(logits).shape == (4, 5)
-    assert _Alone(3).all_gather(logits).flatten(0, 1).equal(logits)
+    assert _SingleProcess(1).all_gather(logits).shape == (4, 5)
+    assert _SingleProcess(3).all_gather(logits).flatten(0, 1).equal(logits)
 
 
 def test_a_step_that_gathers_is_explained(tmp_path: Path) -> None:
-    callback = ViTExplainCallback(num_images=5)
+    callback = quiet(num_images=5)
     module = same_as_without(Gathering, tmp_path, callback)
     check_logits(callback, lambda images: 2 * module.eval().vit(images))
 
@@ -131,7 +131,7 @@ class Distilled(Project):
 @pytest.mark.filterwarnings("ignore:ViTExplainCallback. `training_step` computes 2 losses")
 @pytest.mark.parametrize("sanity", [0, 2])
 def test_a_training_step_alone_shows_the_loss(sanity: int, tmp_path: Path) -> None:
-    callback = ViTExplainCallback(num_images=5)
+    callback = quiet(num_images=5)
     module = same_as_without(Distilled, tmp_path, callback, num_sanity_val_steps=sanity)
     check_logits(callback, lambda images: module.eval().vit(images))
     assert callback.tracker is not None
@@ -178,7 +178,7 @@ def test_a_step_that_is_run_on_a_copy_tells_nothing(
     fake.run = types.SimpleNamespace(log=told.append)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     counts = []
-    for callback in (None, ViTExplainCallback(num_images=5)):
+    for callback in (None, quiet(num_images=5)):
         told.clear()
         caplog.clear()
         capsys.readouterr()

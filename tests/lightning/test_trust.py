@@ -21,8 +21,8 @@ from torch import nn
 from tqdm import tqdm
 
 from tests.models import random_images, steady_vit, tiny_vit
-from tests.runs import Classifier, Pictures, events, fit, loader, messages, saved
-from vit_explain_callback import ViTExplainCallback, explain
+from tests.runs import Classifier, Pictures, events, fit, loader, messages, quiet, saved
+from vit_explain_callback import Checks, ViTExplainCallback, explain
 from vit_explain_callback._terminal import quoted
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.metrics.drift import spearman
@@ -37,7 +37,7 @@ from vit_explain_callback.tracking.snapshot import Snapshot
 def test_checks_begin_after_the_baseline_and_are_made_on_their_own_schedule_and_at_the_end(
     tmp_path: Path, every: int | None, steps: list[int]
 ) -> None:
-    callback = ViTExplainCallback(["rollout"], every_n_steps=2, check_every_n_snapshots=every, detail="full")
+    callback = ViTExplainCallback(["rollout"], every_n_steps=2, checks=every, detail="full")
     trainer = fit(callback, tmp_path)
     assert [one.step for one in saved(trainer) if one.reliability is not None] == steps
     assert [one.step for one in saved(trainer)] == [0, 2, 4, 6, 8]
@@ -52,7 +52,7 @@ def test_checks_begin_after_the_baseline_and_are_made_on_their_own_schedule_and_
 
 @pytest.mark.parametrize("removal", ["mean_colour", "tokens", "auto"])
 def test_checks_and_blocks_are_those_of_explain(tmp_path: Path, removal: Any) -> None:
-    callback = ViTExplainCallback(num_images=5, batch_size=2, removal=removal, on_error="raise")
+    callback = ViTExplainCallback(num_images=5, batch_size=2, checks=Checks(removal=removal), on_error="raise")
     module = Classifier()
     trainer = fit(callback, tmp_path, module)
     baseline, middle, last = saved(trainer)
@@ -112,7 +112,9 @@ def test_where_tokens_cannot_be_left_out_patches_are_painted_over(tmp_path: Path
     def last(removal: Any) -> Snapshot:
         torch.manual_seed(0)
         vit = tiny_vit("beit_base_patch16_224")
-        return saved(fit(ViTExplainCallback(["rollout"], removal=removal), tmp_path, Classifier(vit)))[-1]
+        return saved(fit(ViTExplainCallback(["rollout"], checks=Checks(removal=removal)), tmp_path, Classifier(vit)))[
+            -1
+        ]
 
     painted, chosen = last("mean_colour").reliability, last("auto").reliability
     assert painted is not None
@@ -140,7 +142,7 @@ def test_the_scale_is_fixed_at_the_baseline(tmp_path: Path) -> None:
 
 
 def test_spread_and_split_by_hand(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["rollout"], detail="full"), tmp_path)
+    trainer = fit(quiet(["rollout"], detail="full"), tmp_path)
     first, *_, last = saved(trainer)
     values = spearman(last.maps["rollout"], first.maps["rollout"])
     changed = last.prediction != first.prediction
@@ -162,9 +164,7 @@ def test_regions_are_measured_and_kept_for_the_page(tmp_path: Path) -> None:
     masks = torch.zeros(4, 32, 32, dtype=torch.bool)
     masks[:, :16, :16] = True
     data = Pictures()
-    callback = ViTExplainCallback(
-        ["rollout"], images=(data.images[:4], data.labels[:4]), regions={"corner": masks}, detail="full"
-    )
+    callback = quiet(["rollout"], images=(data.images[:4], data.labels[:4]), regions={"corner": masks}, detail="full")
     trainer = fit(callback, tmp_path)
     maps = saved(trainer)[-1].maps["rollout"]
     mass = (maps[:, :2, :2].sum(dim=(1, 2)) / maps.sum(dim=(1, 2))).mean().item()
@@ -191,7 +191,7 @@ def test_wrong_regions_are_refused_before_training(regions: Any, error: type[Exc
 
 
 def test_regions_of_validation_images_must_be_as_many(tmp_path: Path) -> None:
-    callback = ViTExplainCallback(num_images=5, regions={"a": torch.ones(4, 32, 32, dtype=torch.bool)})
+    callback = quiet(num_images=5, regions={"a": torch.ones(4, 32, 32, dtype=torch.bool)})
     with pytest.raises(ValueError, match="one mask for each of the 5 probe images"):
         fit(callback, tmp_path)
 
@@ -222,7 +222,7 @@ def test_the_line_at_the_start_stands_on_a_line_of_its_own(tmp_path: Path, monke
     terminal = io.StringIO()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
-    callbacks = [pl.callbacks.TQDMProgressBar(), ViTExplainCallback(["rollout"])]  # the bar is there already
+    callbacks = [pl.callbacks.TQDMProgressBar(), quiet(["rollout"])]  # the bar is there already
     fit(None, tmp_path, more_callbacks=callbacks, enable_progress_bar=True)
     (line,) = [line for line in terminal.getvalue().split("\n") if "watches" in line]
     *bars, line = line.split("\r")
@@ -235,7 +235,7 @@ def test_a_refusal_is_all_that_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     for block in model.blocks:
         block.attn.fused_attn, block.attn.attn_drop = False, nn.ReLU()
     with pytest.raises(ValueError, match="Expected the softmax"):
-        fit(ViTExplainCallback(), tmp_path, Classifier(model))
+        fit(quiet(), tmp_path, Classifier(model))
     assert "watches" not in capsys.readouterr().out
 
 
@@ -258,7 +258,7 @@ def test_images_that_could_not_be_chosen_are_said_to_be_the_first(
 
     options: dict[str, Any] = {"num_sanity_val_steps": 2, "max_epochs": 1}
     with pytest.warns(UserWarning, match="others than the first validation images"):
-        fit(ViTExplainCallback(["rollout"]), tmp_path, validation=loader(Bound(), 8), **options)
+        fit(quiet(["rollout"]), tmp_path, validation=loader(Bound(), 8), **options)
     text = "of 16 images of 1 class (the first that validation gave; `images=` takes others), with each validation"
     assert text in capsys.readouterr().out
 
@@ -271,7 +271,7 @@ def test_the_line_at_the_start_names_the_folder_that_was_made(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for folder in (tmp_path, tmp_path, tmp_path / "file"):
-            fit(ViTExplainCallback(["rollout"]), folder, logger=False, max_epochs=1)
+            fit(quiet(["rollout"]), folder, logger=False, max_epochs=1)
     lines = [line for line in capsys.readouterr().out.splitlines() if "watches" in line]
     assert lines[0].endswith(f"vit-explain report {tmp_path / 'explanations'}")
     assert lines[1].endswith(f"vit-explain report {tmp_path / 'explanations_1'}")
@@ -283,7 +283,7 @@ def test_the_line_at_the_start_names_the_folder_that_was_made(
 
 def test_classes_are_counted_only_where_every_image_has_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, labels = random_images(4), torch.tensor([0, -1, 3, 3])
-    fit(ViTExplainCallback(["rollout"], images=(images, labels)), tmp_path, max_epochs=1)
+    fit(quiet(["rollout"], images=(images, labels)), tmp_path, max_epochs=1)
     assert "rollout of 4 images, with each validation" in capsys.readouterr().out
 
 
@@ -308,10 +308,9 @@ def test_a_run_needs_no_standard_output(tmp_path: Path, kind: str, monkeypatch: 
         stream = io.TextIOWrapper(raw, "ascii" if kind == "closed" else kind)
     if kind == "closed":
         stream.close()
-    for name in ("_terminal", "tracking.progress"):
-        monkeypatch.setattr(
-            f"vit_explain_callback.{name}.sys", SimpleNamespace(stdout=stream, stderr=stream, platform=sys.platform)
-        )
+    monkeypatch.setattr(
+        "vit_explain_callback._terminal.sys", SimpleNamespace(stdout=stream, stderr=stream, platform=sys.platform)
+    )
     fit(ViTExplainCallback(["rollout"], on_error="raise", class_names=["ä→"] * 5), tmp_path)
     if kind in ("ascii", "cp1252"):
         lines = raw.getvalue().decode(kind).splitlines()
@@ -330,7 +329,7 @@ def test_the_bar_is_shown_where_the_trainers_is(
             super().close()
 
     monkeypatch.setattr("vit_explain_callback._terminal.SECONDS", 0.0)
-    monkeypatch.setattr("vit_explain_callback._terminal.tqdm", Noting)
+    monkeypatch.setattr("tqdm.tqdm", Noting)
     fit(ViTExplainCallback(["rollout"]), tmp_path)
     assert capsys.readouterr().err == ""
     assert done == {}
@@ -365,14 +364,14 @@ def test_a_run_that_ends_without_a_snapshot_says_so_once(tmp_path: Path, capsys:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(ViTExplainCallback(), tmp_path, Broken())
+        fit(quiet(), tmp_path, Broken())
     (said,) = messages(caught)
     assert "`on_error='raise'`" in said.split(". ")[0]
     assert "changed" not in capsys.readouterr().out
 
 
 def test_animations_have_a_frame_for_each_snapshot(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=2, num_shown=1, detail="full"), tmp_path)
+    trainer = fit(quiet(["rollout"], every_n_steps=2, num_shown=1, detail="full"), tmp_path)
     (event,) = events(trainer).Images("explain/overlay_animation/rollout/0")
     with Image.open(io.BytesIO(event.encoded_image_string)) as picture:
         assert picture.format == "GIF"
@@ -381,14 +380,14 @@ def test_animations_have_a_frame_for_each_snapshot(tmp_path: Path) -> None:
 
 
 def test_final_values_are_the_last_ones(tmp_path: Path) -> None:
-    board = events(fit(ViTExplainCallback(["rollout"], detail="full"), tmp_path))
+    board = events(fit(quiet(["rollout"], detail="full"), tmp_path))
     last = board.Scalars("explain/drift/baseline_rank_correlation/rollout")[-1]
     final = board.Scalars("explain/final/drift/rollout")[-1]
     assert (final.step, final.value) == (last.step, last.value)
 
 
 def test_margin_charts_show_tags_that_exist(tmp_path: Path) -> None:
-    board = events(fit(ViTExplainCallback(["rollout"], detail="full"), tmp_path))
+    board = events(fit(quiet(["rollout"], detail="full"), tmp_path))
     (tensor,) = board.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(tensor.tensor_proto.string_val[0])
     charts = layout.category[0].chart
@@ -418,7 +417,7 @@ def test_sinks_are_said_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit(
-            ViTExplainCallback(["rollout"], images=random_images(2, (96, 96)), every_n_steps=4),
+            quiet(["rollout"], images=random_images(2, (96, 96)), every_n_steps=4),
             tmp_path,
             Classifier(vit, lr=0.0),
             train=loader(data),

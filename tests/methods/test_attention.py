@@ -86,7 +86,7 @@ def test_a_query_outside_the_grid_is_refused(query: tuple[int, int]) -> None:
 
 
 def test_a_query_of_a_method_that_depends_on_the_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="no `query` for chefer: gradients are of a class"):
+    with pytest.raises(ValueError, match="no `query` for chefer: gradients depend on a class"):
         explain(tiny_vit(), random_images(1), ["attention", "chefer"], query=(0, 0))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.models import FAMILIES, random_images
-from tests.runs import fit, saved
+from tests.runs import fit, quiet, saved
 from vit_explain_callback import AttentionFlow, ViTExplainCallback, attention_flow, explain
 from vit_explain_callback.methods.attention_flow import maximum_flow
 
@@ -181,7 +181,7 @@ def test_flow_beside_other_methods_leaves_them_alone() -> None:
 
 
 def test_the_callback_takes_it(tmp_path: Any) -> None:
-    trainer = fit(ViTExplainCallback(methods=["rollout", "flow"], num_images=4, on_error="raise"), tmp_path)
+    trainer = fit(quiet(methods=["rollout", "flow"], num_images=4, on_error="raise"), tmp_path)
     maps = [snapshot.maps["flow"] for snapshot in saved(trainer)]
     assert len(maps) == 3
     assert all(((one >= 0) & (one <= 1 + 1e-6)).all() for one in maps)

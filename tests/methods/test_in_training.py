@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.runs import Classifier, fit, saved
-from vit_explain_callback import ViTExplainCallback
+from tests.runs import Classifier, fit, quiet, saved
 from vit_explain_callback.methods.names import METHODS
 
 
@@ -18,7 +17,7 @@ def test_a_run_with_every_method_ends_in_the_same_bits(tmp_path: Path) -> None:
     fit(None, tmp_path / "plain", plain)
     expected = torch.get_rng_state()
     torch.manual_seed(3)
-    callback = ViTExplainCallback(methods=list(METHODS), num_images=4, on_error="raise")
+    callback = quiet(methods=list(METHODS), num_images=4, on_error="raise")
     trainer = fit(callback, tmp_path / "explained", explained)
     assert torch.get_rng_state().equal(expected)
     for (name, one), other in zip(plain.state_dict().items(), explained.state_dict().values(), strict=True):

@@ -38,8 +38,8 @@ def test_maps_equal_the_oracle(name: str) -> None:
     model, images = family.create(), random_images(2, family.image_size)
     targets = [torch.tensor([1, 4]), torch.tensor([0, 0])]
     methods = [LeGrad(), LeGrad(3), LeGrad(-2)]
-    single = explain_targets(model, images, targets, methods)
-    double = explain_targets(copy.deepcopy(model).double(), images, targets, methods)
+    single = explain_targets(model, images, targets, methods=methods)
+    double = explain_targets(copy.deepcopy(model).double(), images, targets, methods=methods)
     for place, target in enumerate(targets):
         gradients = oracle.block_gradients(model, images, target.tolist())
         for method, first in zip(methods, (1, 3, 2), strict=True):
@@ -131,7 +131,7 @@ def test_frozen_and_checkpointed_models_and_no_grad_give_the_same_maps() -> None
     model.set_grad_checkpointing(True)
     for early in (True, False):
         with set_checkpoint_early_stop(early):
-            for found in explain_targets(model, images, [1, 0, 1], ["legrad"])[::2]:
+            for found in explain_targets(model, images, [1, 0, 1], methods=["legrad"])[::2]:
                 torch.testing.assert_close(found.maps["legrad"], plain, rtol=1e-12, atol=0)
     with torch.inference_mode():
         torch.testing.assert_close(explain(model, images, ["legrad"], 1).maps["legrad"], plain, rtol=1e-12, atol=0)

@@ -93,14 +93,14 @@ def test_targets_and_parts_of_a_batch_are_told_apart() -> None:
 
     model = tiny_resnet()
     targets: list[int | Tensor | None] = [torch.tensor([0, 1, 2]), 4]
-    both = explain_targets(model, IMAGES, targets, [MapFunction("s", noted)], batch_size=2)
+    both = explain_targets(model, IMAGES, targets, methods=[MapFunction("s", noted)], batch_size=2)
     assert given == [[0, 1], [4, 4], [2], [4]]
     for target, found in zip(targets, both, strict=True):
         torch.testing.assert_close(
             found.maps["s"], explain(model, IMAGES, [MapFunction("s", saliency)], target).maps["s"]
         )
     given.clear()
-    once = explain_targets(model, IMAGES, targets, [MapFunction("s", noted, needs_target=False)])
+    once = explain_targets(model, IMAGES, targets, methods=[MapFunction("s", noted, needs_target=False)])
     assert len(given) == 1
     assert once[0].maps["s"].equal(once[1].maps["s"])
 

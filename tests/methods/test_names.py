@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vit_explain_callback import Attention, AttentionFlow, AttentionRollout, Chefer, GradientRollout
-from vit_explain_callback.methods import Method, method_from_name, resolve_methods
+from vit_explain_callback.methods import Method, method_from_name
 from vit_explain_callback.methods.base import OPTIONS
-from vit_explain_callback.methods.names import METHODS
+from vit_explain_callback.methods.names import METHODS, resolve_methods
 
 BLOCK = st.one_of(st.integers(1, 100), st.integers(-100, -1))
 VALUES: dict[str, st.SearchStrategy[Any]] = {

@@ -98,7 +98,7 @@ def test_logits_are_those_of_the_model_in_evaluation_mode_in_any_parts() -> None
     images = random_images(5)
     expected = explain(model, images, ["rollout"]).logits
     for batch_size in (None, 1, 2):
-        torch.testing.assert_close(Explainer(model, ["rollout"]).logits(images, batch_size), expected)
+        torch.testing.assert_close(Explainer(model, ["rollout"]).logits(images, batch_size=batch_size), expected)
     assert model.training
 
 
@@ -117,7 +117,7 @@ def test_logits_without_tokens_are_those_of_a_model_that_never_had_them(options:
         explainer.logits_without(images, taken.view(3, *GRID))
     explainer(images)
     for batch_size in (None, 2):
-        found = explainer.logits_without(images, taken.view(3, *GRID), batch_size)
+        found = explainer.logits_without(images, taken.view(3, *GRID), batch_size=batch_size)
         for index in range(3):
             tokens = model._pos_embed(model.patch_embed(images[index : index + 1]))
             prefix = tokens.shape[1] - 24

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vit_explain_callback.metrics.drift import METRICS, MapDrift
+from vit_explain_callback.metrics.drift import METRICS, DriftMetric, MapDrift
 from vit_explain_callback.metrics.reference import noise_floor, nudged, on_scale, output_holds, unrelated_level
 
 
@@ -130,5 +130,31 @@ def test_a_metric_with_nothing_to_measure_is_nan_and_a_wrong_name_is_refused() -
     drift = MapDrift("spearman")
     drift.update(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
     assert drift.compute().isnan()
-    with pytest.raises(ValueError, match="`measure` to be one of spearman, jensen_shannon"):
+    with pytest.raises(ValueError, match="`metric` to be one of spearman, jensen_shannon"):
         MapDrift("distance")
+
+
+def test_a_metric_says_which_way_is_better_and_where_a_plot_ends() -> None:
+    facts = {name: (MapDrift(name).higher_is_better, *bounds(MapDrift(name))) for name in METRICS}
+    assert facts == {
+        "spearman": (True, -1, 1),
+        "jensen_shannon": (False, 0, 1),
+        "top10_iou": (True, 0, 1),
+        "centroid_shift": (False, 0, 1),
+        "cosine": (True, -1, 1),
+    }
+    ratio = MapDrift(DriftMetric("ratio", lambda maps, reference: maps.amax((1, 2)) / reference.amax((1, 2)), 1))
+    assert (ratio.higher_is_better, *bounds(ratio)) == (None, None, None)
+    assert (ratio.is_differentiable, ratio.full_state_update) == (False, False)
+
+
+def bounds(drift: MapDrift) -> tuple[float | None, float | None]:
+    return drift.plot_lower_bound, drift.plot_upper_bound
+
+
+def test_a_metric_is_plotted_within_its_bounds() -> None:
+    drift = MapDrift("jensen_shannon")
+    drift.update(torch.rand(2, 4, 4), torch.rand(2, 4, 4))
+    _, axes = drift.plot()
+    low, high = axes.get_ylim()
+    assert low <= 0 < 1 <= high

@@ -17,7 +17,7 @@ import torch
 
 from tests.runs import fit
 from tests.saved_runs import save_run
-from vit_explain_callback import ViTExplainCallback
+from vit_explain_callback import Detail, ViTExplainCallback
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.metrics.localisation import region_statistics
 from vit_explain_callback.page.data import quantised
@@ -275,5 +275,5 @@ def test_the_callback_writes_its_page_and_can_be_told_not_to(tmp_path: Path) -> 
     with_page = fit(ViTExplainCallback(["rollout"]), tmp_path / "a")
     text = Path(with_page.log_dir or "", "explanations", REPORT).read_text(encoding="utf-8")
     assert "Explanation drift" in text
-    without = fit(ViTExplainCallback(["rollout"], report=False), tmp_path / "b")
+    without = fit(ViTExplainCallback(["rollout"], detail=Detail(page=False)), tmp_path / "b")
     assert not list(Path(without.log_dir or "").rglob(REPORT))

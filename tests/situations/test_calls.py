@@ -9,13 +9,15 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torchmetrics
-import transformers
 from torch import Tensor, nn
 
 from tests.models import CLASSES, randomised, tiny_vit
+from tests.optional import optional
 from tests.situations.check import check
 from tests.situations.project import Project, loader
 from tests.situations.situation import NO_THREAD, RIGHT, Situation
+
+transformers = optional("transformers")
 
 cross_entropy = nn.functional.cross_entropy
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.models import CLASSES
+from tests.runs import quiet
 from tests.situations.check import built, check, run
 from tests.situations.project import Project, loader
 from tests.situations.situation import NO_THREAD, Situation
-from vit_explain_callback import ViTExplainCallback
 
 PROMPTS = torch.arange(3 * 6).reshape(3, 6)
 
@@ -233,7 +233,7 @@ def refusal_of(situation: Situation, folder: Path) -> tuple[str | None, nn.Modul
     """What a run is refused with, if it is, and the module as it is then."""
     module = built(situation)
     try:
-        run(replace(situation, module=lambda: module), folder, ViTExplainCallback())
+        run(replace(situation, module=lambda: module), folder, quiet())
     except (TypeError, ValueError) as error:
         return str(error), module
     return None, module

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tests import oracle
 from tests.models import CLASSES
 from tests.processes import python
-from tests.runs import events, fit, messages, saved
+from tests.runs import events, fit, messages, quiet, saved
 from tests.situations.check import (
     Run,
     check_explanations,
@@ -52,7 +52,7 @@ def averaging(name: str) -> pl.Callback:
 @pytest.mark.parametrize("first", ["ours first", "theirs first"])
 def test_the_last_maps_are_of_the_weights_one_keeps(name: str, first: str, tmp_path: Path) -> None:
     """lightning#20545: both copy the average into the module when training ends."""
-    ours, module = ViTExplainCallback(), Project()
+    ours, module = quiet(), Project()
     callbacks = [ours, averaging(name)] if first == "ours first" else [averaging(name), ours]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -100,7 +100,7 @@ def test_endless_epochs_are_followed_by_their_validations(tmp_path: Path) -> Non
         train=lambda: DataLoader(Endless(), 5),
         trainer={"max_epochs": -1, "max_steps": 6, "val_check_interval": 2},
     )
-    found = run(situation, tmp_path, ViTExplainCallback())
+    found = run(situation, tmp_path, quiet())
     assert [snapshot.step for snapshot in saved(found.trainer)] == [0, 2, 4, 6]
     check_explanations(situation, found)
 
@@ -112,7 +112,7 @@ class WithATest(Project):
 
 def test_validation_before_and_after_the_fit(tmp_path: Path) -> None:
     """`trainer.validate` and `trainer.test` are no part of the fit: they run as without the callback."""
-    callback, module = ViTExplainCallback(), WithATest()
+    callback, module = quiet(), WithATest()
     new = pl.Trainer(callbacks=[callback], logger=False, enable_progress_bar=False, enable_checkpointing=False)
     new.validate(module, loader(), verbose=False)
     trainer = fit(callback, tmp_path, module, loader(), training(), max_epochs=1)
@@ -141,7 +141,7 @@ LAST_BLOCKS = Situation("dinov2#483", "explained the last block's row alone", La
 def test_a_head_on_the_class_tokens_of_several_blocks(tmp_path: Path) -> None:
     """The rows of those blocks, each as much as any other, or a refusal that names a way out."""
     try:
-        found = run(LAST_BLOCKS, tmp_path, ViTExplainCallback())
+        found = run(LAST_BLOCKS, tmp_path, quiet())
     except ValueError as refused:
         message = str(refused)
     else:
@@ -149,7 +149,7 @@ def test_a_head_on_the_class_tokens_of_several_blocks(tmp_path: Path) -> None:
         return
     assert "`forward=" in message
     cure = {"forward": lambda module, images: module.vit.forward_features(images)[:, 0]}
-    assert saved(run(LAST_BLOCKS, tmp_path / "cured", ViTExplainCallback(**cure)).trainer)  # type: ignore[arg-type]
+    assert saved(run(LAST_BLOCKS, tmp_path / "cured", quiet(**cure)).trainer)  # type: ignore[arg-type]
 
 
 def check_rows_of_last_blocks(found: Run) -> None:

@@ -7,20 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from hf_trainer import TrackExplanations, small_vit, squares
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.bits import differing
 from tests.models import tiny_vit
+from tests.optional import optional
 from vit_explain_callback import Explainer, ExplanationTracker, Probe
+
+accelerate, hf_trainer, transformers = map(optional, ("accelerate", "hf_trainer", "transformers"))
 
 EVERY = 2
 STEPS = 6
@@ -28,7 +28,7 @@ Tracker = Callable[[nn.Module], ExplanationTracker]
 
 
 def tracker_of(model: nn.Module, kind: type[ExplanationTracker] = ExplanationTracker) -> ExplanationTracker:
-    images, labels = squares(3)
+    images, labels = hf_trainer.squares(3)
     return kind(Explainer(model, ["rollout", "grad_rollout"]), Probe.of(images, labels), on_error="raise")
 
 
@@ -38,7 +38,7 @@ def timm_vit() -> Any:
 
 
 def batches() -> DataLoader[Any]:
-    return DataLoader(TensorDataset(*squares(24)), batch_size=4, shuffle=True)
+    return DataLoader(TensorDataset(*hf_trainer.squares(24)), batch_size=4, shuffle=True)
 
 
 def steps(model: Any, optimizer: Any, loader: Any, backward: Any, tracker: Tracker | None) -> list[float]:
@@ -66,11 +66,11 @@ def plain(tracker: Tracker | None, folder: Path) -> tuple[nn.Module, Any]:
 
 
 def hugging_face_trainer(tracker: Tracker | None, folder: Path) -> tuple[nn.Module, Any]:
-    model = small_vit(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
-    data = [{"pixel_values": image, "labels": label} for image, label in zip(*squares(24), strict=True)]
+    model = hf_trainer.small_vit(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    data = [{"pixel_values": image, "labels": label} for image, label in zip(*hf_trainer.squares(24), strict=True)]
     numbers: dict[str, Any] = {"num_train_epochs": 1, "learning_rate": 1e-2, "logging_steps": 1}
     quiet: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
-    callbacks: list[Any] = [] if tracker is None else [TrackExplanations(tracker(model), EVERY)]
+    callbacks: list[Any] = [] if tracker is None else [hf_trainer.TrackExplanations(tracker(model), EVERY)]
     arguments = transformers.TrainingArguments(str(folder), per_device_train_batch_size=4, **numbers, **quiet)
     trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
     trainer.train()

@@ -56,7 +56,7 @@ WORDS = ["null", "[]", "{}", '""', "-1", "1e400", "NaN", "[[[", '["a", 3]', "tru
 
 
 def make_tracker(folder: Path | None = None) -> ExplanationTracker:
-    return ExplanationTracker(Explainer(tiny_vit(), ["rollout", "grad_rollout"]), WHOLE, folder=folder, check_every=2)
+    return ExplanationTracker(Explainer(tiny_vit(), ["rollout", "grad_rollout"]), WHOLE, folder=folder, checks=2)
 
 
 @pytest.fixture(scope="module")

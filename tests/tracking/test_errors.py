@@ -25,7 +25,7 @@ LOOP = """
     model = tiny_vit()
     torch.nn.init.zeros_(model.head.weight)  # so that the maps are degenerate
     probe = Probe.of(random_images(2), torch.tensor([0, 1]))
-    tracker = ExplanationTracker(Explainer(model, ["grad_rollout"]), probe, check_every=None, writers=[Broken()])
+    tracker = ExplanationTracker(Explainer(model, ["grad_rollout"]), probe, checks=None, writers=[Broken()])
     tracker.observe(0)
     tracker.load_state_dict({})
     assert not {"lightning", "pytorch_lightning"} & set(sys.modules)

@@ -100,9 +100,9 @@ def test_map_drift_takes_it() -> None:
     one, other = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     drift.update(one, other)
     assert drift.compute().item() == pytest.approx(float((one.double() - other.double()).abs().sum()) / 3)
-    with pytest.raises(TypeError, match="Expected `measure` to be a name or a `DriftMetric`"):
+    with pytest.raises(TypeError, match="Expected `metric` to be a name or a `DriftMetric`"):
         MapDrift(total)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Expected `measure` to be one of spearman"):
+    with pytest.raises(ValueError, match="Expected `metric` to be one of spearman"):
         MapDrift("total")
 
 

@@ -18,7 +18,8 @@ from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking.distributed import Ranks
 from vit_explain_callback.tracking.errors import Guard
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.tracking.reliability import MOST_CHECKED, ReliabilityMeter, RemovalOrAuto
+from vit_explain_callback.tracking.reliability import MOST_CHECKED, ReliabilityMeter
+from vit_explain_callback.tracking.settings import RemovalOrAuto
 from vit_explain_callback.tracking.snapshot import Reliability
 
 IMAGES = 11
@@ -219,8 +220,8 @@ def test_a_check_that_fails_takes_no_maps_with_it(what: str, recwarn: pytest.War
         return model(images)
 
     probe = Probe.of(random_images(2), torch.tensor([0, 1]))
-    plain = ExplanationTracker(Explainer(tiny_vit(), ["rollout"], forward=forward), probe, check_every=None)
-    tracker = ExplanationTracker(Explainer(tiny_vit(), ["rollout"], forward=forward), probe, check_every=1)
+    plain = ExplanationTracker(Explainer(tiny_vit(), ["rollout"], forward=forward), probe, checks=None)
+    tracker = ExplanationTracker(Explainer(tiny_vit(), ["rollout"], forward=forward), probe, checks=1)
     for step in range(3):
         left = 999
         plain.observe(step)

@@ -21,7 +21,7 @@ from vit_explain_callback.tracking.writers import FolderWriter
 def tracker(folder: Path | RunFolder, seed: int = 1) -> ExplanationTracker:
     folder = RunFolder(folder) if isinstance(folder, Path) else folder
     explainer, probe = Explainer(tiny_vit(), ["rollout"]), Probe.of(random_images(2, seed=seed))
-    return ExplanationTracker(explainer, probe, folder=folder, writers=[FolderWriter(folder)], check_every=None)
+    return ExplanationTracker(explainer, probe, folder=folder, writers=[FolderWriter(folder)], checks=None)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vit_explain_callback.visualization import filmstrip as module
 from vit_explain_callback.visualization.filmstrip import filmstrip
 from vit_explain_callback.visualization.overlay import Picture, outlined, overlay, resized
 from vit_explain_callback.visualization.text import fitting
 
+MODULE = sys.modules[filmstrip.__module__]  # the package has the function under the same name
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
 MAPS = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0)) / 12
 CELL_HEIGHT, CELL_WIDTH, GAP, LINE, CURVE = 88, 132, 10, 25, 50
@@ -90,14 +91,14 @@ def test_regions_are_outlined_in_every_cell() -> None:
 
 def test_a_degenerate_map_is_said_on_its_cell_only(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    monkeypatch.setattr(module, "write", lambda canvas, text, *rest: written.append(text))
+    monkeypatch.setattr(MODULE, "write", lambda canvas, text, *rest: written.append(text))
     draw([[1.0] * 3, [math.nan] * 3], [MAPS, torch.stack([MAPS[0], MAPS[1] * 0, MAPS[2] * math.nan])])
     assert written.count("degenerate map") == 2
 
 
 def test_what_stands_over_the_columns_and_under_the_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    monkeypatch.setattr(module, "write", lambda canvas, text, *rest: written.append(text))
+    monkeypatch.setattr(MODULE, "write", lambda canvas, text, *rest: written.append(text))
     draw([[1.0] * 3] * 3, [MAPS] * 3)
     assert written[:5] == ["baseline", "step 0", "step 9", "now", "step 18"]
     assert written[5:9] == ["dog", "", "✗ cat", "p(dog) 0.50"]
@@ -113,7 +114,7 @@ def test_letters_shrink_before_a_step_loses_digits(monkeypatch: pytest.MonkeyPat
         assert fitting(text, width, size) == text
         sizes[text] = size
 
-    monkeypatch.setattr(module, "write", spy)
+    monkeypatch.setattr(MODULE, "write", spy)
     filmstrip([PICTURE], ["dog"], [0, 12345678], [MAPS] * 2, [["dog"]] * 2, [[1.0]] * 2, "rollout", 2.0)
     assert sizes["step 12345678"] < sizes["step 0"] == sizes["dog"]
 

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from vit_explain_callback.visualization.encode import rendered
-from vit_explain_callback.visualization.grid import Cell, figure
+from vit_explain_callback.visualization.grid import Cell, draw_grid
 
 PICTURES = [np.full((10, 15, 3), value, dtype=np.uint8) for value in (10, 90, 200)]
 
@@ -19,7 +19,7 @@ def test_pictures_stand_in_rows_and_columns() -> None:
         [Cell(PICTURES[0], "one"), None],
         [Cell(PICTURES[1]), Cell(PICTURES[2], "two\nlines")],
     ]
-    grid = figure(cells, ["left", "right\nside"], ["first", "second"], scale="end")
+    grid = draw_grid(cells, ["left", "right\nside"], ["first", "second"], limit_meaning="end")
     assert len(grid.axes) == 4  # and the colour scale
     texts = [text.get_text() for text in grid.texts]
     assert {"one", "two\nlines", "left", "right\nside", "first", "second", "0", "end"} <= set(texts)
@@ -33,7 +33,7 @@ def test_pictures_stand_in_rows_and_columns() -> None:
 
 def test_a_dollar_begins_no_formula() -> None:
     name = r"$\frac{1$"
-    grid = figure([[Cell(PICTURES[0], name)]], [name], [name], scale=name, signed=True)
+    grid = draw_grid([[Cell(PICTURES[0], name)]], [name], [name], limit_meaning=name, signed=True)
     assert rendered(grid).shape[2] == 3
 
 
@@ -41,7 +41,7 @@ def test_a_dollar_begins_no_formula() -> None:
 @pytest.mark.parametrize("columns", [2, 7])
 def test_no_text_lies_on_another_and_none_is_cut(signed: bool, columns: int) -> None:
     row: list[Cell | None] = [Cell(PICTURES[0], "target dog · p 0.50")] * columns
-    grid = figure([row], ["heading"] * columns, scale="the limit over each column", signed=signed)
+    grid = draw_grid([row], ["heading"] * columns, limit_meaning="the limit over each column", signed=signed)
     FigureCanvasAgg(grid).draw()
     boxes = [text.get_window_extent() for text in grid.texts]
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))

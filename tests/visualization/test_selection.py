@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vit_explain_callback.visualization.selection import most_changed, spread
+from vit_explain_callback.visualization.selection import most_changed, spread_over_classes
 
 
 def naive_spread(labels: list[int], count: int) -> list[int]:
@@ -27,15 +27,15 @@ def naive_spread(labels: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("count", [1, 4, 6, 40])
 def test_images_are_spread_over_classes(seed: int, count: int) -> None:
     labels = torch.randint(-1, 5, (30,), generator=torch.Generator().manual_seed(seed))
-    chosen = spread(labels, count)
+    chosen = spread_over_classes(labels, count)
     assert chosen == naive_spread(labels.tolist(), count)
     assert len(set(chosen)) == min(count, 30)
 
 
 def test_sorted_classes_are_all_shown() -> None:
     labels = torch.arange(8).repeat_interleave(10)
-    assert labels[spread(labels, 8)].tolist() == list(range(8))
-    assert sorted(labels[spread(labels, 16)].tolist()) == sorted(list(range(8)) * 2)
+    assert labels[spread_over_classes(labels, 8)].tolist() == list(range(8))
+    assert sorted(labels[spread_over_classes(labels, 16)].tolist()) == sorted(list(range(8)) * 2)
 
 
 def test_the_most_changed_come_first() -> None:

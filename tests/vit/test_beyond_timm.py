@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-import transformers
-import vit_pytorch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tests import oracle
 from tests.models import CLASSES, random_images, randomised, tiny_vit
+from tests.optional import optional
 from vit_explain_callback import AttentionRollout, GradientRollout, explain
+
+peft, transformers, vit_pytorch = map(optional, ("peft", "transformers", "vit_pytorch"))
 
 METHODS = [AttentionRollout(), AttentionRollout("max", 0.5), GradientRollout(), GradientRollout("max", 0.5, 2)]
 SMALL = {
@@ -210,7 +210,7 @@ def test_lucidrains(kind: str, pooling: str) -> None:
 def test_low_rank_adapters_and_parametrized_weights() -> None:
     model, images = tiny_vit(), random_images(2)
     expected = explain(model, images)
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["qkv"]))
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["qkv"]))
     normed = copy.deepcopy(model)
     for block in normed.blocks:
         nn.utils.parametrizations.weight_norm(block.attn.qkv)

@@ -344,10 +344,10 @@ class Parallel(PlainViT):
     [
         (TwoCrops, "in `block` of TwoCrops, but captured 6"),
         (TwoCropsOneBlock, "in `block` of TwoCropsOneBlock, but captured 2"),
-        (TwoPasses, "in `blocks.0` of TwoPasses, but captured 2: what attention 3 gives, `blocks.2.attn`, never"),
+        (TwoPasses, "in `blocks.0` of TwoPasses, but captured 2: the output of attention 3, `blocks.2.attn`, never"),
         (BothCropsAtOnce, "each of 2 images, but its attention is (B, H, N, N) = (4, 3, 13, 13)"),
-        (TwoTowers, "found left, right: what attention 3 gives, `left.blocks.2.attn`, never reaches attention 4"),
-        (Glimpses, "to enter the first one as 13 tokens, (2, 13, D), but part of it reaches them past these"),
+        (TwoTowers, "found left, right: the output of attention 3, `left.blocks.2.attn`, never reaches attention 4"),
+        (Glimpses, "to enter the first one as 13 tokens, (2, 13, D), but part of it bypasses them"),
         (Convolved, "Expected attention alone to mix the tokens of Convolved"),
         (WithoutOne, "Expected attention alone to mix the tokens of WithoutOne"),
         (Parallel, "never reaches attention 2"),
@@ -396,7 +396,7 @@ def test_a_soft_mixture_with_as_many_slots_as_tokens_is_no_block() -> None:
             model = built(PlainViT)
             for block in list(model.blocks)[2 if only_last else 0 :]:
                 block.mlp = SoftMixture(product).double()
-            assert "a soft mixture's slots" in refusal(model)
+            assert "the slots of a soft mixture" in refusal(model)
 
 
 def test_classes_as_many_as_tokens_are_no_attention() -> None:

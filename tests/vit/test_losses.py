@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.models import random_images, tiny_vit
 from vit_explain_callback.isolation.twin import Twin
-from vit_explain_callback.vit.locate import look
+from vit_explain_callback.vit.locate import locate_vit
 from vit_explain_callback.vit.losses import BUFFERS, IMAGES, WEIGHTS, Loss, LossRecorder
 from vit_explain_callback.vit.sources import Flow
 
@@ -242,10 +242,10 @@ class Two(nn.Module):
 def test_the_vit_is_the_one_that_the_outputs_come_from() -> None:
     twin: Any = Twin().copy(Two())
     images = random_images(4)
-    seen = look(twin, lambda: twin(images))
+    seen = locate_vit(twin, lambda: twin(images))
     assert (seen.vit, seen.feed) == ("student", "student")
-    assert seen.fed is not None
-    assert seen.fed.equal(F.interpolate(images[:, :, ::2, ::2], size=32))
+    assert seen.images is not None
+    assert seen.images.equal(F.interpolate(images[:, :, ::2, ::2], size=32))
 
 
 def test_outputs_of_several_vits_are_refused() -> None:
@@ -254,14 +254,14 @@ def test_outputs_of_several_vits_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"come from 2: teacher, student\. Name the one to explain, as in `vit='teacher'`"
     ):
-        look(twin, lambda: twin(random_images(4)))
-    assert look(twin, lambda: twin(random_images(4)), vit="student").vit == "student"
+        locate_vit(twin, lambda: twin(random_images(4)))
+    assert locate_vit(twin, lambda: twin(random_images(4)), vit="student").vit == "student"
 
 
 def test_a_vit_that_the_outputs_do_not_depend_on_is_refused() -> None:
     twin: Any = Twin().copy(Two())
     with pytest.raises(ValueError, match=r"but they come from `student\.blocks\.0\.attn`"):
-        look(twin, lambda: twin(random_images(4)), vit="teacher")
+        locate_vit(twin, lambda: twin(random_images(4)), vit="teacher")
 
 
 def test_numbers_leave_torch_as_in_a_validation_step() -> None:

@@ -1,4 +1,4 @@
-"""A classifier with all that it takes to be asked about photographs: model, transform and names of classes."""
+"""A classifier of photographs: model, transform and class names."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from vit_explain_callback.cli.photograph import Transform, View
-from vit_explain_callback.cli.weights import Weights, with_weights
+from vit_explain_callback.cli.weights import Weights, model_with_weights
 from vit_explain_callback.vit.timm import Normalisation, normalisation, refuse_other_timm_models
 
-_CLOSE = 5
+_MAX_SUGGESTIONS = 5
 
 
 def timm_transform(model: nn.Module, image_size: int | None = None) -> Transform:
-    """The evaluation transform of a timm model, for another size of image if one is given."""
+    """Create the evaluation transform of a timm model, for another image size if one is passed."""
     args = {} if image_size is None else {"input_size": (3, image_size, image_size)}
     config = resolve_model_data_config(model, args)  # type: ignore[no-untyped-call]
     transform: Transform = create_transform(**config, is_training=False)
@@ -34,15 +34,15 @@ def timm_transform(model: nn.Module, image_size: int | None = None) -> Transform
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model for photographs.
+    """A classifier of photographs.
 
     Attributes:
-        name: What it was asked for by.
-        model: Turns a batch of images into logits, (B, C); features where `num_classes` is 0.
-        view: How it sees photographs.
-        num_classes: C.
+        name: Name on the command line.
+        model: Turns a batch of images into logits, (B, C), or into features if `num_classes` is 0.
+        view: Transform, and the part of a photograph that it uses.
+        num_classes: Number of classes C.
         class_names: Name of each class, or None.
-        normalisation: Mean and standard deviation that its images are given, where it says so.
+        normalisation: Mean and standard deviation of the transform, or None.
     """
 
     name: str
@@ -69,38 +69,38 @@ class Classifier:
         prefix: str | None = None,
         any_model: bool = False,
     ) -> Classifier:
-        """A timm model with weights from the hub, or from a file of timm, Lightning or safetensors.
+        """Create a timm model with weights from the hub, or from a timm, Lightning or safetensors file.
 
         Args:
-            name: Of the model.
-            checkpoint: The file.
-            image_size: Side of its images in pixels; default: the model's own.
-            class_names: Name of each class; default: those of ImageNet if it has as many classes.
-            prefix: Of the model's names in the file, needed where it holds several models.
-            any_model: Whether one that is no ViT will do.
+            name: Name of the model in timm.
+            checkpoint: File of weights; default: weights from the hub.
+            image_size: Side length of its images in pixels; default: the model's.
+            class_names: Name of each class; default: those of ImageNet if the number of classes matches.
+            prefix: Prefix of the model's tensor names, needed if the file holds several models.
+            any_model: Whether models other than ViTs are accepted.
 
         Raises:
-            OSError: If the weights cannot be fetched or found.
-            ValueError: If there is no such model, if it is no ViT, or if file, size or names do not fit it.
+            OSError: If the weights cannot be fetched or do not exist.
+            ValueError: If the model does not exist or is not a ViT, or if file, size or names do not fit it.
         """
         _check_timm_name(name)
         options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
         try:
             if checkpoint is not None:
-                model = with_weights(name, Weights.read(checkpoint, prefix), **options)
+                model = model_with_weights(name, Weights.read(checkpoint, prefix), **options)
             else:
                 with _quiet_hub():
                     model = timm.create_model(name, pretrained=True, **options)
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-            raise ValueError(f"Expected no `image_size` for {name}, but got {image_size}: it takes none.") from error
+            raise ValueError(f"Expected no `image_size` for {name}, whose is fixed, but got {image_size}.") from error
         except (OSError, RuntimeError) as error:
             if checkpoint is not None:
                 raise
             raise OSError(
-                f"The weights of {name} cannot be fetched from the hub ({_in_a_line(error)}). Offline, give a file of "
-                "them with --checkpoint FILE."
+                f"The weights of {name} cannot be fetched from the hub ({_first_line(error)}). Offline, pass a file of "
+                "weights with --checkpoint FILE."
             ) from error
         if not any_model:
             refuse_other_timm_models(model)
@@ -113,16 +113,16 @@ class Classifier:
 
     @classmethod
     def from_hugging_face(cls, name: str, class_names: Sequence[str] | None = None) -> Classifier:
-        """An image classifier of transformers, from the hub or from a folder.
+        """Load an image classifier of transformers, from the hub or from a folder.
 
         Args:
-            name: On the hub, or the path of a folder.
+            name: Name on the hub, or path of a folder.
             class_names: Name of each class; default: those of its configuration.
 
         Raises:
             ImportError: If transformers is not installed.
-            OSError: If it cannot be fetched or found.
-            ValueError: If it is no image classifier, or the names do not fit.
+            OSError: If it cannot be fetched or does not exist.
+            ValueError: If it is not an image classifier, or if the names do not fit.
         """
         try:
             from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -132,22 +132,22 @@ class Classifier:
             ) from error
         try:
             with _quiet_hub(), quiet_transformers():
-                # Before the model: it is smaller, and as likely to be missing.
+                # Before the model: it is smaller and as likely to be missing.
                 processor: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
                     name, trust_remote_code=False
                 )
-                model, found = AutoModelForImageClassification.from_pretrained(
+                model, loading_info = AutoModelForImageClassification.from_pretrained(
                     name, output_loading_info=True, trust_remote_code=False
                 )
         except OSError as error:
             raise OSError(
-                f"{name} is neither a folder of an image classifier and its image processor nor to be had from the hub "
-                f"({_in_a_line(error)}). Offline, give a folder made with `save_pretrained`."
+                f"{name} is neither a folder with an image classifier and its image processor nor available on the hub "
+                f"({_first_line(error)}). Offline, pass a folder written by `save_pretrained`."
             ) from error
-        if found["missing_keys"]:
-            missing = ", ".join(sorted(found["missing_keys"])[:3])
+        if loading_info["missing_keys"]:
+            missing = ", ".join(sorted(loading_info["missing_keys"])[:3])
             raise ValueError(
-                f"Expected {name} to hold a whole image classifier, but it lacks {missing}: fine-tune it first."
+                f"Expected {name} to be a complete image classifier, but it lacks {missing}. Fine-tune it first."
             )
 
         def transform(image: Image.Image) -> Tensor:
@@ -163,48 +163,48 @@ class Classifier:
         return cls(name, model.eval(), View(transform), model.config.num_labels, class_names, mean_std)
 
     def class_index(self, text: str) -> int:
-        """The class that an index or a name stands for; of a name with synonyms, as `tabby, tabby cat`, each will do.
+        """Look up a class by index or name; any synonym in a name such as `tabby, tabby cat` matches.
 
         Raises:
-            ValueError: If it stands for none, or for several.
+            ValueError: If no class or several classes match.
         """
         if self.num_classes == 0:
-            raise ValueError(f"Expected no class for {self.name}, but got {text!r}: it has no classifier.")
+            raise ValueError(f"Expected no class for {self.name}, which has no classifier, but got {text!r}.")
         if text.lstrip("-").isdecimal():
             if 0 <= int(text) < self.num_classes:
                 return int(text)
             raise ValueError(f"Expected a class in 0 … {self.num_classes - 1} (of {self.name}), but got {text}.")
         if self.class_names is None:
             raise ValueError(
-                f"Expected an index, as {self.name} names no classes, but got {text!r}: say --class_names."
+                f"Expected a class index, as {self.name} has no class names, but got {text!r}. Pass --class_names."
             )
-        wanted = text.strip().casefold()
-        whole = [index for index, name in enumerate(self.class_names) if name.casefold() == wanted]
-        found = whole or [index for index, name in enumerate(self.class_names) if wanted in _synonyms(name)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            several = ", ".join(f"{index} ({self.class_names[index]})" for index in found)
-            raise ValueError(f"Expected one class, but {text!r} is the name of several: give an index of {several}.")
-        raise ValueError(f"Expected a class of {self.name}, but got {text!r}. {self._closest(wanted)}")
+        query = text.strip().casefold()
+        exact = [index for index, name in enumerate(self.class_names) if name.casefold() == query]
+        matches = exact or [index for index, name in enumerate(self.class_names) if query in _synonyms(name)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            several = ", ".join(f"{index} ({self.class_names[index]})" for index in matches)
+            raise ValueError(f"Expected one class, but {text!r} names several: pass one of the indices {several}.")
+        raise ValueError(f"Expected a class of {self.name}, but got {text!r}. {self._suggestions(query)}")
 
-    def _closest(self, wanted: str) -> str:
+    def _suggestions(self, query: str) -> str:
         assert self.class_names is not None
         containing = [
-            i for i, name in enumerate(self.class_names) if wanted in name.casefold().replace(",", " ").split()
+            i for i, name in enumerate(self.class_names) if query in name.casefold().replace(",", " ").split()
         ]
         named = {synonym: index for index, name in enumerate(self.class_names) for synonym in _synonyms(name)}
-        similar = [named[word] for word in difflib.get_close_matches(wanted, named, _CLOSE)]
-        close = list(dict.fromkeys(containing[:_CLOSE] + similar))[:_CLOSE]
-        if not close:
-            close = list(range(min(_CLOSE, len(self.class_names))))
-            return f"Its classes are {', '.join(self.class_names[i] for i in close)}" + (
-                "." if len(self.class_names) <= _CLOSE else " …"
+        similar = [named[word] for word in difflib.get_close_matches(query, named, _MAX_SUGGESTIONS)]
+        suggested = list(dict.fromkeys(containing[:_MAX_SUGGESTIONS] + similar))[:_MAX_SUGGESTIONS]
+        if not suggested:
+            suggested = list(range(min(_MAX_SUGGESTIONS, len(self.class_names))))
+            return f"Its classes are {', '.join(self.class_names[i] for i in suggested)}" + (
+                "." if len(self.class_names) <= _MAX_SUGGESTIONS else " …"
             )
-        return f"Close: {'; '.join(f'{index} {self.class_names[index]}' for index in close)}."
+        return f"Close: {'; '.join(f'{index} {self.class_names[index]}' for index in suggested)}."
 
     def class_name(self, index: int) -> str:
-        """A short name: the first of its synonyms."""
+        """The first synonym in the name of a class."""
         return f"class {index}" if self.class_names is None else str(self.class_names[index]).split(",")[0]
 
 
@@ -215,10 +215,10 @@ def _synonyms(name: str) -> list[str]:
 def _check_timm_name(name: str) -> None:
     plain = name.split(".")[0]
     if ":" not in name and not timm.is_model(plain):
-        close = difflib.get_close_matches(plain, timm.list_models("*vit*") + timm.list_models("*deit*"), 3)
+        suggested = difflib.get_close_matches(plain, timm.list_models("*vit*") + timm.list_models("*deit*"), 3)
         raise ValueError(
             f"Expected `model` to be the name of a timm model, but got {name}"
-            + (f": did you mean {' or '.join(close)}?" if close else ".")
+            + (f": did you mean {' or '.join(suggested)}?" if suggested else ".")
         )
 
 
@@ -232,7 +232,7 @@ def _check_image_size(name: str, model: Any, image_size: int | None) -> None:
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """The hub's client logs each of its attempts; the error says it all."""
+    """Silence the hub's client, which logs each attempt; the error states the cause."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -244,7 +244,7 @@ def _quiet_hub() -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Transformers draws a bar and logs a table for each file; errors say it all."""
+    """Silence the bars and tables that transformers prints for each file; errors state the cause."""
     from transformers.utils import logging
 
     log: Any = logging
@@ -259,5 +259,5 @@ def quiet_transformers() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _in_a_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""The command `vit-explain`, which loads torch only when there is work to do."""
+"""The entry point of `vit-explain`; it loads torch only when there is work to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from vit_explain_callback.cli.parser import parse
-from vit_explain_callback.cli.terminal import complain, discard_unwritten
+from vit_explain_callback.cli.terminal import discard_unwritten, print_error
 
 _WRONG = 2
 _INTERRUPTED = 130
@@ -16,11 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: Its words; default: those of the process.
+        arguments: The command line; default: that of the process.
 
     Returns:
-        The exit status: 2 if something that the user gave cannot be used or standard output cannot be written, 130
-        after Ctrl-C.
+        The exit status: 0 on success, 2 if an input cannot be used or standard output cannot be written, 130 after
+        Ctrl-C.
     """
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
@@ -35,8 +35,8 @@ def _run(words: Sequence[str]) -> int:
 
         return run(args)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        complain(str(error))
+        print_error(str(error))
         return _WRONG
     except KeyboardInterrupt:
-        complain("interrupted")
+        print_error("interrupted")
         return _INTERRUPTED

@@ -1,4 +1,4 @@
-"""Explain any number of photographs, some at a time: overlays, raw maps and one JSON file in a folder."""
+"""Explain any number of photographs in batches: overlays, raw maps and one JSON file in a folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vit_explain_callback._terminal import printable
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.photograph import Photograph, image_files
 from vit_explain_callback.cli.results import ResultFolder, result_name
-from vit_explain_callback.cli.terminal import complain, say
+from vit_explain_callback.cli.terminal import print_error, print_output
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import AnyMethod
@@ -31,7 +31,7 @@ from vit_explain_callback.visualization.overlay import Picture, colour_limit
 from vit_explain_callback.visualization.text import colour_bar, with_strip
 
 _TOP = 5
-_NARROWEST = 240  # pixels that the text under a picture needs
+_MIN_WIDTH = 240  # pixels that the text under a picture needs
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -43,24 +43,24 @@ def explain_gallery(
     classes: Sequence[int] = (),
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Write overlay and raw map of each image, method and class, and `explanations.json` at the end.
+    """Write the overlay and the raw map of each image, method and class, and `explanations.json` at the end.
 
-    The files are `NAME.METHOD.png` and `NAME.METHOD.npy`, for methods that depend on the class
-    `NAME.METHOD.classINDEX.png` and so on. NAME is the image's own without its ending, for an image out of a folder
-    with the way to it from there; the second of the same name is `NAME-2`. Long names are cut, and what cannot be
-    printed in them becomes `_`. What one image stands in the way of is said, and the others are explained.
+    The files are `NAME.METHOD.png` and `NAME.METHOD.npy`, or `NAME.METHOD.classINDEX.png` and so on for methods that
+    depend on the class. NAME is the file name without its suffix, after the path within its folder for an image from a
+    folder; a second image of the same name becomes `NAME-2`. Long names are cut, and unprintable characters become
+    `_`. A file that cannot be explained is reported; the others are still explained.
 
     Args:
-        classifier: Model, transform and names.
+        classifier: Model, transform and class names.
         methods: Methods.
-        sources: Image files, and folders of them.
-        output: Folder of the results; images in it are not explained.
-        classes: To explain, for all images; none: the class predicted for each.
-        batch_size: Images in one pass, and in memory.
+        sources: Image files and folders of images.
+        output: Folder for the results; images in it are not explained.
+        classes: Classes to explain for all images; if empty, the class predicted for each.
+        batch_size: Images per forward pass, and in memory.
 
     Returns:
-        What `explanations.json` holds: `model`, `methods`, an entry of `images` for each that was explained, and a line
-        of `failed` for each that was not.
+        The content of `explanations.json`: `model`, `methods`, an entry in `images` for each explained image, and a
+        message in `failed` for each other one.
 
     Raises:
         FileNotFoundError: If there is no image.
@@ -83,51 +83,51 @@ def explain_gallery(
     silent = len(named) < 2 or sys.stderr is None
     try:
         with tqdm(total=len(named), unit="image", file=sys.stderr, disable=silent) as progress:
-            for entry in _explained(classifier, explainer, named, classes, batch_size, folder):
+            for entry in _explain_images(classifier, explainer, named, classes, batch_size, folder):
                 with progress.external_write_mode():
                     if isinstance(entry, str):
                         failed.append(entry)
-                        complain(entry)
+                        print_error(entry)
                     else:
                         images.append(entry)
                         if len(images) == 1:
-                            _show(output / entry["explanations"][0]["overlay"])
+                            _print_path(output / entry["explanations"][0]["overlay"])
                 progress.update()
     except BaseException:
         if images:
-            folder.write_index(index)  # what is done stays known
+            folder.write_index(index)  # keeps the results so far
         raise
     folder.write_index(index)
     return index
 
 
-def _show(picture: Path) -> None:
-    with suppress(OSError):  # the table says it again, and raises, when nothing can be lost any more
-        say(str(picture))
+def _print_path(picture: Path) -> None:
+    with suppress(OSError):  # the table repeats it, and raises, once all results are written
+        print_output(str(picture))
 
 
 def _named_files(sources: Sequence[Path], output: Path) -> list[tuple[str, Path]]:
-    """Each image with the name of its results."""
+    """List each image after the unique name of its results."""
     named: list[tuple[str, Path]] = []
-    taken: set[str] = set()
-    own = Path(os.path.realpath(output))
+    used_names: set[str] = set()
+    results = Path(os.path.realpath(output))
     for source in sources:
         if os.path.isdir(source):
-            files = [path for path in image_files(source) if own not in Path(os.path.realpath(path)).parents]
+            files = [path for path in image_files(source) if results not in Path(os.path.realpath(path)).parents]
             names = [result_name(path.relative_to(source).with_suffix("")) for path in files]
         else:
             files, names = [source], [result_name(Path(source.stem))]
         for path, name in zip(files, names, strict=True):
-            free, count = name, 1
-            while free.casefold() in taken:  # some file systems do not tell A from a
+            unique_name, count = name, 1
+            while unique_name.casefold() in used_names:  # some file systems ignore case
                 count += 1
-                free = f"{name}-{count}"
-            taken.add(free.casefold())
-            named.append((free, path))
+                unique_name = f"{name}-{count}"
+            used_names.add(unique_name.casefold())
+            named.append((unique_name, path))
     return named
 
 
-def _explained(
+def _explain_images(
     classifier: Classifier,
     explainer: Explainer,
     named: Sequence[tuple[str, Path]],
@@ -135,16 +135,16 @@ def _explained(
     batch_size: int,
     folder: ResultFolder,
 ) -> Iterator[dict[str, Any] | str]:
-    """The entry of each image, once its files are written, or what is wrong with it."""
+    """Yield the entry of each image once its files are written, or a message if it cannot be explained."""
     for batch in _batches(classifier, named, batch_size):
         if isinstance(batch, str):
             yield batch
             continue
         names, photographs, images = batch
-        found = explainer.for_targets(images, list(classes) or [None], batch_size)
-        found = [explanation.cpu() for explanation in found]
+        explanations = explainer.for_targets(images, list(classes) or [None], batch_size=batch_size)
+        explanations = [explanation.cpu() for explanation in explanations]
         for place, (name, photograph) in enumerate(zip(names, photographs, strict=True)):
-            image = _ExplainedImage(classifier, photograph, found, place)
+            image = _ExplainedImage(classifier, photograph, explanations, place)
             try:
                 entry: dict[str, Any] | str = image.write(name, explainer.methods, folder)
             except OSError as error:
@@ -157,7 +157,7 @@ def _explained(
 def _batches(
     classifier: Classifier, named: Sequence[tuple[str, Path]], size: int
 ) -> Iterator[tuple[list[str], list[Photograph], Tensor] | str]:
-    """Read images of one shape, `size` at a time; a line for what cannot be read."""
+    """Yield batches of at most `size` images of one shape, and a message for each file that cannot be read."""
     waiting: list[tuple[str, Photograph, Tensor]] = []
 
     def batch() -> tuple[list[str], list[Photograph], Tensor]:
@@ -171,7 +171,7 @@ def _batches(
         except OSError as error:
             yield str(error)
             continue
-        except ValueError as error:  # a shape that the model's transform cannot take
+        except ValueError as error:  # a shape that the model's transform does not support
             yield f"{path}: {error}"
             continue
         if waiting and (len(waiting) == size or waiting[0][2].shape != image.shape):
@@ -182,19 +182,19 @@ def _batches(
 
 
 class _ExplainedImage:
-    """One image of a batch, with what was found for each target class."""
+    """One image of a batch, with its explanation for each target class."""
 
     def __init__(
-        self, classifier: Classifier, photograph: Photograph, found: Sequence[Explanation], place: int
+        self, classifier: Classifier, photograph: Photograph, explanations: Sequence[Explanation], place: int
     ) -> None:
         self._classifier, self._photograph = classifier, photograph
-        self._probabilities = found[0].probabilities[place]
+        self._probabilities = explanations[0].probabilities[place]
         self._maps = [
-            (int(each.target[place]), {name: maps[place] for name, maps in each.maps.items()}) for each in found
+            (int(each.target[place]), {name: maps[place] for name, maps in each.maps.items()}) for each in explanations
         ]
 
     def write(self, name: str, methods: Sequence[AnyMethod], folder: ResultFolder) -> dict[str, Any]:
-        """Write overlay and map of each method and class; the image's entry in the index.
+        """Write the overlay and the map of each method and class, and return the image's entry in the index.
 
         Raises:
             OSError: If a file cannot be written.
@@ -220,28 +220,32 @@ class _ExplainedImage:
 
     def _entry(self) -> dict[str, Any]:
         photograph = self._photograph
-        entry: dict[str, Any] = {"file": str(photograph.path), "size": photograph.size, "seen": photograph.seen}
+        entry: dict[str, Any] = {
+            "file": str(photograph.path),
+            "size": photograph.size,
+            "seen": photograph.visible_pixels,
+        }
         if self._classifier.num_classes:
-            top = self._top()
-            targets = [self._described(target) for target, _ in self._maps]
+            top = self._top_classes()
+            targets = [self._class_entry(target) for target, _ in self._maps]
             entry |= {"prediction": top[0] if top else None, "top5": top, "targets": targets}
         return entry
 
-    def _top(self) -> list[dict[str, Any]]:
-        """The most probable classes, the first one first; none where the logits are not finite."""
+    def _top_classes(self) -> list[dict[str, Any]]:
+        """The most probable classes, best first; empty if the logits are not finite."""
         if not self._probabilities.isfinite().all():
             return []
         count = min(_TOP, len(self._probabilities))
-        return [self._described(index) for index in self._probabilities.topk(count).indices.tolist()]
+        return [self._class_entry(index) for index in self._probabilities.topk(count).indices.tolist()]
 
-    def _described(self, index: int) -> dict[str, Any]:
+    def _class_entry(self, index: int) -> dict[str, Any]:
         probability = round(self._probabilities[index].item(), 6)
         return {"index": index, "name": self._classifier.class_name(index), "probability": probability}
 
     def _caption(self, target: int | None) -> str:
         if not self._classifier.num_classes:
             return printable(self._photograph.path.name)
-        top = self._top()
+        top = self._top_classes()
         if target is None and not top:
             return "no prediction: the logits are not finite"
         shown, role = (top[0]["index"], "predicted") if target is None else (target, "target")
@@ -250,8 +254,8 @@ class _ExplainedImage:
 
 def _captioned(picture: Picture, lines: Sequence[str], limit: float, signed: bool) -> Picture:
     width = picture.shape[1]
-    if width < _NARROWEST:
-        picture = np.pad(picture, ((0, 0), (0, _NARROWEST - width), (0, 0)), constant_values=255)
+    if width < _MIN_WIDTH:
+        picture = np.pad(picture, ((0, 0), (0, _MIN_WIDTH - width), (0, 0)), constant_values=255)
     for line in lines:
         picture = with_strip(picture, line)
     return np.concatenate([picture, colour_bar(limit, picture.shape[1], signed)])

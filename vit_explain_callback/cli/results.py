@@ -1,4 +1,4 @@
-"""The folder of results: names that every file system takes, and no file overwritten that the command did not write."""
+"""The folder of results: portable file names, and no file overwritten that the command did not write."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from vit_explain_callback._files import write_bytes
 
 INDEX = "explanations.json"
-_LONGEST = 120  # bytes of a name; file systems take 143 to 255, and the method comes after it
+_LONGEST = 120  # bytes of a name; file systems allow 143 to 255, and the method follows
 
 
 def result_name(path: PurePath) -> str:
-    """The name of an image's results: its path, with `_` for what cannot be printed and long parts cut."""
+    """Name an image's results after its path, with `_` for unprintable characters and long parts cut."""
     return "/".join(_printable_part(part) for part in path.parts)
 
 
@@ -28,16 +28,16 @@ def _printable_part(part: str) -> str:
 class ResultFolder:
     """A folder of results, with an index, `explanations.json`.
 
-    The index lists as `files` what the command wrote here, in this run and before. These are written over, and no other
-    file is: neither an image that is explained, nor what a symbolic link leads to. A file that holds already what is to
-    be written, as after a run that was killed, is taken as written.
+    The index lists under `files` what the command wrote here, in this run and earlier ones. Only these files are
+    overwritten: never an explained image, nor the target of a symbolic link. An unlisted file that already has the
+    content to write, as after a run that was killed, counts as written.
 
     Args:
-        path: The folder, made if it is not there.
-        inputs: Files that are never written over.
+        path: The folder, created if it does not exist.
+        inputs: Files that are never overwritten.
 
     Raises:
-        OSError: If the folder cannot be made, or holds another `explanations.json`.
+        OSError: If the folder cannot be created or contains a foreign `explanations.json`.
     """
 
     def __init__(self, path: Path, inputs: Iterable[Path] = ()) -> None:
@@ -48,15 +48,15 @@ class ResultFolder:
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, content: bytes) -> Path:
-        """Write a whole file of this name, with `/` between folders.
+        """Write a file atomically under this name, with `/` between folders.
 
         Raises:
-            OSError: If it cannot be written, or is there and not the command's.
+            OSError: If it cannot be written, or exists and was not written by the command.
         """
         path = self.path / name
         root, parent = os.path.realpath(self.path), os.path.realpath(path.parent)
         if os.path.commonpath([root, parent]) != root:
-            raise OSError(f"{path.parent} leads out of {self.path} and is not written to: delete that symbolic link.")
+            raise OSError(f"{path.parent} leads out of {self.path} and is not written to; delete that symbolic link.")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._refuse_foreign(path, name, content)
         write_bytes(path, content)
@@ -64,7 +64,7 @@ class ResultFolder:
         return path
 
     def write_index(self, entries: Mapping[str, Any]) -> Path:
-        """Write the index: `entries` in place of those that were there, numbers that are not finite as null.
+        """Write the index, replacing its entries by `entries`; numbers that are not finite become null.
 
         Raises:
             OSError: If it cannot be written.
@@ -72,7 +72,7 @@ class ResultFolder:
         self._index |= _finite(entries)
         index = {**self._index, "files": sorted(self._files)}
         text = json.dumps(index, ensure_ascii=False, allow_nan=False, indent=1)
-        # Bytes of a file name that are no UTF-8 become \udc80 to \udcff, which JSON reads back as the same.
+        # Bytes of a file name that are not UTF-8 become \udc80 to \udcff, which survive reading the JSON.
         write_bytes(self.path / INDEX, (text + "\n").encode("utf-8", "backslashreplace"))
         return self.path / INDEX
 
@@ -80,15 +80,15 @@ class ResultFolder:
         if path.is_symlink() or not path.exists():
             return  # `write_bytes` refuses links
         if _identity(path) in self._inputs:
-            raise FileExistsError(f"{path} is an image to explain and is not written over: choose another --output.")
+            raise FileExistsError(f"{path} is an image to explain and is not overwritten; choose another --output.")
         if name not in self._files and path.read_bytes() != content:
             raise FileExistsError(
-                f"{path} is not listed in {INDEX} and is not written over: move it, or choose another --output."
+                f"{path} is not listed in {INDEX} and is not overwritten; move it, or choose another --output."
             )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What two names of one file share."""
+    """Identify a file whatever its name; None if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:
@@ -108,12 +108,12 @@ def _read_index(path: Path) -> dict[str, Any]:
         if isinstance(files, list) and all(isinstance(name, str) for name in files):
             return index
     raise FileExistsError(
-        f"{path} is no list of results of vit-explain and is not written over: move it, or choose another --output."
+        f"{path} is not an index of vit-explain and is not overwritten; move it, or choose another --output."
     )
 
 
 def _finite(value: Any) -> Any:
-    """The value with None for each number in it that is not finite, which JSON cannot write."""
+    """Replace numbers that are not finite, which JSON cannot represent, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Do what the parsed options ask for, and say what came of it."""
+"""Run the subcommand that the parsed options name, and print its results."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.compare import compare
 from vit_explain_callback.cli.drift import Architecture, explain_series, read_images
 from vit_explain_callback.cli.images import explain_gallery
-from vit_explain_callback.cli.own_methods import methods_of
-from vit_explain_callback.cli.parser import DISCARD_RATIO, HEAD_FUSIONS
 from vit_explain_callback.cli.results import INDEX
-from vit_explain_callback.cli.terminal import complain, say, table
+from vit_explain_callback.cli.subparsers import DISCARD_RATIO, HEAD_FUSIONS
+from vit_explain_callback.cli.terminal import print_error, print_output, table
+from vit_explain_callback.cli.user_methods import parse_methods
 from vit_explain_callback.methods.attention_rollout import AttentionRollout
 from vit_explain_callback.methods.gradient_rollout import GradientRollout
 from vit_explain_callback.methods.heads import HeadFusion
@@ -29,16 +29,16 @@ from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.page.document import page
 
 _FAILED = 2
-_ROWS = 20  # of the table
-_PAGE = b"<title>Explanation drift"
-_HEAD = 10_000  # bytes in which it stands
+_MAX_ROWS = 20  # of the table
+_PAGE_TITLE = b"<title>Explanation drift"
+_PAGE_HEAD = 10_000  # bytes searched for the title
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the subcommand that `args.command` names; its exit status.
+    """Run the subcommand that `args.command` names, and return its exit status.
 
     Raises:
-        ImportError: If a package that is asked for is not installed.
+        ImportError: If an optional package is needed but not installed.
         OSError: If a file cannot be read or written.
         RuntimeError: If the model or the device fails.
         TypeError: If the model returns no logits.
@@ -55,21 +55,21 @@ def _images(args: argparse.Namespace) -> int:
     index = explain_gallery(classifier, methods, args.sources, args.output, classes, args.batch_size)
     images = index["images"]
     for line in _summary(images, args.output):
-        say(line)
-    say(str(args.output / INDEX))
+        print_output(line)
+    print_output(str(args.output / INDEX))
     if args.open and images:
         _open(args.output / _first_picture(images[0]) if len(images) == 1 else args.output)
     return _FAILED if index["failed"] else 0
 
 
 def _summary(images: Sequence[dict[str, Any]], output: Path) -> list[str]:
-    """A table with a line for each image, the first ones if there are many."""
+    """Format a table with a line for each of the first 20 images."""
     rows = [["image", "prediction", "p", "file"]]
-    for image in images[:_ROWS]:
+    for image in images[:_MAX_ROWS]:
         predicted = image.get("prediction")
         name, probability = (predicted["name"], f"{predicted['probability']:.2f}") if predicted else ("-", "-")
         rows.append([Path(image["file"]).name, name, probability, str(output / _first_picture(image))])
-    left = len(images) - _ROWS
+    left = len(images) - _MAX_ROWS
     return [*table(rows), *([f"and {left} more"] if left > 0 else [])] if images else []
 
 
@@ -79,24 +79,24 @@ def _first_picture(image: dict[str, Any]) -> str:
 
 def _compare(args: argparse.Namespace) -> int:
     fusions, ratios = args.head_fusion or list(HEAD_FUSIONS), args.discard_ratio or [0.0, DISCARD_RATIO]
-    named = methods_of(args.method or ["grad_rollout", "rollout"])
+    named = parse_methods(args.method or ["grad_rollout", "rollout"])
     methods = [variant for method in named for variant in _variants(method, fusions, ratios)]
     distinct = list({method.name: method for method in methods}.values())
     classifier = _classifier(args, distinct)
     files = compare(classifier, distinct, args.sources[0], args.output, _classes(classifier, args.category_index))
     for file in files:
-        say(str(file))
+        print_output(str(file))
     if args.open:
         _open(files[0])
     return 0
 
 
 def _drift(args: argparse.Namespace) -> int:
-    methods = resolve_methods(methods_of(args.method))
+    methods = resolve_methods(parse_methods(args.method))
     architecture = Architecture.of_timm(args.model) if args.hf is None else Architecture.of_hugging_face(args.hf)
     images, unreadable = read_images(args.images, architecture.transform, args.num_images)
     for line in unreadable:
-        complain(f"left out {line}")
+        print_error(f"left out {line}")
     explain_series(
         architecture,
         args.checkpoints,
@@ -121,17 +121,17 @@ def _report(args: argparse.Namespace) -> int:
 
 def _write_page(runs: Sequence[Path], file: Path, show: bool) -> None:
     html = page(runs)
-    if file.is_file() and _PAGE not in file.read_bytes()[:_HEAD]:
-        raise FileExistsError(f"{file} is no page of a run and is not written over: choose another --output.")
+    if file.is_file() and _PAGE_TITLE not in file.read_bytes()[:_PAGE_HEAD]:
+        raise FileExistsError(f"{file} is not a page of a run and is not overwritten; choose another --output.")
     write_text(file, html)
-    say(str(file))
+    print_output(str(file))
     if show:
         _open(file)
 
 
 def _open(path: Path) -> None:
     if not webbrowser.open(path.resolve().as_uri()):
-        complain(f"there is no browser to show {path} in")
+        print_error(f"no browser can be opened to show {path}")
 
 
 def _classifier(args: argparse.Namespace, methods: Sequence[AnyMethod]) -> Classifier:
@@ -147,53 +147,56 @@ def _classifier(args: argparse.Namespace, methods: Sequence[AnyMethod]) -> Class
     try:
         classifier.model.to(device)
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"Expected `device` to be one that is there, but got {device}: {error}") from error
+        raise ValueError(f"Expected `device` to be available, but got {device}: {error}") from error
     return classifier
 
 
-def _device(asked: str | None, use_cuda: bool) -> str:
-    if asked is not None:
-        return asked
+def _device(requested: str | None, use_cuda: bool) -> str:
+    if requested is not None:
+        return requested
     if torch.cuda.is_available():
         return "cuda"
     if use_cuda:
-        complain("there is no CUDA device; using the CPU")
+        print_error("no CUDA device is available; using the CPU")
         return "cpu"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _classes(classifier: Classifier, asked: Sequence[str] | None) -> list[int]:
-    return list(dict.fromkeys(classifier.class_index(text) for text in asked or []))
+def _classes(classifier: Classifier, requested: Sequence[str] | None) -> list[int]:
+    return list(dict.fromkeys(classifier.class_index(text) for text in requested or []))
 
 
 def _chosen_methods(
     names: Sequence[str] | None, fusion: HeadFusion | None, ratio: float | None, of_class: bool
 ) -> tuple[AnyMethod, ...]:
-    """The methods asked for; without names vit-explain's own choice, for names without options the options given."""
+    """The methods to run: the default of jacobgil/vit-explain without names, else the named ones.
+
+    The options apply to names that state none.
+    """
     if not names:
         discard = DISCARD_RATIO if ratio is None else ratio
         return (GradientRollout(fusion or "mean", discard) if of_class else AttentionRollout(fusion or "max", discard),)
-    given: dict[str, Any] = {"head_fusion": fusion, "discard_ratio": ratio}
-    options = {name: value for name, value in given.items() if value is not None}
-    methods = methods_of(names)
-    return resolve_methods([_with(m, options) if m.name == m.kind else m for m in methods])
+    options: dict[str, Any] = {"head_fusion": fusion, "discard_ratio": ratio}
+    stated = {name: value for name, value in options.items() if value is not None}
+    methods = parse_methods(names)
+    return resolve_methods([_with_options(m, stated) if m.name == m.kind else m for m in methods])
 
 
-def _with(method: AnyMethod, options: Mapping[str, Any]) -> AnyMethod:
-    lacking = sorted(options.keys() - _option_names(method))
-    if lacking:
-        raise ValueError(f"Expected no --{lacking[0]} with --method {method.kind}, which has no such option.")
+def _with_options(method: AnyMethod, options: Mapping[str, Any]) -> AnyMethod:
+    unsupported = sorted(options.keys() - _option_names(method))
+    if unsupported:
+        raise ValueError(f"Expected no --{unsupported[0]} with --method {method.kind}, which has no such option.")
     return replace(method, **options)
 
 
 def _variants(method: AnyMethod, fusions: Sequence[str], ratios: Sequence[float]) -> list[AnyMethod]:
-    """A method without options with every combination of those that it has; one with options alone."""
-    grid = {"head_fusion": fusions, "discard_ratio": ratios} if method.name == method.kind else {}
-    taken = {name: values for name, values in grid.items() if name in _option_names(method)}
+    """Combine all values of the options that a method has; a method whose name states options stays as it is."""
+    all_values = {"head_fusion": fusions, "discard_ratio": ratios} if method.name == method.kind else {}
+    grid = {name: values for name, values in all_values.items() if name in _option_names(method)}
     options: list[dict[str, Any]] = [
-        dict(zip(taken, values, strict=True)) for values in itertools.product(*taken.values())
+        dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
     ]
-    return [replace(method, **given) for given in options]
+    return [replace(method, **variant) for variant in options]
 
 
 def _option_names(method: AnyMethod) -> set[str]:

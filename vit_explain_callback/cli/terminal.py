@@ -1,4 +1,4 @@
-"""Print lines on a terminal that may be ascii, closed or full, and that files must not steer."""
+"""Print results and errors of the command, whatever the terminal can show."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import suppress
 
 from vit_explain_callback._terminal import print_line, printable
 
-_WIDEST = 40  # characters of a cell
+_MAX_CELL = 40  # characters
 
 
-def say(text: str) -> None:
-    """Print a line on standard output, if there is one; what its encoding lacks becomes a question mark.
+def print_output(text: str) -> None:
+    """Print a line on standard output, if it is open; characters outside its encoding become question marks.
 
     Raises:
-        OSError: If it cannot be written. A reader that has seen enough is no error.
+        OSError: If it cannot be written. A closed pipe is not an error.
     """
     try:
         print_line(text, sys.stdout)
@@ -26,14 +26,14 @@ def say(text: str) -> None:
         raise OSError(f"Standard output cannot be written: {error.strerror}.") from error
 
 
-def complain(text: str) -> None:
-    """Print one line on standard error, named as the command's, if it can be written."""
+def print_error(text: str) -> None:
+    """Print one line on standard error, after the command's name, if it can be written."""
     with suppress(OSError):
         print_line(f"vit-explain: {' '.join(text.split())}", sys.stderr)
 
 
 def discard_unwritten() -> None:
-    """Forget what standard output did not take, so that Python does not try once more, and fail, when it ends."""
+    """Drop unwritten output, so that Python does not try again, and fail, at exit."""
     if sys.stdout is None or sys.stdout.closed:
         return
     try:
@@ -45,13 +45,13 @@ def discard_unwritten() -> None:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of aligned columns; long cells are shortened, but for those of the last column."""
-    cells = [[*(shortened(cell, _WIDEST) for cell in row[:-1]), printable(row[-1])] for row in rows]
+    """Align columns; long cells are shortened, except in the last column."""
+    cells = [[*(shortened(cell, _MAX_CELL) for cell in row[:-1]), printable(row[-1])] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
 def shortened(text: str, longest: int) -> str:
-    """The printable text, of `longest` characters at most."""
+    """Make text printable and at most `longest` characters long."""
     text = printable(text[: longest + 1])
     return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -113,7 +113,7 @@ class Twin:
         return clone
 
     def register(self, value: object, clone: object) -> tuple[Any, ...]:
-        """Let `made` be the copy of `value`."""
+        """Register `clone` as the copy of `value`."""
         self.copies[id(value)] = clone
         self.alive.append(value)
         return copy_by_id, (id(value),)

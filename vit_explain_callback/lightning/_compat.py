@@ -1,6 +1,6 @@
-"""Follow the Lightning that comes: the same classes are published as `pytorch_lightning` and as `lightning.pytorch`.
+"""Support both packages that publish Lightning: `pytorch_lightning` and `lightning.pytorch`.
 
-The callback has to be made from one of them, but which of them a trainer, a module or a logger is of is asked of these.
+The callback derives from one of them; trainers, modules and loggers may come from either.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _PACKAGES = ("lightning", "pytorch_lightning")
 
 
 def is_kind(value: object, name: str) -> bool:
-    """Whether a value is of Lightning's class of this name, of either package."""
+    """Whether a value is an instance of the Lightning class of this name, from either package."""
     return any(base.__name__ == name and _is_lightnings(base) for base in type(value).__mro__)
 
 
 def is_overridden(method: str, instance: object) -> bool:
-    """Whether a module or data module defines a hook of its own.
+    """Whether a module or data module overrides a hook.
 
     Example:
         >>> from pytorch_lightning import LightningModule
         >>> is_overridden("forward", LightningModule())
         False
     """
-    own: Any = getattr(type(instance), method, None)
+    defined: Any = getattr(type(instance), method, None)
     bases = (base for base in type(instance).__mro__ if _is_lightnings(base))
     default = next((vars(base)[method] for base in bases if method in vars(base)), None)
-    return method in vars(instance) or (own is not None and own is not default)
+    return method in vars(instance) or (defined is not None and defined is not default)
 
 
 def _is_lightnings(base: type) -> bool:

@@ -1,4 +1,4 @@
-"""Run a LightningModule the way its user does: the parts that make its logits, or else its own step, on a twin."""
+"""Run a LightningModule on a twin as its user does: the parts that compute its logits, or else its own step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_
 from vit_explain_callback.lightning.batches import picked
 from vit_explain_callback.lightning.read_only_trainer import StandIns, unheard
 from vit_explain_callback.lightning.trace import leaves_of, says_more
-from vit_explain_callback.vit.adapter import LogitsOf
+from vit_explain_callback.options.model import LogitsOf
 from vit_explain_callback.vit.labels import Task
 from vit_explain_callback.vit.losses import IMAGES, LossRecorder
 
@@ -27,19 +27,22 @@ _TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_
 
 @contextmanager
 def evaluating(module: LightningModule, trainer: Trainer) -> Iterator[Twin]:
-    """A twin of a module, in the precision that its weights need; of the module itself, only what is asked for."""
+    """A twin of a module, in the precision that its weights need."""
     stand_ins = StandIns(trainer, module)
     with ExitStack() as stack:
         stack.callback(stand_ins.close)
         twin = stack.enter_context(undisturbed(module, stand_ins))
         kinds = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
-        if kinds - {torch.float32, torch.float64}:  # lower precision, all of it or in parts, needs what training has
+        if kinds - {
+            torch.float32,
+            torch.float64,
+        }:  # lower precision needs the context of training
             stack.enter_context(trainer.precision_plugin.forward_context())
         yield twin
 
 
 def transferred(module: LightningModule, trainer: Trainer, batch: Any) -> Any:
-    """A batch on the module's device, after the transfer hooks: the user's own are run on a twin."""
+    """Move a batch to the module's device through the transfer hooks; the user's own hooks run on a twin."""
     data = getattr(trainer, "datamodule", None)
     batch = trainer.precision_plugin.convert_input(batch)
     if not any(is_overridden(name, owner) for name in _TRANSFERS for owner in (module, data) if owner is not None):
@@ -47,15 +50,15 @@ def transferred(module: LightningModule, trainer: Trainer, batch: Any) -> Any:
     with evaluating(module, trainer) as twin, torch.no_grad(), unheard():
         for name in _TRANSFERS:
             owner = data if data is not None and is_overridden(name, data) else module
-            given = (module.device, 0) if name == "transfer_batch_to_device" else (0,)
-            batch = getattr(twin.copy(owner), name)(batch, *given)
+            arguments = (module.device, 0) if name == "transfer_batch_to_device" else (0,)
+            batch = getattr(twin.copy(owner), name)(batch, *arguments)
     return batch
 
 
 def run_step(twin: Any, step: StepName, batch: Any) -> Any:
-    """Call a step with as many arguments as it takes, by their place as Lightning does; what it says goes nowhere.
+    """Call a step with as many positional arguments as it takes, as Lightning does; its output is discarded.
 
-    The index of the loader is given only where it is asked for by name or has no default.
+    The index of the loader is passed only to a parameter of that name or without a default.
     """
     function = getattr(twin, step)
     kinds = inspect.Parameter
@@ -74,22 +77,22 @@ _WORDS |= {"l1_loss": "absolute error", "multi_margin_loss": "margin loss", "kl_
 
 @dataclass
 class LightningAdapter:
-    """Runs a LightningModule on a twin: some parts of it, one after another, or its step with a batch of the user's.
+    """Runs a LightningModule on a twin: some of its parts, one after another, or its step with a batch of the user's.
 
     Attributes:
         model: The LightningModule.
         trainer: Its trainer.
         vit: Path of the ViT in it.
         task: What its outputs are.
-        forward: How the user gets logits from the module and images.
-        parts: Paths of the modules that turn images into logits; `""` is the module itself. Without any, the step is
-            run.
-        inputs: What the first part is called with where that is not what reaches the ViT, (B, …), on the CPU.
-        feed: Path of the module inside the parts, or the step, that is given other images then.
-        step: The step to run where no part does.
-        batch: The batch that it is run with, on the module's device, after every transfer hook.
-        count: Images in the batch.
-        rows: Which tensors of the batch have a row for each image; None: all with as many rows as images.
+        forward: The user's function of the module and images that returns logits.
+        parts: Paths of the modules that turn images into logits; `""` is the module itself. Without parts, the step
+            runs.
+        inputs: Inputs of the first part, (B, …), on the CPU, if they are not what reaches the ViT.
+        feed: Path of the module that receives the images instead, inside the parts or the step.
+        step: The step to run if there are no parts.
+        batch: The batch that it runs with, on the module's device, after every transfer hook.
+        count: Number of images in the batch.
+        rows: Indices of the tensors of the batch with a row for each image; None: all with as many rows as images.
     """
 
     model: LightningModule
@@ -110,12 +113,17 @@ class LightningAdapter:
         """Whether its outputs are quantities."""
         return self.task == "regression"
 
+    @property
+    def calls_model(self) -> bool:
+        """False: it runs parts of the module or its step."""
+        return False
+
     def in_words(self, loss: str | None, columns: int) -> str:
-        """What is explained, for the first line that is printed.
+        """What is explained, for the greeting.
 
         Args:
-            loss: Name of the loss that is computed of it.
-            columns: Outputs of an image.
+            loss: Name of the loss that is computed from the outputs.
+            columns: Number of outputs per image.
         """
         count = max(columns, 2) if self.task == "classification" else columns
         one, many = {
@@ -130,34 +138,34 @@ class LightningAdapter:
 
     @contextmanager
     def evaluating(self) -> Iterator[Twin]:
-        """A twin whose trainer can be asked but not used."""
+        """A twin with a read-only stand-in for the Trainer."""
         with evaluating(self.model, self.trainer) as twin:
             yield twin
 
-    def outputs(self, twin: nn.Module, images: Tensor, first: int) -> object:
-        """What the twin makes of images, (B, C, H, W), of which the first is image `first` of the batch."""
+    def outputs(self, twin: nn.Module, images: Tensor, rows: range) -> object:
+        """Run the twin on images, (B, C, H, W), which are at `rows` of the batch, counted modulo its size."""
         if self.forward is not None:
             with unheard():
                 return self.forward(twin, images)
-        rows = [(first + place) % max(self.count, 1) for place in range(len(images))]
+        in_batch = [row % max(self.count, 1) for row in rows]
         with self._feeding(twin, images):
             if not self.parts:
-                return self.of_step(twin, rows, images)
-            return self.of_parts(twin, images if self.inputs is None else self.inputs[rows].to(images.device))
+                return self.of_step(twin, in_batch, images)
+            return self.of_parts(twin, images if self.inputs is None else self.inputs[in_batch].to(images.device))
 
     def of_parts(self, twin: nn.Module, inputs: Tensor) -> Any:
-        """What the parts make of what the first of them is called with."""
-        found: Any = inputs
+        """Outputs of the parts, one after another, for inputs of the first."""
+        outputs: Any = inputs
         with unheard():
             for path in self.parts:
-                found = twin.get_submodule(path)(found)
-        return getattr(found, "logits", found)
+                outputs = twin.get_submodule(path)(outputs)
+        return getattr(outputs, "logits", outputs)
 
     def of_step(self, twin: nn.Module, rows: list[int], images: Tensor | None = None) -> Tensor:
-        """The outputs that the step computes its loss of, with some rows of the batch, or with other images.
+        """The outputs that the step computes its loss from, with some rows of the batch, or with other images.
 
         Raises:
-            ValueError: If it computes no loss of outputs with a row for each image.
+            ValueError: If it computes no loss from outputs with a row for each image.
         """
         batch = picked(self.batch, rows, self.count, self.rows)
         recorder, leaves = LossRecorder(), leaves_of(batch)
@@ -170,29 +178,30 @@ class LightningAdapter:
                 recorder.returned |= flow.of(run_step(twin, self.step, batch))
             except Exception:
                 if not recorder.losses:
-                    raise  # else it failed after the loss, as a step that optimises by hand does
+                    raise  # else it failed after the loss, as manual optimisation does
         _, loss = recorder.best(len(rows))
         if loss is None:
             raise ValueError(
-                f"Expected `{self.step}` of {type(self.model).__name__} to compute a loss of outputs with a row for "
-                f"each of {len(rows)} images, but it did not. Give the outputs yourself: `forward=lambda module, "
-                "images: …`."
+                f"Expected `{self.step}` of {type(self.model).__name__} to compute a loss from outputs with a row for "
+                f"each of {len(rows)} images, but it did not. Pass `forward=lambda module, images: …`, which returns "
+                "the outputs."
             )
         return loss.values
 
     @contextmanager
     def _feeding(self, twin: nn.Module, images: Tensor) -> Iterator[None]:
-        """Give the module at `feed` the images in the place of those that it is called with first."""
+        """Replace the first images that the module at `feed` is called with."""
         if self.feed is None:
             yield
             return
-        fed = iter([images])
+        replacements = iter([images])
 
-        def other(given: Any) -> Any:
-            return next(fed, given) if isinstance(given, Tensor) and given.ndim == 4 else given
+        def replaced(argument: Any) -> Any:
+            is_images = isinstance(argument, Tensor) and argument.ndim == 4
+            return next(replacements, argument) if is_images else argument
 
         def feed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return tuple(map(other, args)), {name: other(given) for name, given in kwargs.items()}
+            return tuple(map(replaced, args)), {name: replaced(argument) for name, argument in kwargs.items()}
 
         module = twin.get_submodule(self.feed)
         handle = module.register_forward_pre_hook(feed, with_kwargs=True, prepend=True)

@@ -1,4 +1,4 @@
-"""Handle batches of any form: pick rows of them, join them, find their images and labels."""
+"""Batches of any form: pick rows, concatenate, find images and labels."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class", "cls")
 
 
 def cloned(batch: Any) -> Any:
-    """A batch with tensors of its own, which a step may write to."""
+    """A copy of a batch whose tensors a step may write to."""
     return apply_to_collection(batch, Tensor, lambda part: part.detach().clone())
 
 
 def picked(batch: Any, rows: list[int], count: int, leaves: Collection[int] | None = None) -> Any:
-    """Some rows of a batch of any form, which holds `count` of them: what has as many rows is picked from.
+    """Pick rows of a batch of any form: of every part that has `count` rows.
 
     Args:
         batch: Any batch.
-        rows: Which rows.
-        count: Rows of the batch.
-        leaves: Places of the tensors that have a row for each image, as `trace.leaves_of` counts them; None: all that
-            have as many rows.
+        rows: Rows to pick.
+        count: Number of rows of the batch.
+        leaves: Indices, as in `trace.leaves_of`, of the tensors with a row for each image; None: all tensors with
+            `count` rows.
 
     Example:
         >>> picked({"image": torch.arange(3), "size": (4, 4), "names": ["a", "b", "c"]}, [2, 0], 3)
@@ -63,13 +63,12 @@ def _picked(batch: Any, rows: list[int], count: int, leaves: Collection[int] | N
 
 
 def _like(value: Any, items: dict[Any, Any], attributes: dict[str, Any] | None = None) -> Any:
-
-    made = copy.copy(value)
+    clone = copy.copy(value)
     for key, part in items.items():
-        made[key] = part
+        clone[key] = part
     for name, part in (attributes or {}).items():
-        object.__setattr__(made, name, part)
-    return made
+        object.__setattr__(clone, name, part)
+    return clone
 
 
 def has_rows(part: Any, count: int) -> bool:
@@ -82,52 +81,52 @@ def has_rows(part: Any, count: int) -> bool:
 
 
 def images_in(batch: Any) -> int:
-    """How many images a batch of any form holds: rows of its first tensor of four dimensions, or else of its first."""
-    found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append)
-    rows = [tensor for tensor in found if tensor.ndim == 4] or [tensor for tensor in found if tensor.ndim > 0]
+    """Number of images in a batch of any form: rows of its first four-dimensional tensor, else of its first tensor."""
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append)
+    rows = [tensor for tensor in tensors if tensor.ndim == 4] or [tensor for tensor in tensors if tensor.ndim > 0]
     return len(rows[0]) if rows else 0
 
 
 def joined(batches: list[Any], num_images: int) -> Any:
-    """Batches of one form as one, those with images of the commonest size; None if there is none."""
+    """Concatenate the batches whose images have the most common size; None if there is no batch."""
     if not batches:
         return None
     sizes = [_sizes_of_rows(batch) for batch in batches]
-    commonest = Counter(sizes).most_common(1)[0][0]
-    alike = [batch for batch, size in zip(batches, sizes, strict=True) if size == commonest]
+    most_common = Counter(sizes).most_common(1)[0][0]
+    alike = [batch for batch, size in zip(batches, sizes, strict=True) if size == most_common]
     needed = list(itertools.accumulate(map(images_in, alike)))
     used = alike[: next((place + 1 for place, total in enumerate(needed) if total >= num_images), len(alike))]
-    return _cat(used, [images_in(batch) for batch in used])
+    return _concatenated(used, [images_in(batch) for batch in used])
 
 
 def _sizes_of_rows(batch: Any) -> tuple[Any, ...]:
-    found: list[tuple[int, ...]] = []
-    apply_to_collection(batch, Tensor, lambda part: found.append(tuple(part.shape[1:])) if part.ndim > 1 else 0)
-    return tuple(found)
+    sizes: list[tuple[int, ...]] = []
+    apply_to_collection(batch, Tensor, lambda part: sizes.append(tuple(part.shape[1:])) if part.ndim > 1 else 0)
+    return tuple(sizes)
 
 
-def _cat(parts: list[Any], rows: list[int]) -> Any:
+def _concatenated(parts: list[Any], rows: list[int]) -> Any:
     first = parts[0]
     if len(parts) == 1:
         return first
     if isinstance(first, Tensor):
         return torch.cat(parts) if first.ndim > 0 and len(first) == rows[0] else first
     if isinstance(first, dict):
-        return type(first)({key: _cat([part[key] for part in parts], rows) for key in first})
+        return type(first)({key: _concatenated([part[key] for part in parts], rows) for key in first})
     if isinstance(first, list | tuple):
         if len(first) == rows[0] and not has_rows(first, rows[0]):
             return type(first)(item for part in parts for item in part)
-        items = [_cat(list(column), rows) for column in zip(*parts, strict=True)]
+        items = [_concatenated(list(column), rows) for column in zip(*parts, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     return first
 
 
 class BatchBuffer:
-    """Keeps the images of validation batches as they go by, after every transfer hook, until there are enough.
+    """Buffers validation batches as they reach the module, until they hold enough images.
 
     Args:
-        num_images: Images to keep.
+        num_images: Number of images to buffer.
     """
 
     def __init__(self, num_images: int) -> None:
@@ -135,33 +134,33 @@ class BatchBuffer:
         self._batches: list[Any] = []
         self._count = 0
 
-    def take(self, batch: Any) -> None:
-        """Keep a copy of a batch on the CPU, unless there are enough."""
+    def add(self, batch: Any) -> None:
+        """Buffer a copy of a batch on the CPU, unless there are enough images."""
         if self._count < self._num_images:
             self._batches.append(apply_to_collection(batch, Tensor, lambda part: part.detach().to("cpu", copy=True)))
             self._count += images_in(batch)
 
     @property
     def batch(self) -> Any:
-        """What was kept, as one batch; None if nothing was."""
+        """The buffered batches as one; None if there is none."""
         return joined(self._batches, self._num_images)
 
 
 def images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Take images and class labels out of a batch: a tensor, an (images, labels, …) pair or a mapping; on the CPU.
+    """Images and class labels of a batch, on the CPU: a tensor, an (images, labels, …) pair or a mapping.
 
-    Labels that are not one class index an image (soft labels, several labels, boxes) are left out; those of a
+    Labels that are not one class index per image (soft labels, several labels, boxes) are left out; those of a
     one-logit head may be floats, 0 and 1.
 
     Raises:
         TypeError: If the batch is of another kind.
-        ValueError: If a mapping has no image under a usual name, or the labels are not as many as the images.
+        ValueError: If a mapping has no image under a usual name, or there are more or fewer labels than images.
     """
     images, labels = _parts(batch)
     if not isinstance(images, Tensor):
         raise TypeError(
-            f"Expected a batch with its images as one tensor, but got {type(images).__name__}. Give the images "
-            "yourself: `ViTExplainCallback(images=(images, labels))`."
+            f"Expected a batch with its images as one tensor, but got {type(images).__name__}. Pass the images: "
+            "`ViTExplainCallback(images=(images, labels))`."
         )
     images = images.detach().to("cpu", copy=True)
     if isinstance(labels, Sequence) and all(isinstance(label, int) for label in labels):
@@ -170,7 +169,7 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
         return images, None
     labels = labels.detach().flatten().to("cpu", torch.int64, copy=True)
     if len(labels) != len(images):
-        raise ValueError(f"Expected one label an image, but got {len(images)} images but {len(labels)} labels.")
+        raise ValueError(f"Expected one label per image, but got {len(images)} images but {len(labels)} labels.")
     return images, labels
 
 
@@ -186,5 +185,5 @@ def _parts(batch: Any) -> tuple[Any, Any]:
         return batch[0], batch[1] if len(batch) > 1 else None
     raise TypeError(
         f"Expected a batch that is a tensor, an (images, labels) pair or a mapping, but got {type(batch).__name__}. "
-        "Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
+        "Pass the images: `ViTExplainCallback(images=(images, labels))`."
     )

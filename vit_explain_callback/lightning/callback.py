@@ -1,63 +1,64 @@
-"""The Lightning callback: collects a probe batch, explains it on schedule, and logs what changed."""
+"""The Lightning callback: collects the probe images, explains them on schedule, and logs what changed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from vit_explain_callback.lightning._compat import Callback, LightningModule, Trainer
 from vit_explain_callback.lightning.batches import BatchBuffer
 from vit_explain_callback.lightning.fit import Fit
-from vit_explain_callback.lightning.settings import Settings
+from vit_explain_callback.lightning.settings import MODEL_OPTIONS, CallbackModelOptions, Settings
 from vit_explain_callback.lightning.state_key import changed_options
 from vit_explain_callback.lightning.steps import StepWatch
 from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.metrics.drift import DriftMetric
+from vit_explain_callback.options.rules import refuse_unknown
 from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking.errors import Guard, guarded
-from vit_explain_callback.tracking.reliability import RemovalOrAuto
-from vit_explain_callback.tracking.scalars import Detail
-from vit_explain_callback.vit.adapter import LogitsOf
-from vit_explain_callback.vit.labels import Task
+from vit_explain_callback.tracking.settings import Checks, Detail, Level
 
 _METHODS = ("rollout", "grad_rollout")
+_NO_OPTIONS = ("self", "__class__", "model_options")
 
 
 class ViTExplainCallback(Callback):
     """Explains the same validation images again and again while a Vision Transformer is fine-tuned.
 
-    A snapshot is taken before the first optimiser step (the baseline), on schedule, and at the end of fit. For every
-    method, and for every region of `regions=`, it writes to TensorBoard the scalars
+    A snapshot is taken before the first optimiser step (the baseline), on schedule, and at the end of fit. It writes
+    these scalars to TensorBoard, for every method and for every region in `regions`:
 
     - `explain/drift/baseline_rank_correlation/{method}`: mean rank correlation with the baseline's maps; 1 = unchanged.
-    - `explain/drift/noise_to_unrelated/{method}`: drift since the baseline, 0 = as far as the baseline's maps move
-      under a change that should not matter, 1 = as far apart as maps of different images; left out where these are
-      about the same.
-    - `explain/drift/previous_rank_correlation/{method}`: the same with the last snapshot's maps.
-    - `explain/drift/baseline_{metric}/{method}`, `explain/drift/previous_{metric}/{method}`: by each of `metrics=`.
+    - `explain/drift/noise_to_unrelated/{method}`: drift since the baseline: 0 = as far as a change that should not
+      matter moves the baseline's maps, 1 = as far apart as maps of different images; omitted if the two are about the
+      same.
+    - `explain/drift/previous_rank_correlation/{method}`: mean rank correlation with the previous snapshot's maps.
+    - `explain/drift/baseline_{metric}/{method}`, `explain/drift/previous_{metric}/{method}`: by each of `metrics`.
     - `explain/faithfulness/{method}`, `explain/faithfulness/random`: see `symmetric_relevance_gain`.
     - `explain/lift/{region}/{method}`: share of the map on a region; 1 = the region's share of the image.
     - `explain/map/entropy/{method}`, `explain/map/sink_lift/{method}`: see `map_statistics` and `sink_lift`.
     - `explain/probe/accuracy` (with labels), `explain/probe/changed_predictions` (since the baseline),
       `explain/probe/target_probability`; or `explain/probe/output` for regression.
 
-    the pictures and the text
+    It writes these pictures and this text:
 
-    - `explain/filmstrip/{method}`: image, baseline, earlier snapshots, now; a row for each shown image, and at the end
-      for two more that changed most.
-    - `explain/heatmap/blocks`: blocks by steps, rank correlation of what the classifier's tokens attend to with the
-      baseline.
-    - `explain/summary`: the run in words; at the end, on the standard output and in `summary.txt` too.
+    - `explain/filmstrip/{method}`: image, baseline, earlier snapshots, now; one row for each shown image, and at the
+      end for the two images that changed most.
+    - `explain/heatmap/blocks`: blocks by steps: rank correlation with the baseline of what the classifier's tokens
+      attend to.
+    - `explain/summary`: the run in words; at the end also on standard output and in `summary.txt`.
 
-    and, with `detail="full"`,
+    With `detail="full"` it also writes:
 
     - `explain/final/drift/{method}`, `explain/final/faithfulness/{method}`, `explain/final/lift/{region}/{method}`: of
       the last snapshot.
     - `explain/overlay/{method}/{i}`, `explain/overlay_change/{method}/{i}`: the map of shown image i; now minus
-      baseline. `explain/overlay_animation/{method}/{i}`: its overlays over the run; at the end.
+      baseline. `explain/overlay_animation/{method}/{i}`: its overlays over the run, at the end.
     - `explain/statistics/attention/{stat}/{block}`: see `BlockStatistics`.
     - `explain/statistics/drift_baseline/{method}/{metric}`: means over the images, for the other metrics in
       `vit_explain_callback.metrics.drift`.
@@ -68,139 +69,120 @@ class ViTExplainCallback(Callback):
     - `explain/statistics/drift_previous/{method}/{metric}`,
       `explain/statistics/drift_previous_scaled/{method}/{metric}`,
       `explain/statistics/drift_previous_split/{method}/{metric}/{part}`,
-      `explain/statistics/drift_previous_spread/{method}/{metric}/{part}`: likewise since the last snapshot.
-    - `explain/statistics/drift_blocks/{metric}/{block}`: of what the classifier's tokens attend to in each block.
-    - `explain/statistics/drift_scale/{method}/{metric}/{part}`: `noise`, the drift that a shift within a patch
-      and a little grain cause, and a mirror where the model's output hardly changes in it; `unrelated`, the drift
-      between different images.
+      `explain/statistics/drift_previous_spread/{method}/{metric}/{part}`: likewise since the previous snapshot.
+    - `explain/statistics/drift_blocks/{metric}/{block}`: drift of what the classifier's tokens attend to in each block.
+    - `explain/statistics/drift_scale/{method}/{metric}/{part}`: `noise`, the drift caused by a shift within a patch and
+      a little grain, and by a mirror if the model's output hardly changes under it; `unrelated`, the drift between
+      different images.
     - `explain/statistics/map/{method}/{stat}`, `explain/statistics/region/{region}/{method}/{stat}`: the rest of
       `map_statistics` and `region_statistics`.
 
-    The raw maps, from which `load_run` computes all of this again, go to `explanations/step_{step}.safetensors`
-    in the run's folder. TensorBoard's event file grows by at most 300 kB a snapshot with two methods and `num_shown=3`,
-    and by 500 kB more at the end; `max_pictures_mb` bounds it.
+    Raw maps go to `explanations/step_{step}.safetensors` in the run's folder; `load_run` recomputes everything from
+    them. With two methods and `num_shown=3`, TensorBoard's event file grows by at most 300 kB per snapshot, and by
+    500 kB more at the end; `Detail(max_pictures_mb=…)` bounds it.
 
-    Noise and faithfulness take extra passes. The baseline has its noise measured alone, as training waits for it; both
-    are measured in the next snapshot, in every `check_every_n_snapshots` from there, and at the end. Every scalar that
-    is logged is in `trainer.callback_metrics` too, for `ModelCheckpoint(monitor=…)` and `EarlyStopping`.
-    One line says at the start what is watched. Training is left as it was: no random stream, gradient, buffer or
-    training flag differs after a snapshot. Under several processes each explains a share.
+    Every logged scalar is also in `trainer.callback_metrics`, for `ModelCheckpoint(monitor=…)` and `EarlyStopping`. One
+    line at the start says what is watched. Training is left as it was: no random stream, gradient, buffer or training
+    flag differs after a snapshot. With several processes, each explains a share.
 
     Args:
-        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or `AttentionRollout`, `GradientRollout`,
-            `AttentionFlow` and `MapFunction` objects. `"flow"` takes seconds an image. With `MapFunction`s alone no ViT
-            is looked for, and any classifier of images is explained. Maps of more than 64 cells a side, as of pixels,
-            are saved as they are and measured pooled.
-        every_n_epochs: Epochs between snapshots. `"auto"` is 1, unless `every_n_steps` is given.
-        every_n_steps: Optimiser steps between snapshots, instead of `every_n_epochs`.
-        check_every_n_snapshots: Snapshots between those that also measure noise and faithfulness: one explanation
-            more, 10 forward passes of 8 images for each method, 10 once a run, and 13 of two images. None: none does.
-        removal: How faithfulness takes patches away: `"mean_colour"` paints them over, `"tokens"` keeps their tokens
-            from the blocks, which takes half the time. Blocks with rotary or relative positions, masks or convolutions
-            would mistake where the others are; that is measured at each check, and patches are then painted over.
-            `"auto"` is `"tokens"` where the model allows it.
-        num_images: Images taken from the start of the validation set; drift is averaged over them.
-        images: Images to explain instead, (B, C, H, W) normalised for the model; or the pair (images, labels).
+        methods: Names (`"rollout"`, `"grad_rollout"`, `"rollout_max_0.9"`, …) or objects (`AttentionRollout()`,
+            `GradientRollout(head_fusion="max")`, `MapFunction("mine", function)`, …). `"flow"` takes seconds per image.
+            With `MapFunction`s alone, any image classifier can be explained. Maps of more than 64 cells a side, such as
+            pixel maps, are saved unchanged and pooled before they are measured.
+        images: Images to explain, (B, C, H, W) normalised for the model, or the pair (images, labels). None takes them
+            from the validation data.
+        num_images: Number of images taken from the validation data, spread over it and its classes.
         regions: Boolean masks (B, H, W) of the probe images by name, such as the object or a watermark.
-        num_shown: Images drawn, spread over the classes.
-        target: Class whose logit gradient rollout follows: `"label"` is the image's label where the batch has one and
-            else the prediction at the baseline; `"prediction"` is always the latter; or one class index. It stays
-            fixed over the run.
-        block_statistics: Whether to measure what each block attends to.
-        metrics: Measures of drift to log besides rank correlation: names of those in
-            `vit_explain_callback.metrics.drift`, or `DriftMetric("mine", function, unchanged=1.0)`.
-        vit: Attribute path of the ViT inside the LightningModule, needed where it holds several.
-        class_names: Names for the captions. Default: the `classes` of the validation dataset, if it has them.
-        mean: Mean with which images were normalised, to undo it for display. Default: the timm model's own, or, where
-            there is none, the range of the images is stretched.
-        std: Standard deviation, likewise.
-        forward: How to get logits (B, C) from the LightningModule and images, if not those that the loss of its step
-            is computed of.
-        task: What the outputs are, `"classification"`, `"multilabel"` or `"regression"`, if not what the loss says.
-        prefix_tokens: Number of tokens before the patches, where the layout of the tokens cannot be told.
-        grid_size: Patches as (grid_h, grid_w), likewise.
-        batch_size: Images explained in one pass; None takes all at once.
-        save_maps: Whether to save the raw maps of every snapshot, from which `vit-explain report` makes a page.
-        report: Whether to write this page, `report.html` beside the maps, during the run as well.
-        margin_charts: Whether to lay out TensorBoard's custom scalars pane as charts of the median between p10 and p90,
-            with `detail="full"`. TensorBoard knows one layout a run.
-        detail: `"brief"` logs what is to be looked at first, `"full"` everything.
-        max_pictures_mb: Megabytes that all pictures of a run may take in TensorBoard's event file.
-        on_error: What becomes of a snapshot that fails during training: `"warn"` says so and goes on, `"raise"` stops.
+        target: Class whose logit gradient rollout differentiates, fixed over the run: `"label"` is the image's label,
+            or the prediction at the baseline if there is no label; `"prediction"` is always the latter; or one class
+            index.
+        class_names: Class names for the captions. Default: the `classes` of the validation data set, if it has them.
+        normalisation: (mean, std) of the images' normalisation, one number per channel, undone for display. Default:
+            that of the timm model; without one, the range of the images is stretched.
+        every_n_epochs: Epochs between snapshots. `"auto"` takes one with each validation, unless `every_n_steps` is
+            given.
+        every_n_steps: Optimiser steps between snapshots, instead of `every_n_epochs`.
+        checks: Measure noise and faithfulness with every `checks`-th snapshot; None: with none. See `Checks`.
+        metrics: Drift metrics to log besides rank correlation: names of those in `vit_explain_callback.metrics`, or
+            `DriftMetric("mine", function, unchanged=1.0)`.
+        detail: `"brief"` logs what is worth a first look, `"full"` logs everything. See `Detail`.
+        num_shown: Number of images drawn, spread over the classes.
+        save_maps: Whether to save the raw maps of every snapshot, and the page made from them.
+        on_error: What to do when a snapshot fails during training: `"warn"` reports it and training continues,
+            `"raise"` stops the run.
+        **model_options: What the LightningModule does not say about itself: `vit`, `forward`, `task`, `prefix_tokens`,
+            `grid_size` and `batch_size`; see `CallbackModelOptions`.
 
     Raises:
-        TypeError: If methods or images are of the wrong type.
-        ValueError: If an argument is outside its range; when fit starts, also if the LightningModule holds no supported
-            ViT or several, if there is nothing to explain, or if images, labels or methods do not fit the model.
+        TypeError: If an option has the wrong type or does not exist.
+        ValueError: If an option is out of range; when fit starts, also if the LightningModule holds no supported ViT or
+            several, if there is nothing to explain, or if images, labels or methods do not fit the model.
+
+    Example:
+        >>> callback = ViTExplainCallback(["rollout", "chefer"], every_n_steps=500, detail="full", vit="backbone")
+        >>> callback.settings.model["vit"]
+        'backbone'
     """
 
     def __init__(
         self,
         methods: Sequence[str | AnyMethod] = _METHODS,
+        images: Tensor | tuple[Tensor, Tensor] | None = None,
+        num_images: int = 16,
+        regions: Mapping[str, Tensor] | None = None,
+        target: Literal["label", "prediction"] | int = "label",
+        class_names: Sequence[str] | None = None,
+        normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
         every_n_epochs: int | Literal["auto"] | None = "auto",
         every_n_steps: int | None = None,
-        check_every_n_snapshots: int | None = 20,
-        removal: RemovalOrAuto = "auto",
-        num_images: int = 16,
-        images: Tensor | tuple[Tensor, Tensor] | None = None,
-        regions: Mapping[str, Tensor] | None = None,
-        num_shown: int = 3,
-        target: Literal["label", "prediction"] | int = "label",
-        block_statistics: bool = True,
+        checks: int | Checks | None = 20,
         metrics: Sequence[str | DriftMetric] = (),
-        vit: str | None = None,
-        class_names: Sequence[str] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        forward: LogitsOf | None = None,
-        task: Task | None = None,
-        prefix_tokens: int | None = None,
-        grid_size: tuple[int, int] | None = None,
-        batch_size: int | None = None,
+        detail: Level | Detail = "brief",
+        num_shown: int = 3,
         save_maps: bool = True,
-        report: bool = True,
-        margin_charts: bool = True,
-        detail: Detail = "brief",
-        max_pictures_mb: float = 100.0,
         on_error: Literal["warn", "raise"] = "warn",
+        **model_options: Unpack[CallbackModelOptions],
     ) -> None:
-        asked = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.settings = Settings.of(asked)
-        self._state_key = f"{type(self).__qualname__}{changed_options(asked, ViTExplainCallback.__init__)}"
+        refuse_unknown(model_options, _DEFAULTS)
+        options = {name: value for name, value in locals().items() if name not in _NO_OPTIONS}
+        options |= dict.fromkeys(MODEL_OPTIONS) | model_options
+        self.settings = Settings.of(options)
+        options |= {"checks": self.settings.checks, "detail": self.settings.detail}
+        self._state_key = f"{type(self).__qualname__}{changed_options(options, _DEFAULTS)}"
         self.guard = Guard(self.settings.on_error)
         self._fit: Fit | None = None
-        self._before: Fit | None = None
+        self._previous: Fit | None = None
         self._state: dict[str, Any] | None = None
-        self._watched, self._step = BatchBuffer(self.settings.num_images), StepWatch()
+        self._buffer, self._step = BatchBuffer(self.settings.num_images), StepWatch()
 
     @property
     def tracker(self) -> ExplanationTracker | None:
-        """What holds the snapshots of the latest fit, once there are probe images."""
+        """The tracker with the snapshots of the latest fit; None until there are probe images."""
         return None if self._fit is None else self._fit.tracker
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that everything asked for can work."""
+        """Refuse a trainer without validation images, and continue from the previous fit of the same module."""
         if stage == "fit":
-            self._watched, self._step = BatchBuffer(self.settings.num_images), StepWatch()
+            self._buffer, self._step = BatchBuffer(self.settings.num_images), StepWatch()
             self.guard = Guard(self.settings.on_error)
-            before, self._before, self._fit = self._fit, self._fit, None
-            self._state = None
-            if before is not None:
-                go_on = partial(before.state_for, trainer, pl_module)
-                self._state = self.guard.attempt("cannot go on from the fit before", go_on)
-            if self.settings.given is None and not trainer.enable_validation:
+            self._previous, self._fit, self._state = self._fit, None, None
+            if self._previous is not None:
+                state_for = partial(self._previous.state_for, trainer, pl_module)
+                self._state = self.guard.attempt("cannot continue from the previous fit", state_for)
+            if self.settings.images is None and not trainer.enable_validation:
                 raise ValueError(
-                    "Expected a validation loader (and a `validation_step`) to take the probe images from, but there "
-                    "is none. Give the images yourself: `ViTExplainCallback(images=(images, labels))`."
+                    "Expected a validation loader and a `validation_step` to take the probe images from, but there is "
+                    "none. Pass the images: `ViTExplainCallback(images=(images, labels))`."
                 )
 
     @guarded
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collect the probe images and take the baseline, unless a checkpoint brought one."""
+        """Collect the probe images and take the baseline, unless a checkpoint holds one."""
         place = _ours(trainer).index(self)
-        seen = self._watched, self._step
-        self._fit = Fit(self.settings, trainer, pl_module, self._state, *seen, self.guard, place, self._before)
-        self._before = None
+        watched = self._buffer, self._step
+        self._fit = Fit(self.settings, trainer, pl_module, self._state, *watched, self.guard, place, self._previous)
+        self._previous = None
         self._fit.begin()
 
     @guarded
@@ -219,42 +201,42 @@ class ViTExplainCallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Keep images of validation data that cannot be read otherwise."""
+        """Watch the first validation step, and buffer its images in case the data cannot be read otherwise."""
         if trainer.state.fn == "fit" and (self._fit is None or self._fit.watches):
-            if self.settings.given is None:
-                self._watched.take(batch)
+            if self.settings.images is None:
+                self._buffer.add(batch)
             self._step.begin(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Watch no step any longer."""
+        """Stop watching the step."""
         self._step.end(trainer)
 
     @guarded
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take a snapshot with each validation of the fit, unless another schedule was asked for."""
+        """Take a snapshot with each validation of the fit, unless there is another schedule."""
         if self._fit is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._fit.after_validation()
 
     @guarded
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the last snapshot, unless the schedule has just done so, and say what the run shows."""
+        """Take the last snapshot, unless the schedule has just taken it, and print the summary."""
         if self._fit is not None:
             self._fit.end()
 
     @guarded
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the trainer and its module."""
+        """Drop the references to trainer and module."""
         if self._fit is not None and stage == "fit":
             self._fit.release()
 
     @property
     def state_key(self) -> str:
-        """Tells the callbacks of one trainer apart, by what was asked of them."""
+        """Tells the callbacks of one trainer apart by their options."""
         return self._state_key
 
     @guarded
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take over the state of a run with other options, to say that it cannot go on."""
+        """Load the state of a run with other options, so that a warning can say why it cannot continue."""
         name = type(self).__qualname__
         states = {key: state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith(name)}
         if len(_ours(trainer)) == 1 and len(states) == 1 and self.state_key not in states:
@@ -263,11 +245,11 @@ class ViTExplainCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The snapshots, baseline included, and the fingerprint of the probe images."""
         tracker = self.tracker
-        found = None if tracker is None else self.guard.attempt("cannot save the snapshots", tracker.state_dict)
-        return found or self._state or {}
+        state = None if tracker is None else self.guard.attempt("cannot save the snapshots", tracker.state_dict)
+        return state or self._state or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the snapshots of the run that is resumed."""
+        """Load the snapshots of the run that is resumed."""
         self._state = state_dict
 
 
@@ -275,3 +257,15 @@ def _ours(trainer: Trainer) -> list[ViTExplainCallback]:
     """The callbacks of this kind that a trainer has."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, ViTExplainCallback)]
+
+
+_DEFAULTS: dict[str, Any] = {
+    **{
+        name: parameter.default
+        for name, parameter in signature(ViTExplainCallback).parameters.items()
+        if name not in _NO_OPTIONS
+    },
+    **dict.fromkeys(MODEL_OPTIONS),
+    "checks": Checks(),
+    "detail": Detail(),
+}

@@ -14,15 +14,16 @@ from vit_explain_callback.isolation.wrappers import is_sharded
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind, is_overridden
 from vit_explain_callback.lightning.adapter import LightningAdapter, transferred
 from vit_explain_callback.lightning.batches import BatchBuffer, images_and_labels
-from vit_explain_callback.lightning.outputs import Discovery
+from vit_explain_callback.lightning.outputs import OutputFinder
 from vit_explain_callback.lightning.probe_batch import class_names, probe_batch, validation_size
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.steps import Steps
 from vit_explain_callback.lightning.trace import StepTrace
+from vit_explain_callback.options.model import LogitsOf
 from vit_explain_callback.tracking.distributed import Ranks
 from vit_explain_callback.tracking.errors import is_refusal, warn
 from vit_explain_callback.tracking.probe import Probe
-from vit_explain_callback.vit.adapter import Adapter, LogitsOf, PlainAdapter
+from vit_explain_callback.vit.adapter import Adapter, PlainAdapter
 from vit_explain_callback.vit.timm import check_classifier, find_vit, normalisation, refuse_other_timm_models
 
 
@@ -30,7 +31,7 @@ def ranks_of(trainer: Trainer) -> Ranks:
     """The processes of a trainer whose strategy is set up.
 
     Raises:
-        ValueError: If its processes divide the heads of each attention among them.
+        ValueError: If the processes share out the heads of each attention.
     """
     strategy = trainer.strategy
     mesh = getattr(strategy, "_device_mesh", None)  # of `ModelParallelStrategy`, public only inside the module
@@ -47,7 +48,7 @@ def ranks_of(trainer: Trainer) -> Ranks:
 def explained_module(
     pl_module: LightningModule, vit: str | None, forward: LogitsOf | None, needs_vit: bool
 ) -> nn.Module:
-    """What turns images into logits: the LightningModule if it can, else the ViT itself.
+    """The module that turns images into logits: the LightningModule if it can, else the ViT itself.
 
     Raises:
         ValueError: If neither can.
@@ -59,20 +60,20 @@ def explained_module(
             f"Expected {type(pl_module).__name__} to define `forward(images)`, returning logits, but it does not. Say "
             "how to get them: `ViTExplainCallback(forward=lambda module, images: module.model(images))`."
         )
-    found = find_vit(pl_module, vit)
-    if found is pl_module:
+    vit_module = find_vit(pl_module, vit)
+    if vit_module is pl_module:
         raise ValueError(
             f"Expected {type(pl_module).__name__} to define `forward(images)`, returning logits, or `vit=` to name "
             "the attribute that holds its model, but got neither."
         )
-    return found
+    return vit_module
 
 
 def forward_of(trainer: Trainer) -> LogitsOf | None:
-    """How the LightningModule is called by a trainer whose strategy needs more than that, else None."""
+    """How to call the LightningModule if the strategy needs more than a plain call, else None."""
     if not is_kind(trainer.strategy, "FSDPStrategy"):
         return None
-    # Parameters outside of every wrapped submodule are gathered by the outermost wrapper alone.
+    # Only the outermost wrapper gathers parameters that lie outside every wrapped submodule.
     outermost = trainer.strategy.model
 
     def forward(_: nn.Module, images: Tensor) -> Any:
@@ -83,18 +84,18 @@ def forward_of(trainer: Trainer) -> LogitsOf | None:
 
 
 _FEW = 16
-"""Images that a step is run with, where its loss is all that is asked for."""
+"""Images to run a step with if only its loss is needed."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class Discovered:
     """What a run explains.
 
     Attributes:
-        explainer: Of its module.
+        explainer: Explains the module.
         probe: The images.
-        is_first: Whether they are the first that validation gave, as others could not be had.
-        words: What is explained.
+        is_first: Whether they are the first images of the validation, because others could not be read.
+        words: What is explained, for the greeting.
     """
 
     explainer: Explainer
@@ -102,141 +103,153 @@ class Subject:
     is_first: bool = False
     words: str = ""
 
-    @classmethod
-    def of(
-        cls,
-        settings: Settings,
-        trainer: Trainer,
-        module: LightningModule,
-        ranks: Ranks,
-        watched: BatchBuffer,
-        trace: StepTrace | None,
-    ) -> Subject | None:
-        """Take the images that the user gives, or validation images; None where these must be watched first.
 
-        Raises:
-            TypeError: If there are no images to be found in a batch.
-            ValueError: If the module cannot be explained.
-            RuntimeError: If reading the images fails.
-        """
-        vit = settings.model.get("vit")
-        if settings.needs_vit:
-            refuse_other_timm_models(module if vit is None else find_vit(module, vit))
-        discovery = Discovery(module, trainer, vit, settings.needs_vit, settings.task)
-        if settings.given is not None:
-            return cls._of_given(settings, trainer, module, ranks, discovery, trace)
-        # The first process collects, and gives the images to all.
-        work = partial(_collected, trainer, settings.num_images, watched)
-        gathered = ranks.together(lambda: (*work(), trace) if ranks.rank == 0 else (None, False, None))
+def discover(
+    settings: Settings,
+    trainer: Trainer,
+    module: LightningModule,
+    ranks: Ranks,
+    buffer: BatchBuffer,
+    trace: StepTrace | None,
+) -> Discovered | None:
+    """Find what to explain: the user's images, or validation images; None if these must be watched first.
+
+    Args:
+        settings: The options of the callback.
+        trainer: The trainer.
+        module: The module that it trains.
+        ranks: The processes.
+        buffer: The validation images seen so far.
+        trace: Trace of the first validation step, if it was watched.
+
+    Raises:
+        TypeError: If a batch holds no images.
+        ValueError: If the module cannot be explained.
+        RuntimeError: If reading the images fails.
+    """
+    vit = settings.model.get("vit")
+    if settings.needs_vit:
+        refuse_other_timm_models(module if vit is None else find_vit(module, vit))
+    finder = OutputFinder(module, trainer, vit, settings.needs_vit, settings.model.get("task"))
+    discovery = _Discovery(settings, trainer, module, ranks, finder)
+    return discovery.from_validation(buffer, trace) if settings.images is None else discovery.from_images(trace)
+
+
+@dataclass(frozen=True)
+class _Discovery:
+    settings: Settings
+    trainer: Trainer
+    module: LightningModule
+    ranks: Ranks
+    finder: OutputFinder
+
+    @property
+    def _is_called(self) -> bool:
+        """Whether the module is called as a whole: by the user's `forward`, or because its parameters are sharded."""
+        return self.settings.model.get("forward") is not None or is_sharded(self.module)
+
+    def from_validation(self, buffer: BatchBuffer, trace: StepTrace | None) -> Discovered | None:
+        # The first process reads the images and sends them to all.
+        work = partial(_collected, self.trainer, self.settings.num_images, buffer)
+        gathered = self.ranks.together(lambda: (*work(), trace) if self.ranks.rank == 0 else (None, False, None))
         batch, is_ready, trace = gathered[0]
         if batch is None:
             return None
-        if settings.model.get("forward") is not None or is_sharded(module):
-            images, labels = images_and_labels(_on_device(trainer, module, batch, is_ready))
-            adapter = _called(settings, trainer, module)
-            return cls._made(settings, trainer, module, adapter, images, labels, is_first=is_ready)
+        if self._is_called:
+            images, labels = images_and_labels(_on_device(self.trainer, self.module, batch, is_ready))
+            return self._discovered(self._calling_adapter(), images, labels, is_first=is_ready)
         try:
-            seen = ranks.alike(lambda: discovery.of(batch, is_ready, trace))
-        except RuntimeError:  # the step may be given another form: that of several loaders at once
-            if is_ready or watched.batch is None or ranks.count > 1:
+            outputs = self.ranks.alike(lambda: self.finder.for_batch(batch, is_ready, trace))
+        except RuntimeError:  # the step may take another form of batch: that of several loaders at once
+            if is_ready or buffer.batch is None or self.ranks.count > 1:
                 raise
-            seen, is_ready = discovery.of(watched.batch, True, trace), True  # of one process alone
-        if seen.notice is not None:
-            warn(seen.notice)
-        made = cls._made(settings, trainer, module, seen.adapter, seen.images, seen.labels, is_first=is_ready)
-        return replace(made, words=seen.words)
+            outputs, is_ready = self.finder.for_batch(buffer.batch, True, trace), True  # of one process alone
+        if outputs.notice is not None:
+            warn(outputs.notice)
+        found = self._discovered(outputs.adapter, outputs.images, outputs.labels, is_first=is_ready)
+        return replace(found, words=outputs.words)
 
-    @classmethod
-    def _of_given(
-        cls,
-        settings: Settings,
-        trainer: Trainer,
-        module: LightningModule,
-        ranks: Ranks,
-        discovery: Discovery,
-        trace: StepTrace | None,
-    ) -> Subject:
-        assert settings.given is not None
-        images, labels = settings.given
+    def from_images(self, trace: StepTrace | None) -> Discovered:
+        assert self.settings.images is not None
+        images, labels = self.settings.images
         first: StepTrace | None = None
-        if settings.model.get("forward") is None and not is_sharded(module):
-            first = ranks.together(lambda: trace)[0]
+        if not self._is_called:
+            first = self.ranks.together(lambda: trace)[0]
             if first is None or not first.seen:
-                first = _seen_on_a_copy(trainer, module, ranks)
+                first = _traced_on_a_copy(self.trainer, self.module, self.ranks)
         if first is not None:
             try:
-                seen = ranks.alike(lambda: discovery.of_images(images, labels, first))
-                made = cls._made(settings, trainer, module, seen.adapter, seen.images, labels)
-                return replace(made, words=seen.words)
+                outputs = self.ranks.alike(lambda: self.finder.for_images(images, labels, first))
+                return replace(self._discovered(outputs.adapter, outputs.images, labels), words=outputs.words)
             except Exception as error:
                 if is_refusal(error):
                     raise
-        # Or the module's parts do not take these images: it may itself, and else says what it takes.
-        return cls._made(settings, trainer, module, _called(settings, trainer, module), images, labels)
+        # The module's parts may not take these images; the module itself may, or says what it takes.
+        return self._discovered(self._calling_adapter(), images, labels)
 
-    @classmethod
-    def _made(
-        cls,
-        settings: Settings,
-        trainer: Trainer,
-        module: LightningModule,
-        adapter: Adapter,
-        images: Tensor,
-        labels: Tensor | None,
-        is_first: bool = False,
-    ) -> Subject:
-        display, wanted = settings.display, settings.num_images
-        if settings.given is None:
-            images, labels = images[:wanted], None if labels is None else labels[:wanted]
-            if len(images) < wanted:
+    def _discovered(
+        self, adapter: Adapter, images: Tensor, labels: Tensor | None, is_first: bool = False
+    ) -> Discovered:
+        settings, display = self.settings, self.settings.display
+        if settings.images is None:
+            images, labels = images[: settings.num_images], None if labels is None else labels[: settings.num_images]
+            if len(images) < settings.num_images:
                 warn(
-                    f"`num_images={wanted}`, but {_given(trainer, len(images))}; these are used. Give others with "
-                    "`images=`."
+                    f"`num_images={settings.num_images}`, but {_number_read(self.trainer, len(images))}; these are "
+                    "used. Pass others with `images=`."
                 )
         vit = find_vit(adapter.model, adapter.vit) if settings.needs_vit else adapter.model
         probe = Probe.of(
             images,
             labels,
             regions=settings.regions,
-            class_names=display.class_names or class_names(trainer),
+            class_names=display.class_names or class_names(self.trainer),
             regression=adapter.regression,
             multilabel=getattr(adapter, "task", None) == "multilabel",
             normalisation=display.normalisation or normalisation(vit),
             num_shown=display.num_shown,
         )
         options = settings.model
-        explainer = Explainer.of(
-            adapter,
-            settings.methods,
-            prefix_tokens=options.get("prefix_tokens"),
-            grid_size=options.get("grid_size"),
-        )
-        return cls(explainer, probe, is_first)
+        tokens: Any = {name: options.get(name) for name in ("prefix_tokens", "grid_size")}
+        return Discovered(Explainer(adapter, settings.methods, **tokens), probe, is_first)
+
+    def _calling_adapter(self) -> Adapter:
+        """Calls the module, its ViT or the user's `forward`."""
+        options, module = self.settings.model, self.module
+        vit, forward, task = options.get("vit"), options.get("forward"), options.get("task")
+        model = explained_module(module, vit, forward, self.settings.needs_vit)
+        if is_sharded(module):
+            forward = forward or forward_of(self.trainer)
+            return PlainAdapter(model, vit if model is module else None, forward, task == "regression")
+        if model is not module:
+            check_classifier(model)
+        path = "" if model is module else next(name for name, child in module.named_modules() if child is model)
+        return LightningAdapter(module, self.trainer, vit, task or "classification", forward, (path,))
 
 
-def _collected(trainer: Trainer, num_images: int, watched: BatchBuffer) -> tuple[Any, bool]:
+def _collected(trainer: Trainer, num_images: int, buffer: BatchBuffer) -> tuple[Any, bool]:
     """A batch of validation images, and whether it has been through the transfer hooks; None if there is none yet.
 
-    Images that were watched are the first of the data, and often of one class: they serve where no others can be had.
+    Buffered images are the first of the data, and often of one class; they are used if no others can be read.
     """
     try:
         batch = probe_batch(trainer, num_images)
     except RuntimeError as error:
-        if watched.batch is None:
+        if buffer.batch is None:
             raise
         warn(
-            "give `images=(images, labels)` to explain others than the first validation images, as others cannot be "
-            f"read in a process of its own: {error.__cause__!r}."
+            "only the first validation images are explained, as others than the first validation images cannot be read "
+            f"in a process of their own ({error.__cause__!r}). Pass `images=(images, labels)` to choose them."
         )
         batch = None
-    return (watched.batch, True) if batch is None else (batch, False)
+    return (buffer.batch, True) if batch is None else (batch, False)
 
 
-def _seen_on_a_copy(trainer: Trainer, module: LightningModule, ranks: Ranks) -> StepTrace | None:
-    """What a step computes its loss of with images of the data; None where that cannot be seen."""
+def _traced_on_a_copy(trainer: Trainer, module: LightningModule, ranks: Ranks) -> StepTrace | None:
+    """Trace of a step that runs on a copy with a few images of the data; None if that fails."""
 
     def read() -> Any:
-        with suppress(RuntimeError):  # what cannot be read is not needed: the images are given
+        with suppress(RuntimeError):  # not needed, as the user passed the images
             return probe_batch(trainer, _FEW, any_items=True)
 
     batch = ranks.together(lambda: read() if ranks.rank == 0 else None)[0]
@@ -245,15 +258,15 @@ def _seen_on_a_copy(trainer: Trainer, module: LightningModule, ranks: Ranks) -> 
 
     def run() -> StepTrace | None:
         with suppress(Exception):  # nor is a step that runs
-            seen = Steps(module, trainer).first_with_loss(transferred(module, trainer, batch))[2]
-            return replace(seen, error=None)
+            trace = Steps(module, trainer).first_with_loss(transferred(module, trainer, batch))[2]
+            return replace(trace, error=None)
         return None
 
     return ranks.together(run)[0]
 
 
-def _given(trainer: Trainer, used: int) -> str:
-    """How many images validation gave, where fewer than all of them can be explained."""
+def _number_read(trainer: Trainer, used: int) -> str:
+    """Why there are fewer images than asked for, in words."""
     total = validation_size(trainer) or used
     if total <= used:
         return f"the validation set gave {used}"
@@ -269,17 +282,3 @@ def _on_device(trainer: Trainer, module: LightningModule, batch: Any, is_ready: 
     if is_sharded(module):
         return trainer.strategy.batch_to_device(batch, module.device)
     return transferred(module, trainer, batch)
-
-
-def _called(settings: Settings, trainer: Trainer, module: LightningModule) -> Adapter:
-    """The module, run by calling it, its ViT or the user's `forward`."""
-    vit, forward, task = settings.model.get("vit"), settings.model.get("forward"), settings.task
-    model = explained_module(module, vit, forward, settings.needs_vit)
-    if is_sharded(module):
-        return PlainAdapter(
-            model, vit if model is module else None, forward or forward_of(trainer), task == "regression"
-        )
-    if model is not module:
-        check_classifier(model)
-    path = "" if model is module else next(name for name, child in module.named_modules() if child is model)
-    return LightningAdapter(module, trainer, vit, task or "classification", forward, (path,))

@@ -1,4 +1,4 @@
-"""Follow one fit: when a snapshot is taken, of which images, and on which processes."""
+"""One fit: when snapshots are taken, of which images, and by which processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from vit_explain_callback._terminal import announce, quoted
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import BatchBuffer
-from vit_explain_callback.lightning.discover import Subject, ranks_of
+from vit_explain_callback.lightning.discover import Discovered, discover, ranks_of
 from vit_explain_callback.lightning.loggers import LoggerWriter, renamed, run_folder
 from vit_explain_callback.lightning.sample import sample
 from vit_explain_callback.lightning.settings import Settings
@@ -24,8 +24,8 @@ from vit_explain_callback.tracking.run_folder import RunFolder
 from vit_explain_callback.tracking.writers import FolderWriter, Writer
 
 _CURE = (
-    "If the model cannot be copied or run here, `explain(module.part, images)` explains checkpoints of the run, where "
-    "`part` is what turns images into logits."
+    "If the model cannot be copied or run here, explain the checkpoints of the run instead: "
+    "`explain(module.part, images)`, where `part` turns images into logits."
 )
 
 
@@ -33,18 +33,18 @@ class Fit:
     """Takes the snapshots of one fit.
 
     Args:
-        settings: What the user asks for.
-        trainer: At the start of training.
-        pl_module: What it trains.
-        state: Of the run that is resumed, or None.
-        watched: Holds the validation images that went by before.
-        step: Holds what was seen of the first validation step.
-        guard: Says what fails.
-        place: Of this callback among several in one trainer; each has tags and a folder of its own.
-        before: The fit before this one, if the callback has seen one.
+        settings: The options of the callback.
+        trainer: The trainer, at the start of training.
+        pl_module: The module that it trains.
+        state: State of the run that is resumed, or None.
+        buffer: The validation images seen so far.
+        step: The first validation step, as far as it was watched.
+        guard: Reports failures.
+        place: Index of this callback among several in one trainer; each has its own tags and folder.
+        previous: The previous fit of this callback, if any.
 
     Attributes:
-        tracker: Holds the snapshots; None until the probe images are there.
+        tracker: Holds the snapshots; None until there are probe images.
     """
 
     def __init__(
@@ -53,29 +53,29 @@ class Fit:
         trainer: Trainer,
         pl_module: LightningModule,
         state: Mapping[str, Any] | None,
-        watched: BatchBuffer,
+        buffer: BatchBuffer,
         step: StepWatch,
         guard: Guard,
         place: int = 0,
-        before: Fit | None = None,
+        previous: Fit | None = None,
     ) -> None:
         self.tracker: ExplanationTracker | None = None
         self._settings, self._trainer, self._module, self._state = settings, trainer, pl_module, state
-        self._watched, self._step = watched, step
+        self._buffer, self._step = buffer, step
         self._guard = guard
-        self._of = (id(trainer), id(pl_module))
-        self._logged = -1 if before is None else before.logged_by(trainer)
+        self._ids = (id(trainer), id(pl_module))
+        self._logged = -1 if previous is None else previous.logged_by(trainer)
         self._last_step = trainer.global_step
         self._published: dict[str, Tensor] = {}
-        self._seen: Tensor | None = None
+        self._explained_weights: Tensor | None = None
         self._greeting: Callable[[], str] | None = None
         self._prefix = f"explain_{place + 1}/" if place else "explain/"
 
     def begin(self) -> None:
-        """Take the baseline, unless a checkpoint brought one; then, the snapshot that was due after it was written.
+        """Take the baseline, or, if a checkpoint holds one, the snapshot that was due when it was written.
 
         Raises:
-            Exception: If it is our own refusal, as training has not begun.
+            Exception: If we refuse the configuration; training has not begun yet.
         """
         try:
             self._begin()
@@ -90,8 +90,8 @@ class Fit:
             self._take_unless_done()
 
     def after_validation(self) -> None:
-        """Take a snapshot if one is due with each validation; a baseline for which no images were there before."""
-        if self.tracker is None and self._watched.batch is not None:
+        """Take a snapshot if one is due with each validation, or the baseline if there were no images before."""
+        if self.tracker is None and self._buffer.batch is not None:
             self._attempt(self._begin)
         elif self._settings.schedule.with_validation:
             self._take_unless_done()
@@ -104,47 +104,46 @@ class Fit:
             self._take_unless_done()
 
     def end(self) -> None:
-        """Take the last snapshot, unless the schedule has just done so, and say what the run shows.
+        """Take the last snapshot, unless the schedule has just taken it, and print the summary.
 
-        Callbacks that average weights put the average into the module when training ends: then it is taken again.
+        It is taken again if weights were replaced since, as callbacks that average weights do when training ends.
         """
         self._take_unless_done()
-        seen = self._seen
-        now = None if seen is None else self._sample()
-        # Of another size it is not replaced, but let go of.
-        replaced = seen is not None and now is not None and len(now) == len(seen) and not now.equal(seen)
+        then = self._explained_weights
+        now = None if then is None else self._sample()
+        # Weights of another size are not replaced but freed.
+        replaced = then is not None and now is not None and len(now) == len(then) and not now.equal(then)
         if self._trainer.strategy.reduce_boolean_decision(replaced, all=False):  # by all processes or none
             self._attempt(self._take)
         self._guard.attempt("cannot conclude", self._conclude)
 
     def release(self) -> None:
-        """Let go of trainer and module; the tracker keeps its snapshots."""
+        """Drop the references to trainer and module; the tracker keeps its snapshots."""
         if self.tracker is not None:
             self.tracker.release()
         del self._trainer, self._module
 
     def state_for(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
-        """The snapshots, where the same trainer goes on with the same module; to be asked for after this fit."""
-        is_same = trainer.global_step > 0 and self._of == (id(trainer), id(pl_module))
+        """State for the next fit if the same trainer continues with the same module, else None."""
+        is_same = trainer.global_step > 0 and self._ids == (id(trainer), id(pl_module))
         return self.tracker.state_dict() if is_same and self.tracker is not None else None
 
     def logged_by(self, trainer: Trainer) -> int:
-        """The last step of which the loggers of this trainer have values; -1 if they have none."""
-        tracker, is_same = self.tracker, trainer.global_step > 0 and self._of[0] == id(trainer)
+        """The last step that the loggers of this trainer have values of; -1 if there is none."""
+        tracker, is_same = self.tracker, trainer.global_step > 0 and self._ids[0] == id(trainer)
         return -1 if tracker is None or not is_same or not tracker.history.count else tracker.history.now.step
 
     @property
     def watches(self) -> bool:
-        """Whether validation batches are still to be looked at as they go by."""
+        """Whether validation batches are still needed."""
         return self.tracker is None
 
     def _begin(self) -> None:
         tracker = self._ready()
         if tracker is None:
             warn(
-                "give `images=` to have a baseline before training, as the validation data are a "
-                "stream or cannot be copied; the probe images, and the baseline with them, are taken at the first "
-                "validation."
+                "the validation data cannot be read before training (a stream, or data that cannot be copied), so the "
+                "baseline is taken at the first validation. Pass `images=` to take it before training."
             )
         elif not tracker.history.count or self._is_overdue(tracker.history.now.step):
             self._take()
@@ -173,32 +172,29 @@ class Fit:
         tracker = self._ready()
         if tracker is not None:
             self._publish(tracker.observe(self._trainer.global_step))
-            self._seen = self._sample()
+            self._explained_weights = self._sample()
             self._greet()
 
     def _ready(self) -> ExplanationTracker | None:
-        """The tracker, made once there are images to explain."""
+        """The tracker, created once there are images to explain."""
         if self.tracker is None:
             settings, ranks = self._settings, ranks_of(self._trainer)
             trace = self._step.trace
-            subject = Subject.of(settings, self._trainer, self._module, ranks, self._watched, trace)
-            if subject is None:
+            discovered = discover(settings, self._trainer, self._module, ranks, self._buffer, trace)
+            if discovered is None:
                 return None
-            if subject.probe.images is not None:
-                settings.display.check_channels(subject.probe.images.shape[1])
+            if discovered.probe.images is not None:
+                settings.display.check_channels(discovered.probe.images.shape[1])
             folder = run_folder(self._trainer, self._guard)
             tracker = ExplanationTracker(
-                subject.explainer,
-                subject.probe,
+                discovered.explainer,
+                discovered.probe,
                 folder=folder if settings.save_maps and not self._leaves_no_files else None,
-                target=self._first_target(subject.probe),
-                report=settings.report,
-                check_every=settings.check_every_n_snapshots,
-                removal=settings.removal,
-                batch_size=settings.batch_size,
-                block_statistics=settings.block_statistics,
+                target=self._first_target(discovered.probe),
+                checks=settings.checks,
                 metrics=settings.metrics,
                 detail=settings.detail,
+                batch_size=settings.model["batch_size"],
                 progress=self._trainer.progress_bar_callback is not None,
                 on_error=settings.on_error,
                 ranks=ranks,
@@ -207,52 +203,52 @@ class Fit:
                 tracker.load_state_dict(self._state, self._trainer.global_step)
             tracker.output.writers = self._writers(folder)
             self.tracker = tracker
-            self._greeting = partial(self._watched_in_words, subject, folder)
+            self._greeting = partial(self._greeting_text, discovered, folder)
         return self.tracker
 
     def _greet(self) -> None:
-        """Say once what is watched, when it has been explained."""
+        """Print once what is watched, after the first snapshot."""
         if self._greeting is not None and self._trainer.is_global_zero:
             announce(self._greeting())
         self._greeting = None
 
-    def _watched_in_words(self, subject: Subject, folder: RunFolder) -> str:
-        """What is watched, when, and where it is to be seen."""
-        settings, labels = self._settings, subject.probe.labels
+    def _greeting_text(self, discovered: Discovered, folder: RunFolder) -> str:
+        """What is watched, when, and how to look at it."""
+        settings, labels = self._settings, discovered.probe.labels
         classes = 0 if labels is None or (labels < 0).any() else len(set(labels.tolist()))
-        images = f"{len(subject.probe)} images" + (f" of {classes} class{'es' * (classes > 1)}" if classes else "")
-        images += " (the first that validation gave; `images=` takes others)" if subject.is_first else ""
+        images = f"{len(discovered.probe)} images" + (f" of {classes} class{'es' * (classes > 1)}" if classes else "")
+        images += " (the first of the validation; choose others with `images=`)" if discovered.is_first else ""
         methods = ", ".join(method.name for method in settings.methods)
         board = next((logger for logger in self._trainer.loggers if is_kind(logger, "TensorBoardLogger")), None)
         where = [] if board is None else [f"tensorboard --logdir {quoted(board.save_dir)}"]
         if settings.save_maps and folder.is_made:
             where.append(f"vit-explain report {quoted(folder)}")
-        seen = f"; to see them: {' or '.join(where)}" if where else ""
-        what = f" ({subject.words})" if subject.words else ""
-        watched = f"ViTExplainCallback watches {subject.explainer.name}{what}"
-        return f"{watched}: {methods} of {images}, {settings.schedule}{seen}"
+        look = f"; to see them: {' or '.join(where)}" if where else ""
+        what = f" ({discovered.words})" if discovered.words else ""
+        watched = f"ViTExplainCallback watches {discovered.explainer.name}{what}"
+        return f"{watched}: {methods} of {images}, {settings.schedule}{look}"
 
     def _writers(self, folder: RunFolder) -> tuple[Writer, ...]:
-        """Every logger, and a folder where none of them shows pictures; nothing but on the first process."""
+        """A writer for each logger, and a folder if no logger shows pictures; only on the first process."""
         if not self._trainer.is_global_zero:
             return ()
-        settings, display = self._settings, self._settings.display
-        has_charts = display.margin_charts and settings.detail == "full"  # which alone logs what they show
+        settings, detail = self._settings, self._settings.detail
+        has_charts = detail.margin_charts and detail.level == "full"  # only it logs what they show
         charts = [method.name for method in settings.methods] if has_charts else []
         loggers: list[LoggerWriter] = []
         for index, logger in enumerate(self._trainer.loggers):
             what = f"cannot write to {type(logger).__name__} (logger {index})"
-            make = partial(LoggerWriter, logger, index, charts, display.max_pictures_mb, self._prefix, self._logged)
-            made = self._guard.attempt(what, make)
-            loggers += [] if made is None else [made]
+            create = partial(LoggerWriter, logger, index, charts, detail.max_pictures_mb, self._prefix, self._logged)
+            writer = self._guard.attempt(what, create)
+            loggers += [] if writer is None else [writer]
         if self._leaves_no_files or any(logger.shows_pictures for logger in loggers):
             return tuple(loggers)
         self._guard.attempt(f"cannot make the folder {folder}", lambda: folder.path)
         if not folder.is_made:
             return tuple(loggers)
         warn(
-            "add a `TensorBoardLogger` to see every picture, as no logger of this run shows "
-            f"pictures; the latest of each are PNG files in {folder}."
+            f"no logger of this run shows pictures, so the latest of each is a PNG file in {folder}. Add a "
+            "`TensorBoardLogger` to see them all."
         )
         return (*loggers, FolderWriter(folder))
 
@@ -261,16 +257,16 @@ class Fit:
         return bool(getattr(self._trainer, "fast_dev_run", False))
 
     def _is_overdue(self, last: int) -> bool:
-        """Whether a checkpoint was written at a step of the schedule, but before the snapshot."""
+        """Whether the checkpoint was written at a scheduled step, but before its snapshot."""
         step, schedule = self._trainer.global_step, self._settings.schedule
         if schedule.every_n_steps:
             return schedule.steps_passed(last, step)
-        # Lightning does not end an epoch again whose last batch is done; the next one is then the current one.
+        # Lightning does not repeat the end of an epoch whose last batch is done; the next epoch is then current.
         due = schedule.with_validation or schedule.epochs_passed(self._trainer.current_epoch)
         return step > last and self._trainer.is_last_batch and due
 
     def _publish(self, values: Mapping[str, float]) -> None:
-        """Of the latest snapshot; on every rank, for `ModelCheckpoint` and `EarlyStopping`. The user's keys stay."""
+        """Put scalars into `callback_metrics` on every rank, for `ModelCheckpoint`; the user's keys stay."""
         metrics = self._trainer.callback_metrics
         for name, value in values.items():
             tag = renamed(name, self._prefix)
@@ -280,7 +276,7 @@ class Fit:
     def _conclude(self) -> None:
         tracker = self.tracker
         if tracker is None or not tracker.history.count or tracker.history.now.step != self._trainer.global_step:
-            return  # nothing was seen of the model that training ended with
+            return  # the final model was not explained
         text = tracker.finish()
         self._publish(tracker.scalars())
         if self._trainer.is_global_zero:

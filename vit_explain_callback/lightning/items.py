@@ -1,4 +1,4 @@
-"""Choose items of a data set, spread over it and its classes, and read them as its loader would."""
+"""Choose items of a data set, spread over it and its classes, and read them as its loader does."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _MOST_INDICES = 1_000_000
 
 @dataclass(frozen=True)
 class Source:
-    """What a loader reads from, without the loader.
+    """The data set, sampler and collate function of a loader.
 
     Attributes:
         data: A data set that is read by index.
-        sampler: Gives the indices, or lists of them.
-        collate: Makes a batch of items, or of one where the loader makes no batches.
-        is_batched: Whether the loader makes batches.
-        in_worker: Sets up the loader's workers, if it has any.
-        has_workers: Whether it has.
+        sampler: Yields indices, or lists of them.
+        collate: Makes a batch of items, or of one item if the loader does not batch.
+        is_batched: Whether the loader batches.
+        in_worker: Sets up the loader's workers, if there are any.
+        has_workers: Whether there are.
     """
 
     data: Any
@@ -42,7 +42,7 @@ class Source:
 
     @classmethod
     def of(cls, loader: Any) -> Source | None:
-        """What a loader reads from; None for streams and loaders of another kind, which must be watched."""
+        """The source of a loader; None for streams and other kinds of loaders, which must be watched."""
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return None
         return cls(
@@ -55,7 +55,7 @@ class Source:
         )
 
     def become_worker(self) -> None:
-        """Make this process what a worker of the loader is, if it has any."""
+        """Set this process up as a worker of the loader, if it has workers."""
         if self.has_workers:
             info: Any = worker.WorkerInfo
             worker._worker_info = info(id=0, num_workers=1, seed=torch.initial_seed(), dataset=self.data)
@@ -63,10 +63,10 @@ class Source:
                 self.in_worker(0)
 
     def read(self, num_images: int, beat: Callable[[], object] = lambda: None) -> Any:
-        """A batch of items; None if there are none.
+        """Read a batch of items; None if there are none.
 
         Args:
-            num_images: Items to read, or images where each item is a batch.
+            num_images: Number of items to read, or of images if each item is a batch.
             beat: Called after each item.
         """
 
@@ -77,15 +77,16 @@ class Source:
 
         indices = self._indices()
         labels = labels_of(self.data)
-        known = None if labels is None or len(labels) != len(self.data) else [labels[index] for index in indices]
-        chosen = spread(indices, known, num_images)
+        classes = None if labels is None or len(labels) != len(self.data) else [labels[index] for index in indices]
+        chosen = spread_over_classes(indices, classes, num_images)
         if not self.is_batched:  # each item is a batch
             return joined([self.collate(item) for item in items(chosen)], num_images)
-        found = list(items(chosen))
-        if len(_alike(found)) < len(found):
-            more = [index for index in spread(indices, None, 3 * num_images) if index not in set(chosen)]
-            found = _alike([*found, *items(more)])[:num_images]
-        return self.collate(found) if found else None
+        read = list(items(chosen))
+        if len(_alike(read)) < len(read):
+            candidates = spread_over_classes(indices, None, 3 * num_images)
+            more = [index for index in candidates if index not in set(chosen)]
+            read = _alike([*read, *items(more)])[:num_images]
+        return self.collate(read) if read else None
 
     def _indices(self) -> list[int]:
         drawn = itertools.islice(_of_all_processes(self.sampler), _MOST_INDICES)
@@ -93,13 +94,13 @@ class Source:
         return sorted(set(itertools.islice(flat, _MOST_INDICES)))
 
 
-def spread(indices: Sequence[int], labels: Sequence[int] | None, count: int) -> list[int]:
-    """Choose `count` of some indices: class by class in turn where labels are known, evenly spaced among their like.
+def spread_over_classes(indices: Sequence[int], labels: Sequence[int] | None, count: int) -> list[int]:
+    """Choose `count` indices, evenly spaced; with labels, the classes take turns and each is evenly spaced.
 
     Example:
-        >>> spread(range(9), None, 3)
+        >>> spread_over_classes(range(9), None, 3)
         [1, 4, 7]
-        >>> spread(range(6), [0, 0, 0, 0, 1, 1], 4)
+        >>> spread_over_classes(range(6), [0, 0, 0, 0, 1, 1], 4)
         [1, 4, 3, 5]
     """
     groups: dict[int, list[int]] = {}
@@ -111,9 +112,9 @@ def spread(indices: Sequence[int], labels: Sequence[int] | None, count: int) -> 
     shares = Counter(itertools.islice(itertools.cycle(names), max(count, 0)))
     chosen = {name: [groups[name][at] for at in _even(len(groups[name]), shares[name])] for name in names}
     rounds = itertools.zip_longest(*(chosen[name] for name in names))
-    found = [index for turn in rounds for index in turn if index is not None]
-    rest = [index for index in indices if index not in set(found)]
-    return found + [rest[at] for at in _even(len(rest), count - len(found))]
+    taking_turns = [index for turn in rounds for index in turn if index is not None]
+    rest = [index for index in indices if index not in set(taking_turns)]
+    return taking_turns + [rest[at] for at in _even(len(rest), count - len(taking_turns))]
 
 
 def _even(length: int, count: int) -> list[int]:
@@ -123,7 +124,7 @@ def _even(length: int, count: int) -> list[int]:
 
 
 def labels_of(data: Any) -> Sequence[int] | None:
-    """The label of each item, where a data set says them without reading its items."""
+    """The label of each item, if the data set lists them without reading its items."""
     if isinstance(data, Subset):
         inner = labels_of(data.dataset)
         return None if inner is None else [inner[index] for index in data.indices]
@@ -149,7 +150,7 @@ def _as_labels(values: Any, count: int) -> Sequence[int] | None:
 
 
 def _of_all_processes(sampler: Any) -> Iterator[Any]:
-    """What a sampler gives, on all processes together where each has a share."""
+    """What a sampler yields on all processes together."""
     inner = getattr(sampler, "sampler", sampler)
     for rank in range(inner.num_replicas if isinstance(inner, DistributedSampler) else 1):
         if isinstance(inner, DistributedSampler):
@@ -158,15 +159,15 @@ def _of_all_processes(sampler: Any) -> Iterator[Any]:
 
 
 def _alike(items: list[Any]) -> list[Any]:
-    """The items whose images have the commonest size."""
+    """The items whose images have the most common size."""
     sizes = [_sizes(item) for item in items]
-    commonest = Counter(sizes).most_common(1)[0][0] if sizes else ()
-    return [item for item, size in zip(items, sizes, strict=True) if size == commonest]
+    most_common = Counter(sizes).most_common(1)[0][0] if sizes else ()
+    return [item for item, size in zip(items, sizes, strict=True) if size == most_common]
 
 
 def _sizes(item: Any) -> tuple[Any, ...]:
-    found: list[tuple[int, ...]] = []
+    sizes: list[tuple[int, ...]] = []
     apply_to_collection(
-        item, (Tensor, np.ndarray), lambda part: found.append(tuple(part.shape)) if part.ndim > 1 else 0
+        item, (Tensor, np.ndarray), lambda part: sizes.append(tuple(part.shape)) if part.ndim > 1 else 0
     )
-    return tuple(found)
+    return tuple(sizes)

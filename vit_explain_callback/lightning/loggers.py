@@ -1,4 +1,4 @@
-"""Write to any Lightning logger, as far as it can show pictures, text and files."""
+"""Write to any Lightning logger: scalars, and pictures, text and files if it takes them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from vit_explain_callback.visualization.overlay import Picture
 
 
 def run_folder(trainer: Trainer, guard: Guard) -> RunFolder:
-    """The folder `explanations` in that of the logger, or else of the trainer; to be asked for on every process.
+    """The folder `explanations` beside the logs, else in the trainer's root directory; call it on every process.
 
-    Where both are on another machine, as `s3://…`, it is in the working directory, which is said.
+    If both are on another machine, such as `s3://…`, it is in the working directory, with a warning.
     """
-    found = guard.attempt("cannot ask the logger for its folder", lambda: trainer.log_dir)
-    directories = [*filter(None, [found]), trainer.default_root_dir]
+    log_dir = guard.attempt("cannot ask the logger for its folder", lambda: trainer.log_dir)
+    directories = [*filter(None, [log_dir]), trainer.default_root_dir]
     local = next((path for directory in directories if (path := local_path(directory)) is not None), Path.cwd())
-    # All processes name the run as the first one does.
+    # All processes use the run name of the first one.
     folder = RunFolder(local / "explanations", trainer.strategy.broadcast(RunFolder(local).run))
     if local_path(directories[0]) is None:
         warn(f"the run's folder, {directories[0]}, is not on this machine; the raw maps are in {folder}.")
@@ -37,7 +37,7 @@ def run_folder(trainer: Trainer, guard: Guard) -> RunFolder:
 
 
 def local_path(directory: str | Path) -> Path | None:
-    """A folder on this machine by its path or URL; None if it is on another, or of a kind that is not known here."""
+    """The path of a folder on this machine, from its path or URL; None if it is elsewhere or its scheme is unknown."""
     try:
         system, path = url_to_fs(str(directory))
     except (ImportError, ValueError):
@@ -45,23 +45,23 @@ def local_path(directory: str | Path) -> Path | None:
     return Path(path) if isinstance(system, LocalFileSystem) else None
 
 
-def report(logger: Logger, prefix: str, summary: str, page: Path | None, step: int) -> None:
-    """Give a logger the summary of a run in words, and the page as a file; nothing where it keeps neither.
+def add_summary_and_page(logger: Logger, prefix: str, summary: str, page: Path | None, step: int) -> None:
+    """Add the summary of a run as text, and the page as a file, to a logger that takes them.
 
     Args:
-        logger: Any logger of Lightning but TensorBoard's, whose writer has a way of its own.
-        prefix: What the names of ours begin with, as `explain/`.
-        summary: Of the run.
+        logger: Any Lightning logger but TensorBoard's, which has a writer of its own.
+        prefix: Prefix of our names, such as `explain/`.
+        summary: The summary.
         page: The HTML file, or None.
-        step: Of the last snapshot.
+        step: Step of the last snapshot.
     """
-    for kind, way in _WAYS.items():
+    for kind, add in _ADDERS.items():
         if is_kind(logger, kind):
-            way(logger, prefix, summary, page, step)
+            add(logger, prefix, summary, page, step)
 
 
 def _wandb(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
-    """A panel of the page, which is an artifact as well; the text is a value of the run's summary."""
+    """The page as a panel and as an artifact, the text as a value of the run's summary."""
     import wandb
 
     run = logger.experiment
@@ -75,7 +75,7 @@ def _wandb(logger: Any, prefix: str, summary: str, page: Path | None, step: int)
 
 
 def _mlflow(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
-    """Artifacts of the run, which MLflow's page of it opens."""
+    """Artifacts of the run, which MLflow shows on the run's page."""
     folder = prefix.strip("/")
     logger.experiment.log_text(logger.run_id, summary, f"{folder}/summary.txt")
     if page is not None:
@@ -94,7 +94,7 @@ def _neptune(logger: Any, prefix: str, summary: str, page: Path | None, step: in
         logger.experiment[f"{prefix}report"].upload(str(page))
 
 
-_WAYS: dict[str, Callable[[Any, str, str, Path | None, int], None]] = {
+_ADDERS: dict[str, Callable[[Any, str, str, Path | None, int], None]] = {
     "WandbLogger": _wandb,
     "MLFlowLogger": _mlflow,
     "CometLogger": _comet,
@@ -111,17 +111,17 @@ class LoggerWriter:
 
     Args:
         logger: Any logger of Lightning.
-        index: Of it among those of the trainer.
-        margin_charts: Methods for the charts of a TensorBoard's custom scalars pane.
-        max_pictures_mb: Megabytes that all pictures may take in a TensorBoard's event file.
-        prefix: What its tags begin with instead of `explain/`, where several callbacks share a logger.
-        logged: The last step of which the logger has values already; those of it, and before, are not logged again.
+        index: Its index among the loggers of the trainer.
+        margin_charts: Methods to chart in TensorBoard's custom scalars pane.
+        max_pictures_mb: Megabytes that all pictures may take in TensorBoard's event file.
+        prefix: Prefix of the tags instead of `explain/`, if several callbacks share a logger.
+        logged: The last step that the logger has values of; values up to it are not logged again.
 
     Attributes:
-        shows_pictures: Whether there is a way to give the logger pictures.
+        shows_pictures: Whether the logger takes pictures.
 
     Raises:
-        Exception: What the logger raises when it is asked for its experiment.
+        Exception: Whatever the logger raises when its experiment is created.
     """
 
     def __init__(
@@ -156,30 +156,30 @@ class LoggerWriter:
         if step <= self._logged:
             return
         self._check_space()
-        self._logger.log_metrics(self._own(values), step=step)
+        self._logger.log_metrics(self._renamed(values), step=step)
 
     def pictures(self, pictures: Mapping[str, Picture], step: int) -> None:
-        """Show each picture; nothing where the logger cannot."""
+        """Show each picture, if the logger can."""
         if step <= self._logged:
             return
         self._check_space()
         if self._board is not None:
-            self._board.pictures(self._own(pictures), step)
+            self._board.pictures(self._renamed(pictures), step)
         elif self._show is not None:
-            for tag, picture in self._own(pictures).items():
+            for tag, picture in self._renamed(pictures).items():
                 self._show(tag, picture, step)
 
     def finish(self, end: RunEnd) -> None:
-        """Show the last pictures, add the summary and the page; animations, which only TensorBoard takes."""
+        """Show the last pictures, and add the summary and the page; animations for TensorBoard only."""
         if self._board is None:
             self.pictures(end.pictures, end.step)
-            report(self._logger, self._prefix, end.summary, end.page, end.step)
+            add_summary_and_page(self._logger, self._prefix, end.summary, end.page, end.step)
         else:
             self._check_space()
-            pictures, animations = self._own(end.pictures), self._own(end.animations)
+            pictures, animations = self._renamed(end.pictures), self._renamed(end.animations)
             self._board.finish(replace(end, pictures=pictures, animations=animations))
 
-    def _own(self, by_tag: Mapping[str, T]) -> dict[str, T]:
+    def _renamed(self, by_tag: Mapping[str, T]) -> dict[str, T]:
         return {renamed(tag, self._prefix): value for tag, value in by_tag.items()}
 
     def _check_space(self) -> None:
@@ -188,7 +188,7 @@ class LoggerWriter:
 
 
 def renamed(tag: str, prefix: str) -> str:
-    """A tag of ours with another beginning.
+    """A tag with another prefix than `explain/`.
 
     Example:
         >>> renamed("explain/drift/a", "explain_2/")
@@ -198,7 +198,7 @@ def renamed(tag: str, prefix: str) -> str:
 
 
 def _show(logger: Logger) -> Show | None:
-    """How to give a logger a picture, (H, W, 3) bytes; None if there is no way."""
+    """A function that gives a logger a picture, (H, W, 3) bytes; None if the logger takes none."""
     any_logger: Any = logger
     experiment: Any = getattr(logger, "experiment", None)
     run = getattr(any_logger, "run_id", None)
@@ -232,9 +232,9 @@ def _call(function: Any, arguments: Callable[..., dict[str, Any]], tag: str, pic
 
 
 def _takes(function: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether a function can be called with these arguments; others of the same name take other ones."""
+    """Whether a function can be called with these arguments; functions of the same name differ in them."""
     try:
         inspect.signature(function).bind(**arguments)
-    except (TypeError, ValueError):  # ValueError: it does not say what it takes
+    except (TypeError, ValueError):  # ValueError: it has no signature
         return False
     return True

@@ -1,4 +1,4 @@
-"""Find out how a LightningModule turns probe images into the outputs that its loss is computed of."""
+"""Find how a LightningModule turns probe images into the outputs that its loss is computed from."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from vit_explain_callback.lightning.batches import images_and_labels
 from vit_explain_callback.lightning.steps import CURE, Steps
 from vit_explain_callback.lightning.trace import StepTrace, leaves_of
 from vit_explain_callback.vit.labels import Task, read_labels
-from vit_explain_callback.vit.locate import Look, look
+from vit_explain_callback.vit.locate import LocatedViT, locate_vit
 
 
 @dataclass(frozen=True)
-class Discovered:
-    """How a module is to be run on a batch of probe images.
+class LossOutputs:
+    """The outputs that a loss is computed from, and how to get them for the probe images.
 
     Attributes:
-        adapter: Runs it.
-        images: As they reach the ViT, (B, C, H, W), on the CPU.
-        labels: (B,), -1 where an image has none; None where none has.
-        words: What is explained.
-        notice: What the user should know of it, or None.
+        adapter: Runs the module.
+        images: The images as they reach the ViT, (B, C, H, W), on the CPU.
+        labels: (B,), -1 for an image without a label; None if no image has one.
+        words: What is explained, for the greeting.
+        notice: What the user should know about it, or None.
     """
 
     adapter: LightningAdapter
@@ -40,15 +40,15 @@ class Discovered:
     notice: str | None = None
 
 
-class Discovery:
-    """Finds out how a module is run, from a step of the user's that was watched, or else from one run on a twin.
+class OutputFinder:
+    """Finds the outputs of a loss from the user's watched step, or else from a step that is run on a twin.
 
     Args:
         module: The LightningModule.
         trainer: Its trainer.
-        vit: Path of the ViT, if the user says it.
-        needs_vit: Whether images are those that reach a ViT; else those that reach any module first.
-        task: What the outputs are, if the user says it.
+        vit: Path of the ViT, if the user names it.
+        needs_vit: Whether the images are those that reach a ViT; else those that reach any module first.
+        task: What the outputs are, if the user says so.
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class Discovery:
         self._module, self._trainer, self._steps = module, trainer, Steps(module, trainer)
         self._vit, self._needs_vit, self._task = vit, needs_vit, task
 
-    def of(self, batch: Any, is_ready: bool, watched: StepTrace | None) -> Discovered:
-        """How the module is run on a batch.
+    def for_batch(self, batch: Any, is_ready: bool, watched: StepTrace | None) -> LossOutputs:
+        """Find the outputs for a batch of probe images.
 
         Args:
             batch: Probe images in the user's own form.
-            is_ready: Whether it has been through the transfer hooks.
-            watched: What went by in the first validation step, if it was watched.
+            is_ready: Whether the batch has been through the transfer hooks.
+            watched: Trace of the first validation step, if it was watched.
 
         Raises:
-            ValueError: If no loss says what the outputs are, or they depend on more than an image each.
+            ValueError: If no loss says what the outputs are, or the outputs of an image depend on other images.
             RuntimeError: If a step fails with the batch.
         """
         if is_ready:
@@ -86,15 +86,15 @@ class Discovery:
             if shown is not None and inputs is not None and shown.shape == inputs.shape and not shown.equal(inputs):
                 inputs, labels = shown, self._steps.sure_labels(batch, step, trace)
             if step == "training_step" and trace.mixes:
-                labels = None  # they are of images that are mixed anew in each step
+                labels = None  # they belong to images that are mixed anew in each step
         if trace.loss is None or inputs is None:
             raise self._unconfirmed(step, trace)
         if labels is None and trace.task == "classification":
             labels = self._labels(batch, trace)
-        return self._discovered(batch, step, trace, inputs, labels, trace is not watched)
+        return self._for_trace(batch, step, trace, inputs, labels, trace is not watched)
 
     def _mapped(self, trace: StepTrace, batch: Any) -> tuple[Tensor, Tensor | None] | None:
-        """Inputs and labels read off a batch as the step that was watched takes them; None where it computes them."""
+        """Inputs and labels of a batch, taken from where the watched step took them; None if the step computes them."""
         leaves = leaves_of(batch)
         if trace.image_leaf is None or len(leaves) != trace.leaves:
             return None
@@ -108,37 +108,37 @@ class Discovery:
         return (inputs.detach().cpu(), None if labels is None else labels.cpu()) if task == trace.task else None
 
     def _labels(self, batch: Any, trace: StepTrace) -> Tensor | None:
-        """Classes under a usual name, where the loss takes soft ones."""
+        """Classes under a usual name, for a loss that takes soft ones."""
         if trace.outputs is None or trace.outputs.ndim < 2:
             return None
-        with suppress(TypeError, ValueError):  # of another form: there are none that one can be sure of
+        with suppress(TypeError, ValueError):  # a batch of another form has no labels that one can be sure of
             _, labels = images_and_labels(batch)
             if labels is not None and len(labels) == trace.count and (labels < trace.outputs.shape[1]).all():
                 return labels
         return None
 
-    def _discovered(
+    def _for_trace(
         self, batch: Any, step: StepName, trace: StepTrace, inputs: Tensor, labels: Tensor | None, is_probe: bool
-    ) -> Discovered:
+    ) -> LossOutputs:
         task = self._task or trace.task
         count = len(inputs)
         base = LightningAdapter(self._module, self._trainer, self._vit, task, step=step, batch=batch, count=count)
         adapter = self._confirmed(base, trace)
         if adapter is None:
-            if not is_probe:  # the step that was watched had other images, and may have changed the module
+            if not is_probe:  # the watched step had other images, and may have changed the module
                 trace = self._steps.run(batch, step)
                 if trace.loss is None or trace.outputs is None or trace.inputs is None:
                     raise self._steps.failed(trace.error) if trace.error is not None else self._unconfirmed(step, trace)
                 inputs = trace.inputs
                 adapter = self._confirmed(base, trace)
-            adapter = adapter or self._by_step(base, _known(trace)[1], trace.label_leaf)
+            adapter = adapter or self._by_step(base, _inputs_and_outputs(trace)[1], trace.label_leaf)
         return self._finished(adapter, trace, inputs, labels)
 
-    def of_images(self, images: Tensor, labels: Tensor | None, trace: StepTrace) -> Discovered:
-        """How the module is run on images of the user's own, if what he gives is what the watched step's parts take.
+    def for_images(self, images: Tensor, labels: Tensor | None, trace: StepTrace) -> LossOutputs:
+        """Find the outputs for the user's own images, if the parts of the watched step take them.
 
         Raises:
-            ValueError: If the loss of the step is of something else than what the module's parts give of images.
+            ValueError: If the loss of the step is computed from something else than the outputs of these parts.
         """
         base = LightningAdapter(self._module, self._trainer, self._vit, self._task or trace.task, count=len(images))
         adapter: LightningAdapter | None = None
@@ -151,22 +151,22 @@ class Discovery:
 
     def _finished(
         self, adapter: LightningAdapter, trace: StepTrace, inputs: Tensor, labels: Tensor | None
-    ) -> Discovered:
-        found = self._look(adapter, inputs)
-        if found.fed is None:
+    ) -> LossOutputs:
+        located = self._locate(adapter, inputs)
+        if located.images is None:
             raise self._imageless(adapter.step)
-        images = _plain(found.fed)
+        images = _plain(located.images)
         if not adapter.parts or images.shape != inputs.shape or not images.equal(inputs.to(images.dtype)):
-            adapter = replace(adapter, feed=found.feed, inputs=inputs if adapter.parts else None)
-        adapter = replace(adapter, vit=found.vit, batch=None if adapter.parts else adapter.batch)
+            adapter = replace(adapter, feed=located.feed, inputs=inputs if adapter.parts else None)
+        adapter = replace(adapter, vit=located.vit, batch=None if adapter.parts else adapter.batch)
         labels = None if labels is None else labels[: len(images)]
-        words = adapter.in_words(trace.loss, found.outputs.shape[1] if found.outputs.ndim > 1 else 1)
-        return Discovered(adapter, images, labels, words, self._notice(adapter, trace))
+        words = adapter.in_words(trace.loss, located.outputs.shape[1] if located.outputs.ndim > 1 else 1)
+        return LossOutputs(adapter, images, labels, words, self._notice(adapter, trace))
 
     def _confirmed(self, base: LightningAdapter, trace: StepTrace) -> LightningAdapter | None:
-        """The parts whose copies give what went by; None where only the step does."""
+        """The parts whose copies reproduce the outputs of the step; None if only the step itself does."""
         candidates = self._candidates(base, trace)
-        return next((one for one in candidates if self._gives(one, *_known(trace), trace)), None)
+        return next((one for one in candidates if self._reproduces(one, *_inputs_and_outputs(trace), trace)), None)
 
     def _candidates(self, base: LightningAdapter, trace: StepTrace) -> Iterator[LightningAdapter]:
         if trace.parts:
@@ -174,25 +174,24 @@ class Discovery:
         if trace.parts != ("",) and is_overridden("forward", self._module):
             yield base
 
-    def _gives(self, adapter: LightningAdapter, inputs: Tensor, outputs: Tensor, trace: StepTrace) -> bool | None:
-        """Whether copies of the parts give the outputs that went by, and of an image alone what they give of it.
+    def _reproduces(self, adapter: LightningAdapter, inputs: Tensor, outputs: Tensor, trace: StepTrace) -> bool | None:
+        """Whether copies of the parts reproduce the outputs of the step, also for a single image.
 
-        None where they take something else than images.
+        None if they take something else than images.
         """
         low = str(self._trainer.precision) not in ("32-true", "64-true") or outputs.dtype.itemsize < 4
         same = partial(torch.allclose, rtol=5e-2, atol=5e-2) if low else partial(torch.allclose, rtol=1e-3, atol=1e-4)
-        # As many outputs as images may be those of the images against each other.
+        # As many outputs as images: each may compare an image with the others.
         square = outputs.ndim == 2 and outputs.shape[1] == trace.count
         for rows in (slice(None), slice(0, 1))[: 1 + square]:
             with adapter.evaluating() as twin, torch.no_grad():
-                own = inputs[rows].to(self._module.device, copy=True)
                 try:
-                    found = adapter.of_parts(twin.module, own)
+                    copied = adapter.of_parts(twin.module, inputs[rows].to(self._module.device, copy=True))
                 except Exception:
                     return None
-            if not isinstance(found, Tensor) or found.numel() != outputs[rows].numel():
+            if not isinstance(copied, Tensor) or copied.numel() != outputs[rows].numel():
                 return False
-            if trace.is_exact and not same(found.flatten().float().cpu(), outputs[rows].flatten().float()):
+            if trace.is_exact and not same(copied.flatten().float().cpu(), outputs[rows].flatten().float()):
                 return False
         return True
 
@@ -200,8 +199,8 @@ class Discovery:
         """The step itself, unless the outputs of an image depend on the others."""
         ways: list[frozenset[int] | None] = [None]
         if label_leaf is not None:
-            # What has as many rows as images need not belong to them, as the names of classes do not; but where images
-            # are the classes of each other, no tensor of the batch is their labels.
+            # A tensor with as many rows as images need not belong to them: the names of classes do not. But if images
+            # are each other's classes, no tensor of the batch holds their labels.
             images = {place for place, leaf in enumerate(leaves_of(base.batch)) if leaf.ndim == 4}
             ways.append(frozenset(images | {label_leaf}))
         for rows in ways:
@@ -212,53 +211,53 @@ class Discovery:
                 if torch.allclose(alone, outputs[:1].float(), rtol=1e-2, atol=1e-3):
                     return adapter
         whole = self._stepped(replace(base, parts=()), list(range(base.count)))
-        if isinstance(whole, Exception):  # as of a step that runs in training mode alone
+        if isinstance(whole, Exception):  # for example of a step that runs in training mode only
             raise self._steps.failed(whole) from whole
         raise ValueError(
-            f"Expected the outputs of `{base.step}` of {type(self._module).__name__} for an image to depend on it "
-            f"alone, but they depend on the rest of the batch, as those of a contrastive loss do. {CURE}"
+            f"Expected the outputs of `{base.step}` of {type(self._module).__name__} for an image to depend on that "
+            f"image alone, but they depend on the rest of the batch, as in a contrastive loss. {CURE}"
         )
 
     @staticmethod
     def _stepped(adapter: LightningAdapter, rows: list[int]) -> Tensor | Exception:
-        """The outputs of some images, by the step; what it raises where its loss is of more rows, or it fails."""
+        """The outputs of some images, computed by the step; or the error if it fails or its loss has other rows."""
         with adapter.evaluating() as twin, torch.no_grad():
             try:
                 return adapter.of_step(twin.module, rows)
             except Exception as error:
                 return error
 
-    def _look(self, adapter: LightningAdapter, inputs: Tensor) -> Look:
-        """The ViT behind the outputs, in one of the parts, and what reaches it, seen on a twin with gradients."""
-        found: Look | None = None
+    def _locate(self, adapter: LightningAdapter, inputs: Tensor) -> LocatedViT:
+        """The ViT behind the outputs, in one of the parts, and the images that reach it; a twin is run to see both."""
+        located: LocatedViT | None = None
         for path in self._paths(adapter.parts or ("",)):
             with adapter.evaluating() as twin:
-                own = inputs.to(self._module.device, copy=True)
+                copied = inputs.to(self._module.device, copy=True)
 
-                def run(root: nn.Module = twin.module, own: Tensor = own) -> Any:
+                def run(root: nn.Module = twin.module, copied: Tensor = copied) -> Any:
                     if adapter.parts:
-                        return adapter.of_parts(root, own)
+                        return adapter.of_parts(root, copied)
                     return adapter.of_step(root, list(range(adapter.count)))
 
                 parts = [twin.module.get_submodule(part) for part in adapter.parts if part]
                 weights = [weight for part in parts for weight in part.parameters()]
                 model = twin.module.get_submodule(path)
-                found = look(model, run, self._within(path), self._needs_vit, weights)
-            if found.attends or not self._needs_vit:
+                located = locate_vit(model, run, self._within(path), self._needs_vit, weights)
+            if located.attends or not self._needs_vit:
                 break
-        assert found is not None
-        if found.fed is None and adapter.parts:
-            found = replace(found, fed=inputs, feed=adapter.parts[0])  # the parts before make features of them
+        assert located is not None
+        if located.images is None and adapter.parts:
+            located = replace(located, images=inputs, feed=adapter.parts[0])  # earlier parts turn them into features
         else:
-            found = replace(found, feed=".".join(filter(None, (path, found.feed))))
-        vit = path if found.vit is None else ".".join(filter(None, (path, found.vit)))
-        return replace(found, vit=vit or None)
+            located = replace(located, feed=".".join(filter(None, (path, located.feed))))
+        vit = path if located.vit is None else ".".join(filter(None, (path, located.vit)))
+        return replace(located, vit=vit or None)
 
     def _paths(self, parts: tuple[str, ...]) -> list[str]:
         """The parts that may hold the ViT.
 
         Raises:
-            ValueError: If the user names another one.
+            ValueError: If the user's `vit` lies in none of them.
         """
         vit = self._vit
         inside = [path for path in parts if vit is None or _is_inside(vit, path) or _is_inside(path, vit)]
@@ -269,7 +268,7 @@ class Discovery:
         return inside
 
     def _within(self, path: str) -> str | None:
-        """Path of the user's `vit` inside a part; None where the part lies inside it."""
+        """Path of the user's `vit` inside a part; None if the part lies inside it."""
         vit = self._vit
         if vit is None or vit == path:
             return None if vit is None else ""
@@ -278,15 +277,15 @@ class Discovery:
     def _notice(self, adapter: LightningAdapter, trace: StepTrace) -> str | None:
         if trace.others:
             return (
-                f"`{adapter.step}` computes {1 + len(trace.others)} losses of different outputs; the outputs of the "
-                f"first, `{trace.loss}`, are explained. `forward=` chooses others."
+                f"`{adapter.step}` computes {1 + len(trace.others)} losses from different outputs; those of the first, "
+                f"`{trace.loss}`, are explained. Pass `forward=` to explain others."
             )
         itself = replace(adapter, parts=("",), feed=None, inputs=None)
         is_other = adapter.parts != ("",) and not trace.called and is_overridden("forward", self._module)
-        if is_other and self._gives(itself, *_known(trace), trace) is False:
+        if is_other and self._reproduces(itself, *_inputs_and_outputs(trace), trace) is False:
             return (
-                f"`forward` gives other outputs than the loss of `{adapter.step}` is computed of; the loss's are "
-                "explained. `forward=lambda module, images: module(images)` explains the others."
+                f"`forward` returns other outputs than those that the loss of `{adapter.step}` is computed from; those "
+                "of the loss are explained. Pass `forward=lambda module, images: module(images)` to explain the others."
             )
         return None
 
@@ -299,10 +298,10 @@ class Discovery:
     def _unconfirmed(self, step: StepName, trace: StepTrace) -> ValueError:
         if trace.inputs is None:
             return self._imageless(step)
-        seen = f"only {', '.join(trace.seen)} of other things" if trace.seen else "no such loss"
+        losses = f"only {', '.join(trace.seen)} of other things" if trace.seen else "no such loss"
         return ValueError(
-            f"Expected `{step}` of {type(self._module).__name__} to compare outputs, a row for each image, with labels "
-            f"in a loss, but saw {seen}: an embedding is not the logits of classes. {CURE}"
+            f"Expected `{step}` of {type(self._module).__name__} to compare outputs, one row per image, with labels in "
+            f"a loss, but saw {losses}: an embedding is not the logits of classes. {CURE}"
         )
 
 
@@ -310,8 +309,8 @@ def _is_inside(path: str, outer: str) -> bool:
     return not outer or f"{path}.".startswith(f"{outer}.")
 
 
-def _known(trace: StepTrace) -> tuple[Tensor, Tensor]:
-    """Inputs and outputs that went by."""
+def _inputs_and_outputs(trace: StepTrace) -> tuple[Tensor, Tensor]:
+    """Inputs and outputs that the step showed."""
     assert trace.inputs is not None
     assert trace.outputs is not None
     return trace.inputs, trace.outputs

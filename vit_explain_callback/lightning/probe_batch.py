@@ -1,4 +1,4 @@
-"""Take probe images and class names from a trainer's validation data, without reaching what training uses."""
+"""Read probe images and class names from a trainer's validation data, without touching what training uses."""
 
 from __future__ import annotations
 
@@ -20,67 +20,66 @@ from vit_explain_callback.lightning._compat import Trainer
 from vit_explain_callback.lightning.items import Source
 from vit_explain_callback.tracking.errors import warn
 
-_given_up: weakref.WeakSet[Trainer] = weakref.WeakSet()  # so that a data set that hangs is waited for once
-_made: list[Any] = []  # by a forked process, which ends without finalising it
+_hanging: weakref.WeakSet[Trainer] = weakref.WeakSet()  # so that a data set that hangs is waited for only once
+_not_finalised: list[Any] = []  # objects of a forked process, which ends without finalising them
 
 
 def probe_batch(trainer: Trainer, num_images: int, any_items: bool = False) -> Any:
-    """A batch of validation items, spread over the data and over its classes, as the loader would collate it.
+    """Read a batch of validation items, spread over the data and its classes, collated as the loader does.
 
-    They are read in a forked process, which is the user's own project as it stands and cannot reach this one. Where
-    there is no fork, in a new process if the loader has such workers itself, or else here, from a copy of the data.
+    They are read in a forked process, which has the user's project as it stands and cannot reach this one. Without
+    fork, they are read in a new process if the loader's workers are such processes, else here from a copy of the data.
 
     Args:
-        trainer: Its loaders are asked.
-        num_images: Items.
-        any_items: Whether any items serve, also training ones where there are none to validate, and nothing is said
-            where reading hangs.
+        trainer: Its loaders are read.
+        num_images: Number of items.
+        any_items: Whether any items will do, also training items if there are none to validate; then no warning is
+            given if reading hangs.
 
     Returns:
-        The batch, before any transfer hook. None for streams and loaders of another kind, for data that can neither be
-        sent to another process nor copied, and, with a warning, where reading hangs or dies: these must be watched as
-        they go by.
+        The batch, before any transfer hook. None for streams and other kinds of loaders, for data that can neither be
+        sent to another process nor copied, and, with a warning, if reading hangs or dies: these must be watched.
 
     Raises:
         RuntimeError: If reading fails.
     """
-    if trainer in _given_up:
+    if trainer in _hanging:
         return None
     try:
         return _read(trainer, num_images, any_items)
     except Lost as error:
-        _given_up.add(trainer)
+        _hanging.add(trainer)
         if not any_items:
             warn(
-                "give `images=(images, labels)` to explain others than the first validation images, as reading them in "
-                f"a process of its own was given up: {error}."
+                "only the first validation images are explained, as reading others in a process of their own was given "
+                f"up ({error}). Pass `images=(images, labels)` to explain others than the first validation images."
             )
         return None
     except Exception as error:
         raise RuntimeError(
-            f"Reading the probe images failed: {error!r}. Give images yourself: "
+            f"Reading the probe images failed: {error!r}. Pass the images: "
             "`ViTExplainCallback(images=(images, labels))`."
         ) from error
 
 
 def class_names(trainer: Trainer) -> Sequence[str] | None:
-    """Names of the classes, if the validation data say them, also through subsets and concatenations."""
-    if trainer in _given_up or (trainer.val_dataloaders is None and not trainer.enable_validation):
+    """Class names, if the validation data have them, also through subsets and concatenations."""
+    if trainer in _hanging or (trainer.val_dataloaders is None and not trainer.enable_validation):
         return None
     try:
         if can_fork():
-            with contextlib.suppress(OSError):  # there can be no further process
+            with contextlib.suppress(OSError):  # no further process can be started
                 names: list[str] | None = in_fork(lambda _: _all_names(_loader(trainer, _asked)))
                 return names
         with preserved_random_state():
             return _all_names(_loader(trainer, _asked_of_copy))
     except Exception as error:
-        warn(f"give `class_names=` to name the classes, as the validation data fail to say them: {error!r}.")
+        warn(f"the class names of the validation data cannot be read ({error!r}). Pass `class_names=` to show them.")
         return None
 
 
 def validation_size(trainer: Trainer) -> int | None:
-    """How many items the validation set holds; None where that is not known without making it."""
+    """Number of items in the validation set; None if the loader does not exist yet or has no length."""
     loader = _loader(trainer, lambda _: None)
     is_batched = isinstance(loader, DataLoader) and loader.batch_sampler is not None
     return len(loader.dataset) if is_batched and isinstance(loader.dataset, Sized) else None
@@ -100,14 +99,14 @@ def _read(trainer: Trainer, num_images: int, any_items: bool) -> Any:
     with preserved_random_state(seed=0):
         try:
             source = copied(source)
-        except Exception:  # whatever it holds that has no copy: it is watched instead
+        except Exception:  # it holds something that has no copy, so it is watched instead
             return None
         return source.read(num_images)
 
 
 def _read_own(source: Source | None, num_images: int, beat: Beat) -> Any:
-    """What a process of our own reads of what is its own."""
-    _made.append(source)
+    """Read a batch in a process of our own."""
+    _not_finalised.append(source)
     if source is None:
         return None
     with preserved_random_state(seed=0):
@@ -120,7 +119,7 @@ def _read_sent(sent: bytes, num_images: int, beat: Beat) -> Any:
 
 
 def _spawns_workers(loader: DataLoader[Any]) -> bool:
-    """Whether the user's own script bears that a new process imports it."""
+    """Whether the loader starts workers by importing the user's script, so that the script allows it."""
     context: Any = loader.multiprocessing_context or multiprocessing
     return loader.num_workers > 0 and context.get_start_method(allow_none=True) != "fork"
 
@@ -129,9 +128,9 @@ def _loader(trainer: Trainer, ask: Callable[[Any], Any], any_items: bool = False
     """The validation loader, the first if there are several; None if there is none.
 
     Args:
-        trainer: Lightning makes its loaders in the first epoch that is validated.
-        ask: Calls the hook `val_dataloader` if there are none yet.
-        any_items: Whether the training loader serves where there is none.
+        trainer: The trainer, which creates its loaders in the first epoch with a validation.
+        ask: Calls the hook `val_dataloader` if there are no loaders yet.
+        any_items: Whether the training loader will do if there is no validation loader.
     """
     loaders = trainer.val_dataloaders
     if loaders is None and trainer.enable_validation:
@@ -146,12 +145,12 @@ def _loader(trainer: Trainer, ask: Callable[[Any], Any], any_items: bool = False
 
 def _asked(source: Any) -> Any:
     loaders = getattr(source.instance, source.name)()
-    _made.append(loaders)
+    _not_finalised.append(loaders)
     return loaders
 
 
 def _asked_of_copy(source: Any) -> Any:
-    """What the hook would give, asked of a copy, as it may count or draw."""
+    """Call the hook on a copy, as it may count calls or draw random numbers."""
     twin = Twin(lambda twin, value: twin.borrowed(value) if value is source.instance else None)
     with preserved_random_state():
         return getattr(twin.copy(source.instance), source.name)()
@@ -168,11 +167,11 @@ def _all_names(loader: Any) -> list[str] | None:
 
 
 def _names(data: Any) -> list[str] | None:
-    """As torchvision's data sets say them, by `classes` or by `class_to_idx`, or Hugging Face's by their features."""
+    """Class names from torchvision's `classes` or `class_to_idx`, or from Hugging Face's features."""
     features = getattr(data, "features", None)
     columns = features.values() if isinstance(features, Mapping) else ()
-    said = [getattr(data, "classes", None), getattr(data, "class_to_idx", None)]
-    for names in [*said, *(getattr(column, "names", None) for column in columns)]:
+    attributes = [getattr(data, "classes", None), getattr(data, "class_to_idx", None)]
+    for names in [*attributes, *(getattr(column, "names", None) for column in columns)]:
         if isinstance(names, list | tuple):
             return list(map(str, names))
         if isinstance(names, Mapping) and all(index in names.values() for index in range(len(names))):

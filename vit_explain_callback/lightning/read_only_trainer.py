@@ -1,4 +1,4 @@
-"""Stand in for what a copied step must not reach: trainer, data, loggers, the folder of the run."""
+"""Read-only stand-ins for what a copied step must not reach: trainer, data, loggers, the folder of the run."""
 
 from __future__ import annotations
 
@@ -24,43 +24,43 @@ from vit_explain_callback.lightning._compat import is_kind
 
 _SIMPLE = (bool, int, float, str, bytes, type(None), torch.device, Path, Enum)
 _LENT = {"datamodule", "val_dataloaders", "train_dataloader", "lightning_module"}
-# Packages that are told of a run by functions of their own, as `wandb.log`.
+# Packages that log by functions of their own, such as `wandb.log`.
 _TRACKERS = ("wandb", "mlflow", "comet_ml", "neptune", "clearml", "swanlab", "trackio")
 
 
 class StandIns:
-    """Gives what stands in for the objects around a module.
+    """Replaces the objects around a module when it is copied.
 
     Args:
-        trainer: Read, never written to.
-        module: What it trains.
+        trainer: The trainer, which is read and never written to.
+        module: The module that it trains.
     """
 
     def __init__(self, trainer: Any, module: Any) -> None:
         self._trainer, self._module = trainer, module
-        self._made: StandIn | None = None
+        self._for_trainer: ReadOnlyTrainer | None = None
 
     def __call__(self, twin: Twin, value: object) -> object:
-        """What stands in for `value` on a twin; None where it is to be copied."""
+        """The stand-in for `value` on a twin; None if it is copied."""
         if value is self._trainer or is_kind(value, "Trainer"):
-            self._made = self._made or StandIn(self._trainer, twin)
-            return self._made
+            self._for_trainer = self._for_trainer or ReadOnlyTrainer(self._trainer, twin)
+            return self._for_trainer
         if value is self._module or isinstance(value, Dataset | DataLoader) or is_kind(value, "LightningDataModule"):
             return twin.borrowed(value)
         is_logger = is_kind(value, "Logger") or type(value).__name__ in ("SummaryWriter", "FileWriter", "Run")
-        return Silent("") if is_logger else None
+        return SilentLogger("") if is_logger else None
 
     def close(self) -> None:
-        """Throw away what was written."""
-        if self._made is not None and "folder" in vars(self._made):
-            self._made.folder.cleanup()
+        """Delete the files that were written."""
+        if self._for_trainer is not None and "folder" in vars(self._for_trainer):
+            self._for_trainer.folder.cleanup()
 
 
-class StandIn:
-    """Answers what a validation step asks of its trainer: numbers, words and the data module, lent.
+class ReadOnlyTrainer:
+    """A read-only stand-in for the Trainer: it answers with numbers, strings, and copies of the data module.
 
-    What is given to its logger goes nowhere, files go to a folder that is thrown away, it has no optimizers, and to it
-    there is one process.
+    What its logger receives is discarded, files go to a temporary folder, it has no optimizers, and it knows one
+    process.
     """
 
     training = testing = predicting = sanity_checking = False
@@ -71,28 +71,28 @@ class StandIn:
         self._real, self._twin = trainer, twin
         self.callbacks: list[Any] = []
         self.optimizers: list[Any] = []
-        self.strategy = _Alone(trainer.world_size)
+        self.strategy = _SingleProcess(trainer.world_size)
 
     @cached_property
     def folder(self) -> tempfile.TemporaryDirectory[str]:
-        """Where the step may write."""
+        """A temporary folder that the step may write to."""
         return tempfile.TemporaryDirectory(prefix="vit_explain_")
 
     @property
     def log_dir(self) -> str:
-        """Path of that folder."""
+        """Path of the temporary folder."""
         return self.folder.name
 
     default_root_dir = log_dir
 
     @property
-    def logger(self) -> Silent:
-        """One that keeps nothing."""
-        return Silent(self.log_dir)
+    def logger(self) -> SilentLogger:
+        """A logger that discards everything."""
+        return SilentLogger(self.log_dir)
 
     @property
-    def loggers(self) -> list[Silent]:
-        """The same, in a list."""
+    def loggers(self) -> list[SilentLogger]:
+        """That logger, in a list."""
         return [self.logger]
 
     def __getattr__(self, name: str) -> Any:
@@ -112,8 +112,8 @@ class StandIn:
         raise AttributeError(f"`trainer.{name}` cannot be used while the model is explained")
 
 
-class Silent:
-    """A logger, an experiment or whatever they give: everything can be asked of it and told it, to no effect."""
+class SilentLogger:
+    """A logger, an experiment or any part of them: every attribute and call exists and has no effect."""
 
     def __init__(self, folder: str) -> None:
         self.log_dir = self.save_dir = self.root_dir = folder
@@ -134,14 +134,14 @@ class Silent:
         return None
 
 
-class _Alone:
-    """A strategy whose other processes cannot be reached."""
+class _SingleProcess:
+    """A strategy that cannot reach other processes."""
 
     def __init__(self, processes: int) -> None:
         self._processes = processes
 
     def all_gather(self, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
-        """As of one process: with a dimension more where there are several."""
+        """The tensor of one process, with a leading dimension if there are several."""
         return tensor if self._processes == 1 else tensor[None]
 
     def reduce(self, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -156,20 +156,22 @@ class _Alone:
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """What code inside prints, or says to Python's log or to a tracker such as `wandb.log`, goes nowhere."""
+    """Discard what code inside prints, or logs with Python's logging or a tracker such as `wandb.log`."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    said = []
+    patches = []
     for module in filter(None, map(sys.modules.get, _TRACKERS)):
         names = [name for name in vars(module) if name.startswith("log") and callable(getattr(module, name))]
-        said += [mock.patch.object(module, name, Silent("")) for name in names]
-        said += [mock.patch.object(module, "run", Silent(""))] if getattr(module, "run", None) is not None else []
+        patches += [mock.patch.object(module, name, SilentLogger("")) for name in names]
+        patches += (
+            [mock.patch.object(module, "run", SilentLogger(""))] if getattr(module, "run", None) is not None else []
+        )
     try:
-        for patch in said:
+        for patch in patches:
             patch.start()
         with redirect_stdout(io.StringIO()):
             yield
     finally:
-        for patch in reversed(said):
+        for patch in reversed(patches):
             patch.stop()
         logging.disable(disabled)

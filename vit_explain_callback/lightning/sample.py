@@ -1,4 +1,4 @@
-"""Tell whether a module's weights were replaced, from a sample of them."""
+"""Sample a module's weights, to tell whether they were replaced."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 
 def sample(module: nn.Module) -> Tensor:
-    """The bytes of a few of each parameter's values, which are others when its weights are replaced."""
+    """The bytes of the first values of each parameter; they change when the weights are replaced."""
     return torch.cat([torch.empty(0, dtype=torch.uint8), *map(_bytes_of, module.parameters())])
 
 
 def _bytes_of(parameter: Tensor) -> Tensor:
-    """Of a parameter whose values cannot be had, as of some quantised ones or on the device `meta`, there are none."""
-    own: Any = getattr(parameter, "to_local", lambda: parameter)()
+    """Empty if the values cannot be read, as of some quantised parameters or on the device `meta`."""
+    local: Any = getattr(parameter, "to_local", lambda: parameter)()
     try:
-        if own.layout is torch.sparse_coo:
-            own = own.detach().coalesce()
-        if own.layout is not torch.strided:
-            own = own.detach().values()
-        if own.is_quantized:
-            own = own.dequantize()
-        few: Tensor = own.detach().flatten()[:16].cpu().contiguous().view(torch.uint8)
+        if local.layout is torch.sparse_coo:
+            local = local.detach().coalesce()
+        if local.layout is not torch.strided:
+            local = local.detach().values()
+        if local.is_quantized:
+            local = local.dequantize()
+        few: Tensor = local.detach().flatten()[:16].cpu().contiguous().view(torch.uint8)
     except Exception:  # what a subclass of the user's raises
         return torch.empty(0, dtype=torch.uint8)
     return few

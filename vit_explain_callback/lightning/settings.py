@@ -1,39 +1,53 @@
-"""Settings of the callback, grouped by what uses them, and checked."""
+"""The options of the callback, checked and grouped by what uses them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vit_explain_callback.explainer import ModelOptions
 from vit_explain_callback.lightning.batches import images_and_labels
 from vit_explain_callback.methods.map_function import AnyMethod, check_removal, check_vit_options, of_attention
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
 from vit_explain_callback.options.images import check_images
-from vit_explain_callback.options.rules import checked_options
+from vit_explain_callback.options.model import ViTOptions
+from vit_explain_callback.options.rules import (
+    CLASS_NAMES,
+    COUNT,
+    FLAG,
+    METHODS,
+    METRICS,
+    NONE,
+    NORMALISATION,
+    ON_ERROR,
+    REGIONS,
+    TARGET,
+    checked_options,
+    integer,
+    one_of,
+    rules_of,
+)
 from vit_explain_callback.tracking.errors import OnError
 from vit_explain_callback.tracking.probe import check_regions
-from vit_explain_callback.tracking.reliability import RemovalOrAuto
-from vit_explain_callback.tracking.scalars import Detail
+from vit_explain_callback.tracking.settings import Checks, Detail
 from vit_explain_callback.vit.labels import Task
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When snapshots are taken: with each validation, or by epochs or optimiser steps.
+    """When snapshots are taken: with each validation, every n epochs, or every n optimiser steps.
 
     Raises:
-        ValueError: If not exactly one is given.
+        ValueError: If both or neither schedule is set.
     """
 
-    every_n_epochs: int | Literal["auto"] | None
-    every_n_steps: int | None
+    every_n_epochs: Annotated[int | Literal["auto"] | None, COUNT | one_of("auto") | NONE]
+    every_n_steps: Annotated[int | None, COUNT | NONE]
 
     def __post_init__(self) -> None:
         if isinstance(self.every_n_epochs, int) and self.every_n_steps is not None:
@@ -48,126 +62,116 @@ class Schedule:
 
     @property
     def with_validation(self) -> bool:
-        """Whether a snapshot is due with each validation, and at the end of an epoch that has none."""
+        """Whether a snapshot is due with each validation, and after an epoch without one."""
         return self.every_n_epochs == "auto" and self.every_n_steps is None
 
     def steps_passed(self, last: int, step: int) -> bool:
-        """Whether a snapshot by steps was due after step `last` and until `step`."""
+        """Whether a step schedule had a snapshot due after step `last`, up to `step`."""
         return self.every_n_steps is not None and step // self.every_n_steps > last // self.every_n_steps
 
     def epochs_passed(self, epochs: int) -> bool:
-        """Whether a snapshot by epochs is due after so many."""
+        """Whether an epoch schedule has a snapshot due after this many epochs."""
         return isinstance(self.every_n_epochs, int) and self.every_n_steps is None and epochs % self.every_n_epochs == 0
 
 
 @dataclass(frozen=True)
 class Display:
-    """How images are shown.
+    """How images are shown."""
 
-    Raises:
-        ValueError: If one of `mean` and `std` is given without the other, or for another number of channels.
-    """
-
-    num_shown: int
-    class_names: Sequence[str] | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    margin_charts: bool
-    max_pictures_mb: float
-
-    def __post_init__(self) -> None:
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("Expected both `mean` and `std`, or neither, but got one of them.")
-        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
-            raise ValueError(
-                f"Expected `mean` and `std` for the same channels, but got {len(self.mean)} and {len(self.std)} values."
-            )
-
-    @property
-    def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
-        """Mean and standard deviation to undo, if given."""
-        return (self.mean, self.std) if self.mean and self.std else None
+    num_shown: Annotated[int, COUNT]
+    class_names: Annotated[Sequence[str] | None, CLASS_NAMES]
+    normalisation: Annotated[tuple[Sequence[float], Sequence[float]] | None, NORMALISATION]
 
     def check_channels(self, channels: int) -> None:
-        """Refuse a `mean` and `std` of other images than those that are explained.
+        """Refuse a normalisation of images with another number of channels.
 
         Raises:
-            ValueError: If they have not one value for each of the channels of these.
+            ValueError: If it does not have one mean and one standard deviation for each channel.
         """
-        if self.mean is not None and len(self.mean) != channels:
+        if self.normalisation is not None and len(self.normalisation[0]) != channels:
             raise ValueError(
-                f"Expected `mean` and `std` with one value for each of the {channels} channels of the images, but got "
-                f"{len(self.mean)}."
+                f"Expected `normalisation` with one value for each of the {channels} channels of the images, but got "
+                f"{len(self.normalisation[0])}."
             )
+
+
+class CallbackModelOptions(ViTOptions, total=False):
+    """What a LightningModule does not say of itself; all of it can be left out.
+
+    Attributes:
+        task: What the outputs are, if not what the loss of the step says.
+        batch_size: Images explained in one pass; None takes all at once.
+    """
+
+    task: Annotated[Task | None, one_of("classification", "multilabel", "regression") | NONE]
+    batch_size: Annotated[int | None, COUNT | NONE]
+
+
+MODEL_OPTIONS = tuple(rules_of(CallbackModelOptions))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `ViTExplainCallback`, which documents them; `given` holds the images of the user, if any."""
+    """The options of `ViTExplainCallback`, which documents them; `images` are the user's, with labels, if any."""
 
-    methods: tuple[AnyMethod, ...]
     schedule: Schedule
     display: Display
-    model: ModelOptions
-    check_every_n_snapshots: int | None
-    removal: RemovalOrAuto
-    num_images: int
-    given: tuple[Tensor, Tensor | None] | None
-    regions: Mapping[str, Tensor]
-    target: Literal["label", "prediction"] | int
-    block_statistics: bool
-    metrics: tuple[DriftMetric, ...]
-    batch_size: int | None
-    save_maps: bool
-    report: bool
+    model: CallbackModelOptions
+    checks: Checks
     detail: Detail
-    on_error: OnError
-    task: Task | None = None
+    images: tuple[Tensor, Tensor | None] | None
+    methods: Annotated[tuple[AnyMethod, ...], METHODS]
+    num_images: Annotated[int, integer(1, 100_000)]
+    regions: Annotated[Mapping[str, Tensor], REGIONS]
+    target: Annotated[Literal["label", "prediction"] | int, TARGET]
+    metrics: Annotated[tuple[DriftMetric, ...], METRICS]
+    save_maps: Annotated[bool, FLAG]
+    on_error: Annotated[OnError, ON_ERROR]
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Settings:
-        """The settings that options ask for, each as the user gave it.
+        """Check options as the user passed them.
 
         Raises:
             TypeError: If an option is of the wrong type.
             ValueError: If an option is outside its range, or two contradict each other.
         """
-        given = _given(options["images"])
-        read = checked_options({name: value for name, value in options.items() if name != "images"})
-        read |= {"methods": resolve_methods(read["methods"]), "metrics": resolve_metrics(read["metrics"])}
-        read["regions"] = read["regions"] or {}
 
-        def taken(kind: Any) -> dict[str, Any]:
-            return {name: read.pop(name) for name in [*read] if name in kind.__annotations__}
+        def of(kind: Any) -> Any:
+            rules = rules_of(kind)
+            return checked_options({name: options[name] for name in rules}, rules)
 
-        # A `ModelOptions` has names of classes too, which are shown and not explained.
-        schedule, display = Schedule(**taken(Schedule)), Display(**taken(Display))
-        model = cast(ModelOptions, taken(ModelOptions))
-        settings = cls(schedule=schedule, display=display, model=model, given=given, **read)
+        values, images = of(cls), _checked_images(options["images"])
+        values |= {"methods": resolve_methods(values["methods"]), "metrics": resolve_metrics(values["metrics"])}
+        values |= {"checks": Checks.of("checks", options["checks"]), "detail": Detail.of("detail", options["detail"])}
+        values["regions"] = values["regions"] or {}
+        model: CallbackModelOptions = of(CallbackModelOptions)
+        schedule, display = Schedule(**of(Schedule)), Display(**of(Display))
+        settings = cls(schedule=schedule, display=display, model=model, images=images, **values)
         check_vit_options(settings.methods, model)
-        check_removal(settings.removal, settings.methods)
-        if given is not None:
-            check_regions(settings.regions, len(given[0]))
+        check_removal(settings.checks.removal, settings.methods)
+        if images is not None:
+            check_regions(settings.regions, len(images[0]))
         return settings
 
     @property
     def needs_vit(self) -> bool:
-        """Whether there is a method that needs the attention of a ViT."""
+        """Whether a method needs the attention of a ViT."""
         return bool(of_attention(self.methods))
 
 
-def _given(images: object) -> tuple[Tensor, Tensor | None] | None:
-    """Images and labels that the user gives.
+def _checked_images(images: object) -> tuple[Tensor, Tensor | None] | None:
+    """The user's images and labels.
 
     Raises:
-        TypeError: If they are something else.
+        TypeError: If they have the wrong type.
         ValueError: If they are out of range, or there is not one label for each image.
     """
     if images is None:
         return None
     pair = list(images) if isinstance(images, list | tuple) else [images]
     if isinstance(images, Mapping):
-        pair = _parts(images)
+        pair = _pair_of(images)
     if not 1 <= len(pair) <= 2 or not isinstance(pair[0], Tensor):
         got = f"a {type(images).__name__}" + (f" of {len(pair)}" if isinstance(images, list | tuple) else "")
         raise TypeError(f"Expected `images` to be a tensor (B, C, H, W) or a pair (images, labels), but got {got}.")
@@ -181,17 +185,17 @@ def _given(images: object) -> tuple[Tensor, Tensor | None] | None:
     if isinstance(labels, Tensor | list | tuple) and len(labels) != len(pair[0]):
         got = f"{len(pair[0])} images but {len(labels)} labels"
         raise ValueError(f"Expected `images=(images, labels)` to hold one label for each image, but got {got}.")
-    found = images_and_labels((pair[0], labels))
-    if found[1] is None:
+    images_with_labels = images_and_labels((pair[0], labels))
+    if images_with_labels[1] is None:
         raise TypeError(
             "Expected the labels of `images=(images, labels)` to be class indices (B,), but got "
             f"{type(pair[1]).__name__} of other values."
         )
-    return found
+    return images_with_labels
 
 
-def _parts(images: Mapping[Any, Any]) -> list[Any]:
-    """Images and labels of a mapping; nothing where it has none."""
+def _pair_of(images: Mapping[Any, Any]) -> list[Any]:
+    """Images and labels of a mapping; empty if it has none."""
     try:
         return list(images_and_labels(images))
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Tell callbacks apart by their options, in the same words in every process."""
+"""Describe options in words that are the same in every process, to tell callbacks apart."""
 
 from __future__ import annotations
 
@@ -20,30 +20,24 @@ _DEPTH = 4
 _MOST_ITEMS = 1000
 
 
-def changed_options(asked: Mapping[str, Any], init: Callable[..., None]) -> str:
-    """The options that are not at their defaults, by name; nothing where all are.
-
-    Args:
-        asked: Each option by name.
-        init: Function whose parameters have the defaults.
-    """
-    defaults = {name: parameter.default for name, parameter in inspect.signature(init).parameters.items()}
-    changed = {name: value for name, value in asked.items() if in_words(value) != in_words(defaults[name])}
+def changed_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The options that differ from their defaults, in words; empty if none does."""
+    changed = {name: value for name, value in options.items() if in_words(value) != in_words(defaults[name])}
     words = {name: _short(name, value) for name, value in changed.items()}
     return repr(words) if words else ""
 
 
 def _short(name: str, value: Any) -> Any:
-    """An option in the key, as the keys of older checkpoints have it."""
+    """An option as the keys of older checkpoints have it."""
     if name == "methods" and isinstance(value, Sequence) and not isinstance(value, str):
         return [_short("", method) for method in value]
     return value if value is None or isinstance(value, str) else in_words(value)
 
 
 def in_words(value: Any, depth: int = _DEPTH) -> str:
-    """A value in words that differ where values do, and that have no address or order of a set in them.
+    """Describe a value in words that differ if values differ, without addresses or the order of sets.
 
-    Tensors and the code of functions are there by a hash; what is too deep, by its class.
+    Tensors and the code of functions are described by a hash, what is nested too deep by its class.
 
     Example:
         >>> in_words({"b": (1, 2.0), "a": None})
@@ -77,14 +71,16 @@ def in_words(value: Any, depth: int = _DEPTH) -> str:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """The attributes of an object, as far as it has such."""
-    found = dict(getattr(value, "__dict__", {}))
+    """The attributes of an object, slots included."""
+    attributes = dict(getattr(value, "__dict__", {}))
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    return found | {name: getattr(value, name) for name in slots if name not in found and hasattr(value, name)}
+    return attributes | {
+        name: getattr(value, name) for name in slots if name not in attributes and hasattr(value, name)
+    }
 
 
 def _of_array(value: Any) -> str:
-    """A number as it is; of other arrays, a hash of type, shape and content."""
+    """A number as it is; other arrays by a hash of type, shape and content."""
     if value.ndim == 0 and not getattr(value, "is_meta", False):
         return repr(value.item())
     if not isinstance(value, Tensor):
@@ -98,7 +94,7 @@ def _of_array(value: Any) -> str:
 
 
 def _of_function(function: types.FunctionType, inner: Callable[[Any], str]) -> str:
-    """Its name, and a hash of its code, of its defaults and of what it closes over."""
+    """Name of a function, and a hash of its code, its defaults and its closure."""
     enclosed = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
     parts = [_of_code(function.__code__), inner(function.__defaults__), inner(function.__kwdefaults__), inner(enclosed)]
     digest = hashlib.sha256("\n".join(parts).encode("utf-8", "backslashreplace"))
@@ -106,7 +102,7 @@ def _of_function(function: types.FunctionType, inner: Callable[[Any], str]) -> s
 
 
 def _of_code(code: types.CodeType) -> str:
-    """What a function does, but for the lines that it stands on."""
+    """The code of a function, without its line numbers."""
     constants = [_of_code(part) if isinstance(part, types.CodeType) else in_words(part) for part in code.co_consts]
     return f"{code.co_code.hex()} {constants} {code.co_names} {code.co_freevars}"
 

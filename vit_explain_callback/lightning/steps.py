@@ -1,4 +1,4 @@
-"""Run the steps of a LightningModule on a twin, and watch the first validation step that the user's own loop runs."""
+"""Run the steps of a LightningModule on a twin; watch the first validation step in the user's own loop."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vit_explain_callback.lightning.batches import cloned, images_in, picked
 from vit_explain_callback.lightning.trace import StepRecorder, StepTrace, leaves_of
 
 CURE = (
-    "Say how: `ViTExplainCallback(forward=lambda module, images: …)` gives logits (B, C) of images, `task=` says what "
-    "they are, `images=` gives the images themselves, and `vit=` the path of the ViT."
+    "Pass one of these to `ViTExplainCallback`: `forward=lambda module, images: …`, which returns logits (B, C); "
+    "`task=`, what the outputs are; `images=`, the images themselves; `vit=`, the path of the ViT."
 )
 
 
 class Steps:
-    """The steps of a module, each run on a twin with a batch.
+    """Runs steps of a module on a twin.
 
     Args:
         module: The LightningModule.
@@ -33,8 +33,8 @@ class Steps:
         self._module, self._trainer = module, trainer
 
     def first_with_loss(self, batch: Any) -> tuple[Any, StepName, StepTrace, Tensor | None]:
-        """The first step that shows a loss, validation first, its batch, and the images of the validation."""
-        found: tuple[StepName, StepTrace] | None = None
+        """The first step with a loss, validation before training: batch, name, trace, and the validation's images."""
+        best: tuple[StepName, StepTrace] | None = None
         shown: Tensor | None = None
         failure: Exception | None = None
         names: tuple[StepName, ...] = ("validation_step", "training_step")
@@ -46,15 +46,15 @@ class Steps:
                 trace = self.run(batch, name, training=True)
             failure = failure or trace.error
             shown = trace.inputs if shown is None else shown
-            found = (name, trace) if found is None or trace.loss is not None or not found[1].seen else found
+            best = (name, trace) if best is None or trace.loss is not None or not best[1].seen else best
             if trace.loss is not None:
                 break
-        if found is None or (found[1].loss is None and failure is not None):
+        if best is None or (best[1].loss is None and failure is not None):
             raise self.failed(failure)
-        return batch, *found, shown
+        return batch, *best, shown
 
     def run_on_labelled(self, batch: Any, step: StepName) -> tuple[Any, StepTrace]:
-        """Run a step; where it fails or leaves images out, on the images alone that have a label."""
+        """Run a step; if it fails or leaves images out, run it on the labelled images alone."""
         trace = self.run(batch, step)
         count = images_in(batch)
         labels = [leaf for leaf in leaves_of(batch) if leaf.shape == (count,) and not leaf.is_floating_point()]
@@ -71,32 +71,32 @@ class Steps:
         return batch, trace
 
     def run(self, batch: Any, step: StepName, seed: int | None = None, training: bool = False) -> StepTrace:
-        """Run one step, which may fail: what was seen of it."""
+        """Run one step, which may fail, and trace it."""
         with evaluating(self._module, self._trainer) as twin, preserved_random_state(seed), torch.no_grad():
             if training:
                 twin.module.train()
-            own = cloned(batch)
-            recorder = StepRecorder(twin.module, own, None, self._module)
+            copied = cloned(batch)
+            recorder = StepRecorder(twin.module, copied, None, self._module)
             returned: object = None
             error: Exception | None = None
             with recorder.watching():
                 try:
-                    returned = run_step(twin.module, step, own)
+                    returned = run_step(twin.module, step, copied)
                 except Exception as raised:
                     error = raised
             return replace(recorder.trace(returned, error), is_exact=not training)
 
     def sure_labels(self, batch: Any, step: StepName, trace: StepTrace) -> Tensor | None:
-        """Labels of a step that changes the images, if it does not change these: as where images are mixed."""
+        """Labels of a step that changes the images, unless it changes the labels too, as mixing images does."""
         again = self.run(batch, step, seed=1).labels
         is_sure = again is not None and trace.labels is not None and again.equal(trace.labels)
         return trace.labels if is_sure else None
 
     def failed(self, error: Exception | None) -> Exception:
-        """What is raised where a step failed, or there is none."""
+        """The error to raise if a step failed, or if there is none."""
         name = type(self._module).__name__
         if error is None:
-            return ValueError(f"Expected {name} to have a step, but it has none. {CURE}")
+            return ValueError(f"Expected {name} to have a validation or training step, but it has none. {CURE}")
         failure = RuntimeError(f"A step of {name} failed with probe images: {error!r}. {CURE}")
         failure.__cause__ = error
         return failure
@@ -106,25 +106,25 @@ _STEP = "validation_step"
 
 
 class StepWatch:
-    """Puts itself round one call of a strategy's `validation_step`; nothing of the module's is changed.
+    """Watches one call of a strategy's `validation_step`, by wrapping it; the module is not changed.
 
     Attributes:
-        trace: What was seen of the first step; None before, and where watching failed.
-        failure: What the watching failed with, if it did.
+        trace: Trace of the first step; None before, and if watching failed.
+        failure: The error that watching failed with, if it did.
     """
 
     def __init__(self) -> None:
         self.trace: StepTrace | None = None
         self.failure: Exception | None = None
-        self._own: Any = None
-        self._before: Any = None
+        self._wrapper: Any = None
+        self._replaced: Any = None
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
-        """Watch the step that comes next, unless one was watched, or watching would change what it computes."""
+        """Watch the next step, unless one has been watched, or watching would change what it computes."""
         if self.trace is not None or self.failure is not None or not _is_neutral(module):
             return
         strategy = trainer.strategy
-        step, self._before = strategy.validation_step, vars(strategy).get(_STEP)
+        step, self._replaced = strategy.validation_step, vars(strategy).get(_STEP)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.end(trainer)
@@ -136,16 +136,16 @@ class StepWatch:
             self._conclude(recorder, returned)
             return returned
 
-        vars(strategy)[_STEP] = self._own = watched
+        vars(strategy)[_STEP] = self._wrapper = watched
 
     def end(self, trainer: Trainer) -> None:
-        """Watch no longer, and put back what stood there before."""
-        own = vars(trainer.strategy)
-        if self._own is not None and own.get(_STEP) is self._own:
-            del own[_STEP]
-            if self._before is not None:
-                own[_STEP] = self._before
-        self._own = self._before = None
+        """Stop watching, and restore the step."""
+        attributes = vars(trainer.strategy)
+        if self._wrapper is not None and attributes.get(_STEP) is self._wrapper:
+            del attributes[_STEP]
+            if self._replaced is not None:
+                attributes[_STEP] = self._replaced
+        self._wrapper = self._replaced = None
 
     def _recorder(self, module: LightningModule, args: tuple[Any, ...]) -> StepRecorder | None:
         try:
@@ -162,13 +162,15 @@ class StepWatch:
 
 
 def _is_neutral(module: nn.Module) -> bool:
-    """Whether a step computes the same while it is watched: what is compiled would be compiled again."""
+    """Whether watching leaves a step as it is; a compiled module would be compiled again."""
     if is_sharded(module):
         return False
     for child in module.modules():
-        own = vars(child)
-        compiled = own.get("_compiled_call_impl") is not None or "_orig_mod" in child._modules
-        if compiled or any(hasattr(part, "_torchdynamo_orig_callable") for part in own.values() if callable(part)):
+        attributes = vars(child)
+        compiled = attributes.get("_compiled_call_impl") is not None or "_orig_mod" in child._modules
+        if compiled or any(
+            hasattr(part, "_torchdynamo_orig_callable") for part in attributes.values() if callable(part)
+        ):
             return False
     functions = [vars(base) for base in type(module).__mro__] + [getattr(module.forward, "__globals__", {})]
     return not any(

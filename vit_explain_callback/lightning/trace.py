@@ -1,4 +1,4 @@
-"""Watch one step of a module, the user's own run or one on a twin: images, logits, loss and labels go by."""
+"""Record one step of a module, in the user's own run or on a twin: its images, logits, loss and labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vit_explain_callback.vit.losses import BUFFERS, IMAGES, TRAINED, WEIGHTS, L
 from vit_explain_callback.vit.sources import tensors_in
 
 ROWS = 4
-"""Images of the step whose pixels and outputs are kept, to check a copy by."""
+"""Number of images whose pixels and outputs are stored, to check a copy against."""
 
 # With a function mode, or hooks of their own, these would compute with another kernel.
 _OPAQUE = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -26,26 +26,26 @@ _OPAQUE = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttent
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What went by in a step. All tensors are on the CPU.
+    """Trace of a step. All tensors are on the CPU.
 
     Attributes:
-        loss: Name of the loss that counts; None where the step computes none of outputs with a row for each image.
-        others: Names of other losses of other outputs.
+        loss: Name of the loss to explain; None if no loss is computed from outputs with a row for each image.
+        others: Names of losses that are computed from other outputs.
         seen: Names of all losses of the step.
         task: What the outputs of the loss are.
-        parts: Paths of the modules that turn images into the outputs, one after another; none where only the step does.
-        inputs: The first images that the first part was given, or any module where there is no part.
-        outputs: What the loss was given for these.
-        reading: How labels are read off what the outputs are compared with.
+        parts: Paths of the modules that turn images into the outputs, one after another; empty if only the step does.
+        inputs: The first images that the first part received, or any module if there is no part.
+        outputs: What the loss received for these images.
+        reading: How to read labels off what the outputs are compared with.
         labels: (B,) labels of all images, or None.
-        count: B, images in the step.
-        image_leaf: Which tensor of the batch the inputs are, None where the step changes them before.
-        label_leaf: Which tensor of the batch the loss compares the outputs with, None where that is made in the step.
-        mixes: Whether the step may mix images and their labels: it makes both, and labels are shares of classes.
+        count: B, number of images in the step.
+        image_leaf: Index of the inputs among the tensors of the batch; None if the step changes them first.
+        label_leaf: Index of the labels among the tensors of the batch; None if the step computes them.
+        mixes: Whether the step may mix images and labels: it computes both, and labels are shares of classes.
         leaves: Number of tensors in the batch.
         called: Whether the module itself was called with images.
-        error: What stopped the step, if anything did.
-        is_exact: Whether the outputs are those of evaluation.
+        error: The error that stopped the step, if any.
+        is_exact: Whether the outputs are those of evaluation mode.
     """
 
     loss: str | None
@@ -70,22 +70,22 @@ class StepTrace:
 @dataclass
 class _Call:
     path: str
-    images: Tensor | None  # the first rows, as the module was given them
+    images: Tensor | None  # the first rows that the module received
     count: int
     leaf: int | None
-    given: int  # names of tensors in the flow
+    input: int  # names of tensors in the flow
     entry: int = 0
-    gave: frozenset[int] = frozenset()
+    outputs: frozenset[int] = frozenset()
 
 
 class StepRecorder:
-    """Watches what a module computes, without touching it; `trace` says what was seen.
+    """Records what a module computes, without touching it; `trace` returns the result.
 
     Args:
         module: A LightningModule, or its twin.
-        batch: What its step is going to be given.
-        rows: Images whose pixels and outputs are kept; None keeps all.
-        source: What the module is a twin of.
+        batch: The batch that its step will receive.
+        rows: Number of images whose pixels and outputs are stored; None stores all.
+        source: The module that a twin is a copy of.
     """
 
     def __init__(self, module: nn.Module, batch: Any, rows: int | None = ROWS, source: nn.Module | None = None) -> None:
@@ -102,15 +102,15 @@ class StepRecorder:
         self._of_leaf = [self._flow.name(leaf) for leaf in self._leaves]
         self._recorder.needs_labels = not says_more(batch)
         self._flow.mark_lasting(module.parameters(), WEIGHTS)
-        own = {name for name, weight in (source or module).named_parameters() if weight.requires_grad}
-        self._flow.mark_lasting((weight for name, weight in module.named_parameters() if name in own), TRAINED)
-        self._recorder.needs_training = bool(own)
+        trained = {name for name, weight in (source or module).named_parameters() if weight.requires_grad}
+        self._flow.mark_lasting((weight for name, weight in module.named_parameters() if name in trained), TRAINED)
+        self._recorder.needs_training = bool(trained)
         self._recorder.lets_out = source is not None
         self._flow.mark_lasting(module.buffers(), BUFFERS)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, every module of the one that is watched, and every function of torch, is seen."""
+        """Record every call of a submodule, and every function of torch, inside the context."""
         ordinary = nn.Module.__call__
 
         def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ class StepRecorder:
             with self._recorder:
                 yield
         finally:
-            self._paths.clear()  # so that nothing is seen where the user has put something round this
+            self._paths.clear()  # so that nothing more is recorded if the user wrapped this
             if nn.Module.__call__ is call:
                 nn.Module.__call__ = ordinary  # type: ignore[method-assign]
 
@@ -140,10 +140,10 @@ class StepRecorder:
             for tensor in _tensors_of(output):
                 if is_opaque:
                     self._flow.mark(tensor, sources | WEIGHTS | TRAINED)
-                elif not self._flow.of(tensor) & IMAGES:  # made where torch does not see it, or of labels alone
+                elif not self._flow.of(tensor) & IMAGES:  # computed out of torch's sight, or from labels alone
                     self._flow.mark(tensor, sources)
             if call is not None:
-                call.gave = frozenset(map(self._flow.name, tensors_in(getattr(output, "logits", output))))
+                call.outputs = frozenset(map(self._flow.name, tensors_in(getattr(output, "logits", output))))
                 self._calls.append(call)
 
         self._recorder.attempt(note_entry)
@@ -160,20 +160,20 @@ class StepRecorder:
         return output
 
     def _entered(self, path: str, args: Any, kwargs: Mapping[str, Any]) -> _Call | None:
-        given = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
-        # What weights have a share in are features, of which nothing is kept.
-        images = next((part for part in given if part.ndim == 4 and not self._flow.of(part) & WEIGHTS), None)
+        tensors = [part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)]
+        # Tensors that weights have a share in are features; they are not stored.
+        images = next((part for part in tensors if part.ndim == 4 and not self._flow.of(part) & WEIGHTS), None)
         if images is None:
-            return _Call(path, None, 0, None, self._flow.name(given[0])) if len(given) == 1 == len(args) else None
+            return _Call(path, None, 0, None, self._flow.name(tensors[0])) if len(tensors) == 1 == len(args) else None
         if not self._flow.of(images) & IMAGES:
             self._flow.mark(images, IMAGES)
         rows = images[self._rows].detach().clone()
         leaf = next(
             (
                 place
-                for place, (known, other) in enumerate(zip(self._first_rows, self._leaves, strict=True))
-                if known is not None and len(other) == len(images) and known.shape == rows.shape
-                and known.dtype == rows.dtype and known.equal(rows)
+                for place, (first, other) in enumerate(zip(self._first_rows, self._leaves, strict=True))
+                if first is not None and len(other) == len(images) and first.shape == rows.shape
+                and first.dtype == rows.dtype and first.equal(rows)
             ),
             None,
         )  # fmt: skip
@@ -181,10 +181,10 @@ class StepRecorder:
         return _Call(path, rows, len(images), leaf, self._flow.name(images), self._entries)
 
     def trace(self, returned: object = None, error: Exception | None = None) -> StepTrace:
-        """What was seen, once the step has returned something, or failed.
+        """The trace, once the step has returned or failed.
 
         Raises:
-            Exception: What kept something from being seen.
+            Exception: Whatever recording failed with.
         """
         if self._recorder.failure is not None:
             raise self._recorder.failure
@@ -192,7 +192,7 @@ class StepRecorder:
         fed = [call for call in self._calls if call.images is not None]
         entered = sorted(fed, key=lambda call: call.entry)
         counts = dict.fromkeys(call.count for call in entered)
-        ranked, loss = next((found for found in map(self._recorder.best, counts) if found[1] is not None), ([], None))
+        ranked, loss = next((best for best in map(self._recorder.best, counts) if best[1] is not None), ([], None))
         ranked = ranked or self._recorder.best(0)[0]
         seen = tuple(dict.fromkeys(one.name for one in self._recorder.losses))
         first = next((call for call in entered if loss is None or call.count == len(loss.outputs)), None)
@@ -229,35 +229,35 @@ class StepRecorder:
     def _parts(self, outputs: Tensor) -> list[_Call]:
         """The outermost modules that, one after another, turn images into some outputs.
 
-        The module itself is the last that is thought of: what it does and holds beside its parts need not be run.
+        The module itself is the last resort, as it may do more than its parts.
         """
         inside = [call for call in self._calls if call.path]
         return self._chain(inside, outputs) or self._chain(self._calls, outputs)
 
     def _chain(self, calls: list[_Call], outputs: Tensor) -> list[_Call]:
-        found: list[_Call] = []
+        chain: list[_Call] = []
         name = self._flow.name(outputs)
         for _ in range(8):
-            makers = [call for call in reversed(calls) if name in call.gave]
+            makers = [call for call in reversed(calls) if name in call.outputs]
             maker = next((call for call in makers if call.images is not None), makers[0] if makers else None)
             if maker is None:
                 break
-            found.insert(0, maker)
+            chain.insert(0, maker)
             if maker.images is not None:
-                return found
-            name = maker.given
+                return chain
+            name = maker.input
         return []
 
 
 def leaves_of(batch: Any) -> list[Tensor]:
     """The tensors of a batch, always in the same order."""
-    found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, lambda part: found.append(part))
-    return found
+    leaves: list[Tensor] = []
+    apply_to_collection(batch, Tensor, lambda part: leaves.append(part))
+    return leaves
 
 
 def says_more(batch: Any) -> bool:
-    """Whether a batch holds more than tensors, of which labels may be made: names, numbers, objects."""
+    """Whether a batch holds more than tensors (names, numbers, objects), from which labels may be computed."""
     if isinstance(batch, Mapping):
         return any(map(says_more, batch.values()))
     if isinstance(batch, list | tuple):
@@ -266,11 +266,11 @@ def says_more(batch: Any) -> bool:
 
 
 def _tensors_of(value: object) -> list[Tensor]:
-    """The tensors in a value of any form, also one that holds them as attributes, as model outputs do."""
-    found = list(tensors_in(value))
-    if not found and hasattr(value, "__dict__"):
-        found = list(tensors_in(dict(vars(value))))
-    return found
+    """The tensors in a value of any form, also in the attributes of a model output."""
+    tensors = list(tensors_in(value))
+    if not tensors and hasattr(value, "__dict__"):
+        tensors = list(tensors_in(dict(vars(value))))
+    return tensors
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class AttentionFlow(FusedMethod):
 
     def step(self, relevance: list[Tensor], block: Block) -> list[Tensor]:
         """The matrices (b, N, N) so far and that of this block: all of them are needed at once."""
-        return [*relevance, self.kept(block)]
+        return [*relevance, self.without_lowest(block)]
 
     def finish(self, relevance: list[Tensor], readout: Tensor, layout: TokenLayout) -> Tensor:
         """(b, N) maximum flow from the readout to each patch; NaN for other tokens."""
@@ -117,11 +117,11 @@ def maximum_flow(matrices: Sequence[Tensor], readout: Tensor, sinks: Sequence[in
     flows = np.zeros(len(inflow))
     left = list(sinks)
     certified = 0
-    for kept in _STRONGEST:
-        graph = _Graph(capacities[1:], shares, kept)
+    for edges_per_row in _STRONGEST:
+        graph = _Graph(capacities[1:], shares, edges_per_row)
         for sink in left:
             flows[sink] = graph.flow_to(inflow[:, sink])
-        if kept is not None:
+        if edges_per_row is not None:
             left = [sink for sink in left if flows[sink] < bound[sink] - _TOLERANCE]
             certified = len(sinks) - len(left)
         if not left:
@@ -135,11 +135,11 @@ class _Graph:
     Args:
         capacities: Ā of those blocks, lowest first, each (N, N); may be none.
         shares: What the readout gives to each token after the last block, (N,).
-        kept: Edges kept of each row, the strongest, or None for all.
+        edges_per_row: Edges of each row, the strongest, or None for all.
     """
 
     def __init__(
-        self, capacities: Sequence[NDArray[np.float64]], shares: NDArray[np.float64], kept: int | None
+        self, capacities: Sequence[NDArray[np.float64]], shares: NDArray[np.float64], edges_per_row: int | None
     ) -> None:
         from ortools.graph.python.max_flow import SimpleMaxFlow
 
@@ -147,11 +147,11 @@ class _Graph:
         top = len(capacities) * tokens
         self._source, self._sink = top + tokens, top + tokens + 1
         self._solver = SimpleMaxFlow()
-        given = shares.nonzero()[0]
-        self._add(np.full(len(given), self._source), top + given, shares[given])
+        read_tokens = shares.nonzero()[0]
+        self._add(np.full(len(read_tokens), self._source), top + read_tokens, shares[read_tokens])
         for index, matrix in enumerate(capacities):
             is_top = index == len(capacities) - 1
-            rows, columns = _edges(matrix, kept, shares if is_top else np.zeros(tokens))
+            rows, columns = _edges(matrix, edges_per_row, shares if is_top else np.zeros(tokens))
             self._add((index + 1) * tokens + rows, index * tokens + columns, matrix[rows, columns])
         self._last = self._add(np.arange(tokens), np.full(tokens, self._sink), np.zeros(tokens))
 
@@ -181,12 +181,12 @@ def _in_units(capacity: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _edges(
-    matrix: NDArray[np.float64], kept: int | None, through: NDArray[np.float64]
+    matrix: NDArray[np.float64], edges_per_row: int | None, through: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows and columns of the strongest edges of each row, and of all where those cannot carry `through`, (N,)."""
     keep = matrix > 0
-    if kept is not None and kept < len(matrix):
-        strong = matrix >= np.partition(matrix, -kept, axis=1)[:, -kept, None]
+    if edges_per_row is not None and edges_per_row < len(matrix):
+        strong = matrix >= np.partition(matrix, -edges_per_row, axis=1)[:, -edges_per_row, None]
         carries = (matrix * strong).sum(axis=1) >= through
         keep &= strong | ~carries[:, None]
     rows, columns = keep.nonzero()

@@ -23,7 +23,7 @@ class AttentionRollout(FusedMethod):
 
     def step(self, relevance: Tensor, block: Block) -> Tensor:
         """Carry (b, N) of relevance through a block: r Ā; see `rollout_step`."""
-        return rollout_step(relevance, self.kept(block))
+        return rollout_step(relevance, self.without_lowest(block))
 
 
 def rollout_step(row: Tensor, fused: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A method: its options, the matrix it wants of each block, and what it does with it."""
+"""The interface of a method: its options, the matrix that it needs of each block, and its step over the blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vit_explain_callback.vit.tokens import TokenLayout
 
 @dataclass(frozen=True)
 class Option:
-    """How an option is written and what it may be.
+    """How an option is written in a name, and its range.
 
     Attributes:
         pattern: Regular expression of its part of a name, the value as its group.
@@ -70,11 +70,11 @@ OPTIONS = {
         "of at least 1 (the first head), or None for all",
     ),
 }
-"""Every option by the name of its field, in the order in which names have them."""
+"""Every option by the name of its field, in their order in a name."""
 
 
 def check_option(name: str, value: Any) -> None:
-    """Refuse a value that an option cannot have.
+    """Refuse a value that is out of an option's range.
 
     Raises:
         ValueError: If it is out of range.
@@ -105,14 +105,14 @@ def block_number(name: str, value: int, blocks: int, method: str) -> int:
 
 @dataclass(frozen=True)
 class Block:
-    """One block, as a method sees it on the way from the last block to the first.
+    """One block, as it is passed to a method's `step`.
 
     Attributes:
         layer: Its number, counted from 1.
         fused: The matrix that the method's `fusion` asks for, (b, N, N), query rows and key columns. Other methods may
-            share it: do not change it in place. A `block_gradient` where an attention-pooling head does the reading is
-            that head's, (b, Q, N).
-        readout: What the classifier reads of the tokens after the last block, (b, N).
+            share it: do not change it in place. Where an attention-pooling head does the reading, a `block_gradient`
+            is of that head's attention, (b, Q, N).
+        readout: Weights with which the classifier reads the tokens after the last block, (b, N).
         class_token: Index of the class token, or None.
     """
 
@@ -126,7 +126,7 @@ class Block:
 class Method(ABC):
     """An explanation method: a frozen dataclass whose fields are its options.
 
-    A method of one's own is a subclass with a `kind` and a `step`; options in `OPTIONS` are checked and named alike:
+    A method of your own is a subclass with a `kind` and a `step`; fields named as in `OPTIONS` are checked likewise:
 
         >>> import torch
         >>> @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Method(ABC):
     """
 
     kind: ClassVar[str]
-    """What the name begins with."""
+    """The beginning of the name."""
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -167,7 +167,7 @@ class Method(ABC):
 
     @property
     def fusion(self) -> Fusion:
-        """The matrix that the method wants of each block; by default the mean of its heads."""
+        """The matrix that the method needs of each block; by default the mean of its heads."""
         return Fusion()
 
     @property
@@ -191,7 +191,7 @@ class Method(ABC):
         return Fusion()
 
     def start(self, readout: Tensor, pool: Tensor | None) -> Any:
-        """What the first `step` is given; by default the readout.
+        """The relevance that the first `step` receives; by default the readout.
 
         Args:
             readout: What the classifier reads of each token, (b, N) summing to 1.
@@ -202,7 +202,7 @@ class Method(ABC):
 
     @abstractmethod
     def step(self, relevance: Any, block: Block) -> Any:
-        """Take in a block: from the last that takes part to the first, what the step before returned is given on."""
+        """Carry relevance through a block; called from the last block that takes part to the first."""
 
     def finish(self, relevance: Any, readout: Tensor, layout: TokenLayout) -> Tensor:
         """Relevance of every token, (b, N), from what the last `step` returned."""
@@ -234,16 +234,16 @@ class FusedMethod(Method):
 
     @property
     def pool_fusion(self) -> Fusion:
-        """A pooling head is read as the blocks are."""
+        """A pooling head is fused like the blocks."""
         return self.fusion
 
-    def kept(self, block: Block) -> Tensor:
+    def without_lowest(self, block: Block) -> Tensor:
         """A block's fused matrix without its lowest entries, (b, N, N)."""
         return discard_lowest(block.fused, self.discard_ratio, block.class_token)
 
 
 def check_layers(methods: Sequence[Method], blocks: int) -> None:
-    """Refuse methods with an option that names a block which the model does not have.
+    """Refuse methods whose options name a block that the model does not have.
 
     Raises:
         ValueError: If there is one.
@@ -253,7 +253,7 @@ def check_layers(methods: Sequence[Method], blocks: int) -> None:
 
 
 def check_heads(methods: Sequence[Method], heads: Sequence[int]) -> None:
-    """Refuse methods with an option that names a head which a block does not have.
+    """Refuse methods whose options name a head that a block does not have.
 
     Args:
         methods: Methods.

@@ -21,16 +21,18 @@ from vit_explain_callback.vit.blocks import Stack
 from vit_explain_callback.vit.calls import AttentionCall
 from vit_explain_callback.vit.tokens import TokenLayout
 
-# Attention entries alive at once, and as many again for their gradients: on a CPU few enough to stay in its cache, but
-# at least those of one head, which fewer rows at a time only slow down; elsewhere 128 MiB in float32.
+# Attention entries alive at once, and as many again for their gradients. On a CPU they fit into its cache, but are at
+# least those of one head, as fewer rows at a time only slow it down; elsewhere they take 128 MiB in float32.
 CHUNK_ENTRIES = 2**20
 ACCELERATOR_CHUNK_ENTRIES = 2**25
-# A head with more entries than these, 8 MiB in float32, is taken a few query rows at a time.
+# A head with more entries than this, 8 MiB in float32, is computed a few query rows at a time.
 HEAD_ENTRIES = 2**21
 
 
 Show: TypeAlias = Callable[[slice, slice, Tensor], None]
-"""Is shown the attention (b, h, n, M) of some heads and queries, given first."""
+"""Called with some heads and queries and their attention, (b, h, n, M)."""
+Request: TypeAlias = tuple[Fusion, int]
+"""A matrix that a method needs of each block: how it is fused, and the place of the target among all."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class Recorded:
 
 
 class Blocks(Iterator[tuple[int, Recorded]]):
-    """Yields the blocks of a stack with their numbers, the last block first, and lets go of each once it is yielded.
+    """Yields the blocks of a stack with their numbers, the last block first, and drops its reference to each.
 
-    It lets go of memory only if nobody else holds the stack and the gradients.
+    Their memory is freed only if nothing else refers to the stack and the gradients.
 
     Args:
         stack: The blocks' attention, and that of an attention pool.
@@ -129,9 +131,10 @@ class _Run:
             assert self._layout.readout is not None
             return self._layout.readout.to(blocks.like).repeat(blocks.images, 1), None
         fusions = {self.method.fusion, self.method.pool_fusion}
-        # A block's own logit is none of the pool's, and a head of a block is none of its heads.
-        wanted = {(fusion, self.target) for fusion in fusions if fusion.of != "block_gradient" and fusion.head is None}
-        fused = _fuse(blocks.pool, slice(None), None, wanted)
+        # The pool has no logit of a block, nor the head of a block that a method names.
+        of_pool = [fusion for fusion in fusions if fusion.of != "block_gradient" and fusion.head is None]
+        requests = {(fusion, self.target) for fusion in of_pool}
+        fused = _fuse(blocks.pool, slice(None), None, requests)
         rows = {fusion: self._to_tokens(matrix.mean(dim=1)) for (fusion, _), matrix in fused.items()}
         read = rows[self.method.pool_fusion]
         return read / read.sum(dim=1, keepdim=True), rows.get(self.method.fusion)
@@ -151,11 +154,11 @@ def fold(
     """Relevance of every token by method, (B, N), for each target; of the patches only for attention flow.
 
     Args:
-        methods: Any number of variants. Those that want the same matrix share it, and targets share those that depend
-            on none.
+        methods: Any number of variants. Those that need the same matrix share it, and targets share the methods that
+            depend on none.
         blocks: The attention of the stack; it is used up.
         layout: The tokens.
-        meter: Shown every block's attention on the way.
+        meter: Takes in every block's attention on the way.
 
     Raises:
         ValueError: If an option of a method names a block that the model does not have.
@@ -182,33 +185,28 @@ def fold(
 
 
 def _fused(block: Recorded, images: slice, show: Show | None, runs: Collection[_Run]) -> dict[_Run, Tensor]:
-    """The matrix (b, N, M) of some images that each run wants; runs that want the same one share a tensor."""
-    wanted = {run: (run.method.fusion, run.target) for run in runs}
-    of_logit = {key for key in wanted.values() if key[0].of == "block_gradient"}
-    fused = _fuse(block, images, show, set(wanted.values()) - of_logit)
+    """The matrix (b, N, M) that each run needs, of some images; runs that need the same one share a tensor."""
+    requests = {run: (run.method.fusion, run.target) for run in runs}
+    of_logit = {key for key in requests.values() if key[0].of == "block_gradient"}
+    fused = _fuse(block, images, show, set(requests.values()) - of_logit)
     if of_logit:
         assert block.logit is not None
         fused |= _fuse(Recorded(block.logit.call, block.logit.gradients, None), images, None, of_logit)
-    return {run: fused[key] for run, key in wanted.items()}
+    return {run: fused[key] for run, key in requests.items()}
 
 
-def _fuse(
-    block: Recorded, images: slice, show: Show | None, wanted: Collection[tuple[Fusion, int]]
-) -> dict[tuple[Fusion, int], Tensor]:
-    """The matrices (b, N, M) of some images, each for a fusion and the place of the target that its gradient is of.
-
-    Of a head that is too large as a whole, a few query rows are taken at a time.
-    """
+def _fuse(block: Recorded, images: slice, show: Show | None, requests: Collection[Request]) -> dict[Request, Tensor]:
+    """The requested matrices (b, N, M) of some images, computed a few query rows at a time where heads are large."""
     _, heads, queries, keys = block.call.shape
     rows = _parts(queries, HEAD_ENTRIES // keys)
     step = _chunk_entries(block.call) // ((rows[0].stop - rows[0].start) * keys)
     if len(rows) == 1:
-        return _fuse_rows(block, images, _parts(heads, step), rows[0], show, wanted)
-    fused: dict[tuple[Fusion, int], Tensor] = {}
+        return _fuse_rows(block, images, _parts(heads, step), rows[0], show, requests)
+    fused: dict[Request, Tensor] = {}
     for part in rows:
-        for key, found in _fuse_rows(block, images, _parts(heads, step), part, show, wanted).items():
-            whole = fused.setdefault(key, found.new_empty(found.shape[0], queries, keys))
-            whole[:, part] = found
+        for key, row_part in _fuse_rows(block, images, _parts(heads, step), part, show, requests).items():
+            whole = fused.setdefault(key, row_part.new_empty(row_part.shape[0], queries, keys))
+            whole[:, part] = row_part
     return fused
 
 
@@ -218,11 +216,11 @@ def _fuse_rows(
     heads: Sequence[slice],
     queries: slice,
     show: Show | None,
-    wanted: Collection[tuple[Fusion, int]],
-) -> dict[tuple[Fusion, int], Tensor]:
-    """Some query rows of the matrices, (b, n, M), from a few heads at a time."""
-    fusers = {key: HeadFuser(key[0].head_fusion) for key in wanted}
-    sources = sorted({(fusion.of, target) for fusion, target in wanted})
+    requests: Collection[Request],
+) -> dict[Request, Tensor]:
+    """Some query rows of the requested matrices, (b, n, M), computed a few heads at a time."""
+    fusers = {key: HeadFuser(key[0].head_fusion) for key in requests}
+    sources = sorted({(fusion.of, target) for fusion, target in requests})
     for few in heads:
         for source, matrix in _matrices(block, (images, few, queries), show, sources):
             for (fusion, target), fuser in fusers.items():
@@ -245,7 +243,7 @@ def _matrices(
 ) -> Iterator[tuple[tuple[str, int], Tensor]]:
     """Each of `sources`, A, A ⊙ ∂y/∂A or ∂s/∂A, of some images, heads and queries, (b, h, n, M), with the source.
 
-    Attention is computed only where it is needed: ∂s/∂A, which is never asked for together with others, does without.
+    Attention is computed only where it is needed: ∂s/∂A, which is never requested together with others, needs none.
     """
     attention = None
     if show is not None or any(of != "block_gradient" for of, _ in sources):
@@ -264,7 +262,7 @@ def _matrices(
 
 
 def _takes(fusion: Fusion, first: int, count: int) -> bool:
-    """Whether a fusion takes any of `count` heads, of which `first` come before."""
+    """Whether a fusion reads any of the `count` heads that follow the first `first`."""
     return fusion.head is None or first < fusion.head <= first + count
 
 

@@ -24,7 +24,7 @@ _SAMPLE = 1024  # entries that tell where a threshold lies
 
 @dataclass(frozen=True)
 class Fusion:
-    """Which matrix F, (B, N, N), a method works with; methods that want equal ones share the work.
+    """The matrix F, (B, N, N), that a method needs; methods with equal fusions share it.
 
     Attributes:
         head_fusion: How the heads are fused: `mean`, `max` or `min`.
@@ -42,7 +42,7 @@ class Fusion:
 
 
 class HeadFuser:
-    """Fuses heads that arrive a few at a time, so that all of them need never exist together.
+    """Fuses heads a few at a time, so that they need not all exist at once.
 
     `mean` divides by the number of heads seen; `max` and `min` are elementwise over heads.
 
@@ -118,15 +118,15 @@ def discard_lowest(fused: Tensor, discard_ratio: float, class_token: int | None 
     dropped = int(discard_ratio * entries.shape[1])
     if dropped == 0:
         return fused
-    smallest_kept = _smallest_but(dropped, entries)
-    kept = fused.masked_fill(fused < smallest_kept[:, None, None], 0)
+    threshold = _smallest_but(dropped, entries)
+    remaining = fused.masked_fill(fused < threshold[:, None, None], 0)
     if class_token is not None:
-        kept[:, class_token, class_token] = fused[:, class_token, class_token]
-    return kept
+        remaining[:, class_token, class_token] = fused[:, class_token, class_token]
+    return remaining
 
 
 def _smallest_but(count: int, entries: Tensor) -> Tensor:
-    """The smallest entry of each row but for `count` smaller ones: (B, n) to (B,)."""
+    """The entry of rank `count`, from 0, in each row: (B, n) to (B,)."""
     if entries.device.type == "cpu" and entries.dtype in (torch.float32, torch.float64):
         # The same value as torch's, several times as fast.
         return torch.from_numpy(np.stack([_smallest_of_row(count, row) for row in entries.detach().numpy()]))
@@ -135,10 +135,10 @@ def _smallest_but(count: int, entries: Tensor) -> Tensor:
 
 
 def _smallest_of_row(count: int, row: np.ndarray) -> Any:
-    """The smallest entry of (n,) but for `count` smaller ones.
+    """The entry of rank `count`, from 0, in (n,); the same as `np.partition(row, count)[count]`.
 
-    A sample tells between which two values it lies, all but surely. Of the rest, only how many there are is counted:
-    of zeros, which may be half of the entries, as well.
+    A sample gives two values between which it almost surely lies, and only the entries between them are partitioned.
+    Partitioning all of them takes up to ten times as long on NumPy 1.24, and on any version where half are zeros.
     """
     sample = np.sort(row[:: max(1, row.size // _SAMPLE)])
     share = count / row.size

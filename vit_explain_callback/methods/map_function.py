@@ -1,4 +1,4 @@
-"""Any explainer as a method: a function that gives a map of each image.
+"""A user's function as a method: it returns a map of each image.
 
 Shapes: B images, C classes or channels, h and w the map's own grid.
 """
@@ -21,7 +21,7 @@ _RESERVED = "random"  # the control of faithfulness
 
 @dataclass(frozen=True)
 class MapFunction:
-    """A method of one's own that needs no attention, and so no ViT: it may stand wherever a method's name may.
+    """A method of your own that needs no attention, and so no ViT; accepted wherever a method's name is.
 
     The function is called with
 
@@ -81,50 +81,48 @@ class MapFunction:
         return self.name
 
     def maps(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-        """What the function gives, (B, h, w), on the device of the images, in float32 or float64.
+        """Call the function: its maps (B, h, w), on the device of the images, in float32 or float64.
 
         Raises:
-            RuntimeError: If the function fails, or gives something else.
+            RuntimeError: If the function fails, or does not return maps.
         """
         try:
-            found = self.function(model, images, target)
+            maps = self.function(model, images, target)
         except Exception as error:
             raise RuntimeError(
                 f"Expected the function of `{self.name}` to give maps of {len(images)} images, but it raised {error!r}."
             ) from error
-        if not isinstance(found, Tensor) or not found.is_floating_point():
-            got = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        if not isinstance(maps, Tensor) or not maps.is_floating_point():
+            got = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
             raise RuntimeError(f"{self._expected('a floating-point tensor of')} (B, h, w), but it gave {got}.")
-        if found.ndim != 3 or len(found) != len(images) or 0 in found.shape:
+        if maps.ndim != 3 or len(maps) != len(images) or 0 in maps.shape:
+            raise RuntimeError(f"{self._expected('maps of shape')} ({len(images)}, h, w), but got {tuple(maps.shape)}.")
+        if maps.device.type not in ("cpu", images.device.type):
             raise RuntimeError(
-                f"{self._expected('maps of shape')} ({len(images)}, h, w), but got {tuple(found.shape)}."
+                f"{self._expected('maps on')} {images.device} or the CPU, but they are on {maps.device}."
             )
-        if found.device.type not in ("cpu", images.device.type):
-            raise RuntimeError(
-                f"{self._expected('maps on')} {images.device} or the CPU, but they are on {found.device}."
-            )
-        return found.detach().to(images.device, torch.promote_types(found.dtype, torch.float32))
+        return maps.detach().to(images.device, torch.promote_types(maps.dtype, torch.float32))
 
     def _expected(self, what: str) -> str:
         return f"Expected the function of `{self.name}` to give {what}"
 
 
 AnyMethod: TypeAlias = Method | MapFunction
-"""What may stand where a method is asked for."""
+"""Any object that is accepted as a method."""
 
 
 def of_attention(methods: Sequence[AnyMethod]) -> list[Method]:
-    """Those that need the attention of a ViT."""
+    """The methods that need the attention of a ViT."""
     return [method for method in methods if isinstance(method, Method)]
 
 
 def of_functions(methods: Sequence[AnyMethod]) -> list[MapFunction]:
-    """Those that need a model only."""
+    """The methods that need only a model."""
     return [method for method in methods if isinstance(method, MapFunction)]
 
 
 def check_functions(functions: Sequence[MapFunction], model: nn.Module, query: tuple[int, int] | None) -> None:
-    """Refuse functions for what they cannot be asked.
+    """Refuse functions where they cannot be run.
 
     Raises:
         ValueError: If the model has no copy for them to work on, or relevance is to start from a patch.
@@ -144,24 +142,24 @@ def check_functions(functions: Sequence[MapFunction], model: nn.Module, query: t
 
 
 def check_vit_options(methods: Sequence[AnyMethod], options: Mapping[str, object]) -> None:
-    """Refuse those of a model's options that say something of a ViT, where no method needs one.
+    """Refuse options that describe a ViT where no method needs one.
 
     Raises:
         ValueError: If one is not None.
     """
-    given = [f"`{name}`" for name in ("vit", "prefix_tokens", "grid_size") if options.get(name) is not None]
-    if given and not of_attention(methods):
+    vit_options = [f"`{name}`" for name in ("vit", "prefix_tokens", "grid_size") if options.get(name) is not None]
+    if vit_options and not of_attention(methods):
         raise ValueError(
-            f"Expected no {' or '.join(given)} for {', '.join(method.name for method in methods)} alone, as functions "
-            "look for no ViT: leave it out. `forward` says how to get logits."
+            f"Expected no {' or '.join(vit_options)} for {', '.join(method.name for method in methods)} alone, as "
+            "functions look for no ViT: leave it out. `forward` says how to get logits."
         )
 
 
 def check_removal(removal: str, methods: Sequence[AnyMethod]) -> None:
-    """Refuse to leave tokens out for maps whose grid need not be that of the tokens.
+    """Refuse to leave out tokens for functions, whose grid need not be that of the tokens.
 
     Raises:
-        ValueError: If that is asked for.
+        ValueError: If `removal` is "tokens" and there is a function.
     """
     names = [f"`{method.name}`" for method in methods if isinstance(method, MapFunction)]
     if removal == "tokens" and names:

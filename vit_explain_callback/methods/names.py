@@ -7,35 +7,18 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from vit_explain_callback.methods.attention import Attention
-from vit_explain_callback.methods.attention_flow import AttentionFlow
-from vit_explain_callback.methods.attention_rollout import AttentionRollout
+from vit_explain_callback import methods as package
 from vit_explain_callback.methods.base import OPTIONS, Method
-from vit_explain_callback.methods.chefer import Chefer
-from vit_explain_callback.methods.gradient_attention import GradientAttention
-from vit_explain_callback.methods.gradient_rollout import GradientRollout
-from vit_explain_callback.methods.gradsam import GradSAM
-from vit_explain_callback.methods.legrad import LeGrad
 from vit_explain_callback.methods.map_function import AnyMethod, MapFunction
 
 METHODS: dict[str, type[Method]] = {
-    method.kind: method
-    for method in (
-        AttentionRollout,
-        GradientRollout,
-        AttentionFlow,
-        Attention,
-        GradientAttention,
-        Chefer,
-        GradSAM,
-        LeGrad,
-    )
+    method.kind: method for method in (getattr(package, name) for name in package.BUILT_IN)
 }
 """Every method by its kind."""
 
 
 def method_from_name(name: str) -> Method:
-    """The method a name stands for; the inverse of its `name`.
+    """The method that a name stands for; the inverse of `Method.name`.
 
     Raises:
         ValueError: If the name stands for no method, or for an option that the method does not have.
@@ -48,18 +31,20 @@ def method_from_name(name: str) -> Method:
     if kind is None:
         raise _misspelt(name)
     method = METHODS[kind]
-    taken = [field.name for field in fields(method)]
+    options = [field.name for field in fields(method)]
     values: dict[str, Any] = {}
-    left = list(OPTIONS)
+    remaining = list(OPTIONS)
     for part in name.split("_")[len(kind.split("_")) :]:
-        matches = {option: re.fullmatch(OPTIONS[option].pattern, part) for option in left}
+        matches = {option: re.fullmatch(OPTIONS[option].pattern, part) for option in remaining}
         option, match = next(((option, match) for option, match in matches.items() if match), ("", None))
         if match is None:
             raise _misspelt(name)
-        if option not in taken:
-            raise ValueError(f"Expected `{name}` to have options of {kind} ({', '.join(taken)}), but `{part}` is none.")
+        if option not in options:
+            raise ValueError(
+                f"Expected `{name}` to have options of {kind} ({', '.join(options)}), but `{part}` is none."
+            )
         values[option] = OPTIONS[option].read(match[1])
-        left = left[left.index(option) + 1 :]
+        remaining = remaining[remaining.index(option) + 1 :]
     return method(**values)
 
 

@@ -44,7 +44,7 @@ class BlockStatistics:
 
     @classmethod
     def joined(cls, parts: Sequence[BlockStatistics]) -> BlockStatistics:
-        """Those of all images of several, in order."""
+        """Concatenate statistics along the batch dimension."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def cpu(self) -> BlockStatistics:
@@ -90,8 +90,8 @@ class BlockMeter:
         entropy = -torch.xlogy(attention, attention).sum(dim=(2, 3)) / (tokens * math.log(tokens))
         self._entropy[images, block, heads] += entropy
         if class_token is not None and queries.start <= class_token < queries.stop:
-            own = attention[:, :, class_token - queries.start, class_token]
-            self._class_self[images, block] += own.sum(dim=1)
+            to_itself = attention[:, :, class_token - queries.start, class_token]
+            self._class_self[images, block] += to_itself.sum(dim=1)
         first, last = max(queries.start, patches.start), min(queries.stop, patches.stop)
         if first < last:
             among = attention[:, :, first - queries.start : last - queries.start, patches]

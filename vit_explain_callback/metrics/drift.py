@@ -1,8 +1,8 @@
-"""Drift: measures of how far explanation maps have moved between two sets.
+"""Drift: metrics of how far explanation maps have moved between two sets.
 
 Maps are (B, grid_h, grid_w); results are (B,) in float64, NaN where either map is degenerate (see `is_degenerate`).
 
-| measure | range | unchanged | unaffected by |
+| metric | range | unchanged | unaffected by |
 |---|---|---|---|
 | `spearman` | [-1, 1] | 1 | any increasing transform of either map |
 | `jensen_shannon` | [0, 1] | 0 | scale |
@@ -27,14 +27,14 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.regression import cosine_similarity, jensen_shannon_divergence, spearman_corrcoef
 
-from vit_explain_callback.metrics.maps import measured, measured_signed, patch_places, strongest_tenth
+from vit_explain_callback.metrics.maps import on_distributions, on_values, patch_places, strongest_tenth
 
 _RESERVED = ("rank_correlation",)  # what the tags call `spearman`
 
 
 def spearman(maps: Tensor, reference: Tensor) -> Tensor:
     """Spearman rank correlation, in [-1, 1]; 1 means that patches rank alike, and lower means more drift."""
-    return measured_signed(lambda p, q: spearman_corrcoef(p.T, q.T).reshape(-1), maps, reference)
+    return on_values(lambda p, q: spearman_corrcoef(p.T, q.T).reshape(-1), maps, reference)
 
 
 def jensen_shannon(maps: Tensor, reference: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def jensen_shannon(maps: Tensor, reference: Tensor) -> Tensor:
 
     ½ KL(p‖m) + ½ KL(q‖m) with p, q the maps' positive parts divided by their sums and m their mean.
     """
-    return measured(
+    return on_distributions(
         lambda p, q: jensen_shannon_divergence(p, q, reduction="none").clamp(min=0) / math.log(2), maps, reference
     )
 
@@ -53,11 +53,11 @@ def top10_iou(maps: Tensor, reference: Tensor) -> Tensor:
     Each set holds the strongest tenth of the patches, at least one.
     """
 
-    def measure(p: Tensor, q: Tensor) -> Tensor:
+    def metric(p: Tensor, q: Tensor) -> Tensor:
         one, other = strongest_tenth(p), strongest_tenth(q)
         return (one & other).sum(dim=1) / (one | other).sum(dim=1)
 
-    return measured_signed(measure, maps, reference)
+    return on_values(metric, maps, reference)
 
 
 def centroid_shift(maps: Tensor, reference: Tensor) -> Tensor:
@@ -68,23 +68,25 @@ def centroid_shift(maps: Tensor, reference: Tensor) -> Tensor:
     height, width = maps.shape[-2:]
     places = patch_places((height, width), maps.device)
     diagonal = math.hypot(height - 1, width - 1)
-    return measured(lambda p, q: ((p - q) @ places).norm(dim=1) / diagonal, maps, reference)
+    return on_distributions(lambda p, q: ((p - q) @ places).norm(dim=1) / diagonal, maps, reference)
 
 
 def cosine(maps: Tensor, reference: Tensor) -> Tensor:
     """Cosine similarity of the maps as vectors, in [0, 1], or in [-1, 1] of signed maps; lower means more drift."""
-    return measured_signed(lambda p, q: cosine_similarity(p, q, reduction="none"), maps, reference)
+    return on_values(lambda p, q: cosine_similarity(p, q, reduction="none"), maps, reference)
 
 
 @dataclass(frozen=True)
 class DriftMetric:
-    """A measure of drift: one of those in `METRICS`, or one of your own, wherever a metric's name may stand.
+    """A metric of drift: one of those in `METRICS`, or one of your own, wherever a metric's name may stand.
 
     Args:
         name: Part of its tags: letters, digits, `_`, `.` and `-`.
         function: Called as `function(maps, reference)`, both (B, grid_h, grid_w) of one method on the CPU, raw; gives
             (B,), NaN for images that it cannot measure. Greater or lower may mean more drift.
-        unchanged: What it gives for a map and itself.
+        unchanged: Its value for a map and itself.
+        lowest: Least value that it can give; None where there is no bound.
+        highest: Greatest value, likewise.
 
     Raises:
         TypeError: If `function` cannot be called, or `unchanged` is no number.
@@ -100,6 +102,8 @@ class DriftMetric:
     # Not `Tensor`: LightningCLI would then take no function whose return type is not annotated.
     function: Callable[[Tensor, Tensor], Any]
     unchanged: float
+    lowest: float | None = None
+    highest: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w.-]+", self.name):
@@ -129,14 +133,14 @@ class DriftMetric:
 METRICS = {
     metric.name: metric
     for metric in (
-        DriftMetric("spearman", spearman, unchanged=1),
-        DriftMetric("jensen_shannon", jensen_shannon, unchanged=0),
-        DriftMetric("top10_iou", top10_iou, unchanged=1),
-        DriftMetric("centroid_shift", centroid_shift, unchanged=0),
-        DriftMetric("cosine", cosine, unchanged=1),
+        DriftMetric("spearman", spearman, unchanged=1, lowest=-1, highest=1),
+        DriftMetric("jensen_shannon", jensen_shannon, unchanged=0, lowest=0, highest=1),
+        DriftMetric("top10_iou", top10_iou, unchanged=1, lowest=0, highest=1),
+        DriftMetric("centroid_shift", centroid_shift, unchanged=0, lowest=0, highest=1),
+        DriftMetric("cosine", cosine, unchanged=1, lowest=-1, highest=1),
     )
 }
-"""Every built-in measure by its name; all of them are always measured."""
+"""Every built-in metric by its name; all of them are always computed."""
 
 
 def resolve_metrics(metrics: Sequence[str | DriftMetric]) -> tuple[DriftMetric, ...]:
@@ -146,7 +150,7 @@ def resolve_metrics(metrics: Sequence[str | DriftMetric]) -> tuple[DriftMetric, 
         TypeError: If an entry is neither.
         ValueError: If a name is unknown, or two have the same name.
     """
-    found: list[DriftMetric] = []
+    resolved: list[DriftMetric] = []
     for metric in [metrics] if isinstance(metrics, str | DriftMetric) else metrics:
         if isinstance(metric, str):
             if metric not in METRICS:
@@ -159,22 +163,23 @@ def resolve_metrics(metrics: Sequence[str | DriftMetric]) -> tuple[DriftMetric, 
             )
         if METRICS.get(metric.name, metric) != metric or metric.name in _RESERVED:
             raise ValueError(f"Expected `metrics` with names of their own, but `{metric.name}` is taken.")
-        found.append(metric)
-    names = [metric.name for metric in found]
+        resolved.append(metric)
+    names = [metric.name for metric in resolved]
     if len(set(names)) < len(names):
         raise ValueError(f"Expected `metrics` to hold each only once, but got {names}.")
-    return tuple(found)
+    return tuple(resolved)
 
 
 class MapDrift(Metric):
-    """Mean of a drift measure over all images seen, in all batches and processes; NaN if none could be measured.
+    """Mean of a drift metric over the images of all batches and processes; NaN if none could be measured.
 
     Args:
-        measure: A name in `drift.METRICS`, or a `DriftMetric`.
+        metric: A name in `drift.METRICS`, or a `DriftMetric`.
+        **kwargs: As every `torchmetrics.Metric` takes them.
 
     Raises:
-        TypeError: If it is neither.
-        ValueError: If there is none of that name.
+        TypeError: If `metric` is neither.
+        ValueError: If there is no metric of that name.
 
     Attributes:
         degenerate: Number of images that could not be measured.
@@ -184,31 +189,56 @@ class MapDrift(Metric):
         >>> drift.update(torch.rand(4, 14, 14), torch.rand(4, 14, 14))
         >>> 0 <= drift.compute() <= 1
         tensor(True)
+        >>> drift.higher_is_better, drift.plot_lower_bound, drift.plot_upper_bound
+        (True, 0, 1)
     """
 
+    is_differentiable = False
     full_state_update = False
     total: Tensor
     count: Tensor
     degenerate: Tensor
 
-    def __init__(self, measure: str | DriftMetric, **kwargs: Any) -> None:
+    def __init__(self, metric: str | DriftMetric, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if isinstance(measure, str) and measure not in METRICS:
-            raise ValueError(f"Expected `measure` to be one of {', '.join(METRICS)}, but got {measure!r}.")
-        if not isinstance(measure, str | DriftMetric):
-            raise TypeError(f"Expected `measure` to be a name or a `DriftMetric`, but got {measure!r:.80}.")
-        self.measure = METRICS[measure] if isinstance(measure, str) else measure
+        if isinstance(metric, str) and metric not in METRICS:
+            raise ValueError(f"Expected `metric` to be one of {', '.join(METRICS)}, but got {metric!r}.")
+        if not isinstance(metric, str | DriftMetric):
+            raise TypeError(f"Expected `metric` to be a name or a `DriftMetric`, but got {metric!r:.80}.")
+        self.metric = METRICS[metric] if isinstance(metric, str) else metric
         for state in ("total", "count", "degenerate"):
             self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
+    # Properties, as torchmetrics lets no instance set them.
+    @property
+    def higher_is_better(self) -> bool | None:  # type: ignore[override]
+        """Whether a higher value means less drift; None for a metric whose unchanged value is neither of its bounds."""
+        if self.metric.unchanged == self.metric.highest:
+            return True
+        return False if self.metric.unchanged == self.metric.lowest else None
+
+    @property
+    def plot_lower_bound(self) -> float | None:  # type: ignore[override]
+        """Lower end of the axis in `plot()`."""
+        return self.metric.lowest
+
+    @property
+    def plot_upper_bound(self) -> float | None:  # type: ignore[override]
+        """Upper end of the axis in `plot()`."""
+        return self.metric.highest
+
     def update(self, maps: Tensor, reference: Tensor) -> None:
         """Take in maps and what they are compared with, (B, grid_h, grid_w) both."""
-        values = self.measure(maps, reference)
-        known = values.isfinite()
-        self.total += values[known].sum()
-        self.count += known.sum()
-        self.degenerate += (~known).sum()
+        values = self.metric(maps, reference)
+        finite = values.isfinite()
+        self.total += values[finite].sum()
+        self.count += finite.sum()
+        self.degenerate += (~finite).sum()
 
     def compute(self) -> Tensor:
         """The mean, a float64 scalar."""
         return self.total / self.count
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one value or several of `compute`, as `torchmetrics.Metric.plot` does: a figure and its axes."""
+        return self._plot(val, ax)

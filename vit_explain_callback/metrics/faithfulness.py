@@ -57,23 +57,23 @@ def symmetric_relevance_gain(
         ranks = relevance.cpu().flatten(1).argsort(dim=1, stable=True).argsort(dim=1)
         total = torch.zeros(len(images), dtype=torch.float64)
         for count in removed_counts(ranks.shape[1], shares):
-            for sign, taken in ((1, ranks < count), (-1, ranks >= ranks.shape[1] - count)):
-                logits = remove(images, taken.view(-1, *grid).to(images.device)).cpu()
+            for sign, removed in ((1, ranks < count), (-1, ranks >= ranks.shape[1] - count)):
+                logits = remove(images, removed.view(-1, *grid).to(images.device)).cpu()
                 total += sign * class_probabilities(logits, multilabel).gather(1, target.cpu()[:, None])[:, 0]
         gains[name] = torch.where(is_degenerate(relevance.cpu()), torch.nan, total / len(shares))
     return gains
 
 
 def removed_counts(patches: int, shares: Sequence[float] = SHARES) -> list[int]:
-    """How many of so many patches are taken away, for each of the shares."""
+    """Number of patches to remove, of `patches`, for each share."""
     return [max(1, round(share * patches)) for share in shares]
 
 
 def mean_colour(predict: Callable[[Tensor], Tensor]) -> Remover:
     """Takes patches away by painting them in the mean colour of their image; for any model."""
 
-    def remove(images: Tensor, taken: Tensor) -> Tensor:
-        pixels = F.interpolate(taken[:, None].float(), images.shape[2:], mode="nearest-exact") > 0
+    def remove(images: Tensor, removed: Tensor) -> Tensor:
+        pixels = F.interpolate(removed[:, None].float(), images.shape[2:], mode="nearest-exact") > 0
         return predict(torch.where(pixels, images.mean(dim=(2, 3), keepdim=True), images))
 
     return remove

@@ -1,4 +1,4 @@
-"""Maps that can be measured, and the parts that measures share.
+"""Maps that can be measured, and the helpers that metrics share.
 
 Maps are (B, grid_h, grid_w), measured image by image on the native patch grid; results are (B,) in float64. A map that
 carries no ranking (not finite, magnitudes that sum to at most 1e-12, or flat: range at most 1e-6 of its greatest
@@ -6,16 +6,16 @@ magnitude) is degenerate, and everything measured on it is NaN.
 
 Some methods give maps of both signs, where a negative patch speaks against the class.
 
-- What ranks patches takes the values with their sign: what speaks against comes last. So does what compares maps as
-  vectors.
-- What needs a distribution over patches takes the positive part divided by its sum: where the model finds what speaks
-  for the class. What speaks against it is no place that a map points to, and magnitudes would mix the two. Where there
-  is no positive part (a sum of at most 1e-12), these measures are NaN.
+- Metrics that rank patches, or compare maps as vectors, take the values with their sign: patches against the class
+  come last.
+- Metrics of a distribution over patches take the positive part divided by its sum: the evidence for the class.
+  Evidence against it is no place that a map points to, and magnitudes would mix the two. Without a
+  positive part (a sum of at most 1e-12), these metrics are NaN.
 
 For maps without negative values both are the map itself.
 
 Maps of pixels are pooled before they are measured (`pooled`): neighbouring pixels of a gradient differ by chance, and a
-measure that ranks each of them would call that drift. Grids of patches and of a CNN's features are measured as they
+metric that ranks each of them would call that drift. Grids of patches and of a CNN's features are measured as they
 are.
 """
 
@@ -34,7 +34,7 @@ MOST_CELLS = 64
 
 
 def is_degenerate(maps: Tensor) -> Tensor:
-    """Which maps nothing can be measured on, (B,) boolean.
+    """Which maps are degenerate, (B,) boolean.
 
     Example:
         >>> is_degenerate(torch.tensor([[[0.0, 0.0]], [[0.2, 0.2]], [[0.1, 0.3]], [[float("nan"), 1.0]]]))
@@ -42,8 +42,8 @@ def is_degenerate(maps: Tensor) -> Tensor:
     """
     flat = maps.double().flatten(1)
     size = flat.abs()
-    spread = flat.amax(dim=1) - flat.amin(dim=1)
-    useful = flat.isfinite().all(dim=1) & (size.sum(dim=1) > _NOTHING) & (spread > 1e-6 * size.amax(dim=1))
+    value_range = flat.amax(dim=1) - flat.amin(dim=1)
+    useful = flat.isfinite().all(dim=1) & (size.sum(dim=1) > _NOTHING) & (value_range > 1e-6 * size.amax(dim=1))
     return ~useful
 
 
@@ -67,11 +67,11 @@ def pooled(maps: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(maps[:, None], (math.ceil(height / side), math.ceil(width / side)))[:, 0]
 
 
-def measured(measure: Callable[..., Tensor], *maps: Tensor) -> Tensor:
-    """Apply `measure` to distributions of the images whose maps all have one, NaN for the others.
+def on_distributions(metric: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """Apply `metric` to the distributions of images whose maps all have one; NaN for the others.
 
     Args:
-        measure: Takes one (b, P) tensor of distributions for each of `maps`: its positive parts divided by their sums.
+        metric: Takes one (b, P) tensor of distributions for each of `maps`: its positive parts divided by their sums.
         maps: One or more (B, grid_h, grid_w) of one shape.
 
     Raises:
@@ -81,14 +81,14 @@ def measured(measure: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     positive = [m.clamp(min=0) for m in maps]
     nothing = torch.stack([m.double().sum(dim=(1, 2)) <= _NOTHING for m in positive]).any(dim=0)
     useful = ~(nothing | torch.stack([is_degenerate(m) for m in maps]).any(dim=0))
-    return _on(useful, lambda *parts: measure(*(p / p.sum(dim=1, keepdim=True) for p in parts)), positive)
+    return _on_useful(useful, lambda *parts: metric(*(p / p.sum(dim=1, keepdim=True) for p in parts)), positive)
 
 
-def measured_signed(measure: Callable[..., Tensor], *maps: Tensor) -> Tensor:
-    """Apply `measure` to the values, with their sign, of the images whose maps are all worth measuring, NaN for others.
+def on_values(metric: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """Apply `metric` to the signed values of images none of whose maps is degenerate; NaN for the others.
 
     Args:
-        measure: Takes one (b, P) tensor for each of `maps`: its values divided by the greatest magnitude.
+        metric: Takes one (b, P) tensor for each of `maps`: its values divided by the greatest magnitude.
         maps: One or more (B, grid_h, grid_w) of one shape.
 
     Raises:
@@ -96,7 +96,7 @@ def measured_signed(measure: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     """
     _check_shapes(maps)
     useful = ~torch.stack([is_degenerate(m) for m in maps]).any(dim=0)
-    return _on(useful, lambda *parts: measure(*(p / p.abs().amax(dim=1, keepdim=True) for p in parts)), maps)
+    return _on_useful(useful, lambda *parts: metric(*(p / p.abs().amax(dim=1, keepdim=True) for p in parts)), maps)
 
 
 def _check_shapes(maps: Sequence[Tensor]) -> None:
@@ -108,11 +108,11 @@ def _check_shapes(maps: Sequence[Tensor]) -> None:
         )
 
 
-def _on(useful: Tensor, measure: Callable[..., Tensor], maps: Sequence[Tensor]) -> Tensor:
-    """(B,): what `measure` gives for the `useful` images of maps, each as (b, P) in float64, and NaN for the others."""
+def _on_useful(useful: Tensor, metric: Callable[..., Tensor], maps: Sequence[Tensor]) -> Tensor:
+    """(B,): what `metric` gives for the `useful` images of maps, each as (b, P) in float64, and NaN for the others."""
     result = torch.full((len(useful),), math.nan, dtype=torch.float64, device=useful.device)
     if useful.any():
-        result[useful] = measure(*(m.double().flatten(1)[useful] for m in maps)).double()
+        result[useful] = metric(*(m.double().flatten(1)[useful] for m in maps)).double()
     return result
 
 

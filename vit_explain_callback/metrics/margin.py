@@ -23,10 +23,10 @@ def margin(values: Tensor, level: float = LEVEL) -> float | None:
         >>> round(margin(torch.tensor([1.0, 2.0, 3.0])), 3)
         2.484
     """
-    known = values[values.isfinite()].double()
-    if len(known) < 2:
+    finite = values[values.isfinite()].double()
+    if len(finite) < 2:
         return None
-    return student_quantile(level, len(known) - 1) * known.std().item() / math.sqrt(len(known))
+    return student_quantile(level, len(finite) - 1) * finite.std().item() / math.sqrt(len(finite))
 
 
 @lru_cache(maxsize=256)

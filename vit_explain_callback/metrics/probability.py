@@ -1,4 +1,4 @@
-"""What a model says of its classes, as probabilities."""
+"""Class probabilities from logits."""
 
 from __future__ import annotations
 

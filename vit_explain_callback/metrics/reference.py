@@ -1,4 +1,4 @@
-"""Reference levels of a drift measure: the noise floor, and the drift between unrelated images."""
+"""Reference levels of a drift metric: the noise floor, and the drift between unrelated images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NOISE = 0.05
 
 
 def nudged(images: Tensor, grid: tuple[int, int], mirror: bool = False) -> Tensor:
-    """Images with a change that should not matter: the noise that a map is measured against.
+    """Images with a change that should not matter, to measure the noise of maps.
 
     Each is shifted to the right and down by an eighth of a patch, at least a pixel, its edge repeated, and given
     Gaussian noise of a twentieth of its own standard deviation, the same in every call.
@@ -54,25 +54,25 @@ def output_holds(logits: Tensor, changed: Tensor) -> bool:
     return bool(moved < between / 4)
 
 
-def noise_floor(maps: Tensor, of_nudged: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Mean of `measure` under a change that should not matter.
+def noise_floor(maps: Tensor, of_nudged: Tensor, metric: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Mean of `metric` under a change that should not matter.
 
     Args:
         maps: (B, grid_h, grid_w).
         of_nudged: Maps of the same images `nudged`, mirrored back if they were, (B, grid_h, grid_w).
-        measure: One of `drift.METRICS`.
+        metric: One of `drift.METRICS`.
     """
-    return torch.nanmean(measure(maps, of_nudged)).item()
+    return torch.nanmean(metric(maps, of_nudged)).item()
 
 
-def unrelated_level(maps: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Mean of `measure` between maps of different images under one model; NaN for a single image.
+def unrelated_level(maps: Tensor, metric: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Mean of `metric` between maps of different images under one model; NaN for a single image.
 
     Each image is compared with the next one and with one half the batch away, so that the cost grows with B and not
-    with its square. Positional bias keeps it away from the measure's worst value.
+    with its square. Positional bias keeps it away from the metric's worst value.
     """
     shifts = {1, len(maps) // 2} - {0, len(maps)}
-    values = [measure(maps, maps.roll(shift, dims=0)) for shift in shifts]
+    values = [metric(maps, maps.roll(shift, dims=0)) for shift in shifts]
     return torch.nanmean(torch.cat(values)).item() if values else math.nan
 
 
@@ -82,10 +82,10 @@ def on_scale(drift: float, noise: float, unrelated: float, unchanged: float) -> 
     NaN where there is no such scale: where noise changes maps by 80 % of what another image does, or more.
 
     Args:
-        drift: Value of a measure.
+        drift: Value of a metric.
         noise: Its noise floor.
         unrelated: Its unrelated level.
-        unchanged: What it gives for a map and itself.
+        unchanged: Its value for a map and itself.
 
     Example:
         >>> on_scale(0.6, noise=0.9, unrelated=0.3, unchanged=1.0)

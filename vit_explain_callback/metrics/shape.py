@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vit_explain_callback.metrics.maps import is_degenerate, measured, patch_places, strongest_tenth
+from vit_explain_callback.metrics.maps import is_degenerate, on_distributions, patch_places, strongest_tenth
 
 
 def map_statistics(maps: Tensor) -> dict[str, Tensor]:
@@ -38,13 +38,13 @@ def map_statistics(maps: Tensor) -> dict[str, Tensor]:
         return -torch.xlogy(p, p).sum(dim=1)
 
     return {
-        "entropy": measured(lambda p: entropy(p) / math.log(patches), maps),
-        "effective_patches": measured(lambda p: entropy(p).exp(), maps),
-        "gini": measured(lambda p: p.sort(dim=1).values @ ranks / patches, maps),
-        "top10_mass": measured(lambda p: (p * strongest_tenth(p)).sum(dim=1), maps),
-        "outer_ring_mass": measured(lambda p: p @ outer, maps),
-        "centroid_x": measured(lambda p: p @ places[:, 1] / max(1, width - 1), maps),
-        "centroid_y": measured(lambda p: p @ places[:, 0] / max(1, height - 1), maps),
+        "entropy": on_distributions(lambda p: entropy(p) / math.log(patches), maps),
+        "effective_patches": on_distributions(lambda p: entropy(p).exp(), maps),
+        "gini": on_distributions(lambda p: p.sort(dim=1).values @ ranks / patches, maps),
+        "top10_mass": on_distributions(lambda p: (p * strongest_tenth(p)).sum(dim=1), maps),
+        "outer_ring_mass": on_distributions(lambda p: p @ outer, maps),
+        "centroid_x": on_distributions(lambda p: p @ places[:, 1] / max(1, width - 1), maps),
+        "centroid_y": on_distributions(lambda p: p @ places[:, 0] / max(1, height - 1), maps),
         "patch_mass": maps.double().sum(dim=(1, 2)),
         "degenerate": is_degenerate(maps).double(),
     }
@@ -65,5 +65,5 @@ def sink_lift(maps: Tensor, received: Tensor) -> Tensor:
     sinks = torch.zeros_like(flat).scatter_(1, flat.topk(count, dim=1).indices, flat.shape[1] / count)
     positive = maps.double().clamp(min=0)
     inside = (positive * sinks.view(maps.shape)).sum(dim=(1, 2))
-    mass = measured(lambda p: p.new_ones(len(p)), maps) * positive.sum(dim=(1, 2))
+    mass = on_distributions(lambda p: p.new_ones(len(p)), maps) * positive.sum(dim=(1, 2))
     return inside / mass

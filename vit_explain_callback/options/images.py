@@ -46,7 +46,7 @@ def check_images(images: Tensor) -> None:
 
 
 def as_target(target: object, images: int) -> int | Tensor | None:
-    """A target as it is used: None, an int, or (B,) integers on whatever device they are.
+    """Convert a target to None, an int, or (B,) integers on any device.
 
     Raises:
         TypeError: If it is something else.

@@ -1,6 +1,6 @@
-"""Every option that is asked for by name: its type, its range, and the one form in which others are refused.
+"""What an option may be, and the one form in which other values are refused.
 
-An option that several take, as the callback, `ExplanationTracker` and `explain`, is declared once.
+A rule is declared beside the option, `Annotated[int, COUNT]`, in the class that holds it.
 """
 
 from __future__ import annotations
@@ -8,33 +8,32 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 _LARGEST = 2**31 - 1
-_MOST_IMAGES = 100_000
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What an option may be.
+    """The values that an option may have.
 
     Attributes:
-        expected: In words, as they follow "Expected `option` to be ".
-        read: Gives the value as it is used. Raises TypeError for one of another type, ValueError for one out of range.
+        expected: The values in words, to follow "Expected `option` to be ".
+        read: Converts a value to what is used. Raises TypeError for a wrong type, ValueError for a value out of range.
     """
 
     expected: str
     read: Callable[[Any], Any]
 
     def __or__(self, other: Rule) -> Rule:
-        """This, or else the other."""
+        """A rule that allows what either rule allows."""
 
         def read(value: Any) -> Any:
             try:
@@ -46,24 +45,29 @@ class Rule:
 
 
 class _PartRefused(Exception):
-    """One part of an option, at `place` in it, is refused for what it is."""
+    """One part of an option, at `place` in it, is refused."""
 
     def __init__(self, kind: type[Exception], place: str, expected: str, value: object) -> None:
         super().__init__(kind, place, expected, value)
 
 
-def checked(name: str, value: Any) -> Any:
-    """The value of an option, converted to what is used: tuples for lists, integers of Python for those of numpy.
+def rules_of(kind: Any) -> dict[str, Rule]:
+    """The rules of a class whose fields are options, each declared as `Annotated[type, rule]`, by name."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
+
+
+def checked(name: str, value: Any, rule: Rule) -> Any:
+    """Check the value of an option and convert it: lists to tuples, numpy's integers to Python's.
 
     Raises:
-        TypeError: If it is of another type.
+        TypeError: If it has the wrong type.
         ValueError: If it is out of range.
 
     Example:
-        >>> checked("grid_size", [4, 4])
+        >>> checked("grid_size", [4, 4], GRID_SIZE)
         (4, 4)
     """
-    rule = OPTIONS[name]
     kind: type[Exception]
     kind, place, expected = TypeError, "", rule.expected
     try:
@@ -72,28 +76,41 @@ def checked(name: str, value: Any) -> Any:
         kind, place, expected, value = refused.args
     except ValueError:
         kind = ValueError
-    except Exception:  # what a value of the user's raises when it is looked at
+    except Exception:  # a value of the user's may raise anything when it is looked at
         pass
     raise kind(f"Expected `{name}{place}` to be {expected}, but got {_in_words(value)}.")
 
 
-def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Each option by its name, as `checked` gives it.
+def checked_options(options: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """Check and convert options by name; see `checked`.
 
     Raises:
-        TypeError: If one is of another type, or there is no such option.
+        TypeError: If one has the wrong type or does not exist.
         ValueError: If one is out of range.
     """
+    refuse_unknown(options, rules)
+    return {name: checked(name, value, rules[name]) for name, value in options.items()}
+
+
+def refuse_unknown(options: Iterable[str], known_names: Iterable[str], within: str = "") -> None:
+    """Refuse options that do not exist; one that has been renamed is refused with its new name.
+
+    Raises:
+        TypeError: If there is one.
+    """
     for name in options:
-        if name not in OPTIONS:
-            raise TypeError(f"Expected options out of {', '.join(OPTIONS)}, but got `{name}`.")
-    return {name: checked(name, value) for name, value in options.items()}
+        if name in known_names:
+            continue
+        if name in _RENAMED:
+            raise TypeError(f"Expected `{_RENAMED[name]}`, the new name of `{name}`, but got `{name}`.")
+        where = f" of `{within}`" if within else ""
+        raise TypeError(f"Expected options{where} out of {', '.join(known_names)}, but got `{name}`.")
 
 
 def class_index(target: object) -> int | None:
-    """A class index of any integer type: of Python or numpy, or a tensor without dimensions; None if it is none.
+    """A class index of any integer type (Python, numpy, or a tensor without dimensions), else None.
 
-    Booleans are none: they answer another question.
+    A boolean is not a class index.
     """
     scalar = not isinstance(target, Tensor | np.ndarray) or target.ndim == 0
     truth = isinstance(target, bool) or getattr(target, "dtype", None) in (torch.bool, np.dtype(bool))
@@ -103,7 +120,9 @@ def class_index(target: object) -> int | None:
         return None
 
 
-def _integer(least: int, most: int = _LARGEST) -> Rule:
+def integer(least: int, most: int = _LARGEST) -> Rule:
+    """An integer of any library, in a range."""
+
     def read(value: Any) -> int:
         index = class_index(value)
         if index is None:
@@ -117,7 +136,7 @@ def _integer(least: int, most: int = _LARGEST) -> Rule:
 
 
 def _number(value: Any) -> float:
-    """A number of any type of Python, numpy or torch, but no boolean and no text."""
+    """A number of Python, numpy or torch; not a boolean, not text."""
     scalar = value.item() if isinstance(value, Tensor | np.ndarray | np.generic) else value
     if isinstance(scalar, bool) or not isinstance(scalar, int | float):
         raise TypeError
@@ -132,7 +151,7 @@ def _above_zero(value: Any) -> float:
 
 
 def _items(value: Any) -> list[Any]:
-    """What a list, a tuple, or an array of one dimension holds."""
+    """The items of a list, a tuple, or a one-dimensional array."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 1:
         return list(value.tolist())
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
@@ -156,7 +175,8 @@ def _word(words: Sequence[str], value: Any) -> str:
     return value
 
 
-def _one_of(*words: str) -> Rule:
+def one_of(*words: str) -> Rule:
+    """One of a few words."""
     return Rule(" or ".join(map(repr, words)), partial(_word, words))
 
 
@@ -167,8 +187,17 @@ def _numbers(value: Any, above_zero: bool) -> tuple[float, ...]:
     return numbers
 
 
+def _mean_and_std(value: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if isinstance(value, Tensor | np.ndarray) or len(_items(value)) != 2:
+        raise TypeError
+    mean, std = _numbers(value[0], above_zero=False), _numbers(value[1], above_zero=True)
+    if len(mean) != len(std):
+        raise ValueError
+    return mean, std
+
+
 def _grid(value: Any) -> tuple[int, int]:
-    sides = [_integer(1, 2**15).read(side) for side in _items(value)]
+    sides = [integer(1, 2**15).read(side) for side in _items(value)]
     if len(sides) != 2:
         raise ValueError
     return sides[0], sides[1]
@@ -193,14 +222,14 @@ def _function(value: Any) -> Any:
     try:
         inspect.signature(value.forward if isinstance(value, nn.Module) else value).bind(None, None)
     except TypeError as error:
-        raise ValueError from error  # it takes something else
-    except ValueError:  # it does not say what it takes
+        raise ValueError from error  # it takes other arguments
+    except ValueError:  # its signature cannot be read
         pass
     return value
 
 
 def _list_of_methods(value: Any) -> list[Any]:
-    """Names or objects, of which one may stand alone; what they are is checked where they are looked up."""
+    """Names or objects, one of them without a list too; the lookup checks what they are."""
     return [value] if isinstance(value, str) or hasattr(value, "name") else _items(value)
 
 
@@ -223,7 +252,7 @@ def _regions(value: Any) -> dict[str, Tensor]:
 
 
 def _target(value: Any) -> Any:
-    return _word(("label", "prediction"), value) if isinstance(value, str) else _integer(0).read(value)
+    return _word(("label", "prediction"), value) if isinstance(value, str) else integer(0).read(value)
 
 
 def _none(value: Any) -> None:
@@ -231,46 +260,38 @@ def _none(value: Any) -> None:
         raise TypeError
 
 
-_NONE = Rule("None", _none)
-_COUNT = _integer(1)
-_FLAG = Rule("True or False", _flag)
-_SNAPSHOTS = _COUNT | _NONE
+NONE = Rule("None", _none)
+COUNT = integer(1)
+FLAG = Rule("True or False", _flag)
+ABOVE_ZERO = Rule("a number above 0", _above_zero)
+LEVEL = one_of("brief", "full")
+ON_ERROR = one_of("warn", "raise")
+METHODS = Rule("a list of names, `Method` or `MapFunction` objects", _list_of_methods)
+METRICS = Rule("a list of names or `DriftMetric` objects", _list_of_metrics)
+REGIONS = Rule("boolean tensors (B, H, W) by name", _regions) | NONE
+TARGET = Rule("'label', 'prediction' or a class index of at least 0", _target)
+NORMALISATION = Rule("(mean, std), a finite number and a number above 0 for each channel", _mean_and_std) | NONE
+CLASS_NAMES = Rule("a list of names", _names) | NONE
+PATH = Rule("the attribute path of a submodule", _path) | NONE
+FORWARD = Rule("a function of a module and images", _function) | NONE
+GRID_SIZE = Rule("(grid_h, grid_w), two integers of at least 1", _grid) | NONE
 
-OPTIONS: dict[str, Rule] = {
-    "methods": Rule("a list of names, `Method` or `MapFunction` objects", _list_of_methods),
-    "every_n_epochs": _COUNT | Rule("'auto'", partial(_word, ("auto",))) | _NONE,
-    "every_n_steps": _COUNT | _NONE,
-    "check_every_n_snapshots": _SNAPSHOTS,
-    "check_every": _SNAPSHOTS,
-    "removal": _one_of("mean_colour", "tokens", "auto"),
-    "num_images": _integer(1, _MOST_IMAGES),
-    "regions": Rule("boolean tensors (B, H, W) by name", _regions) | _NONE,
-    "num_shown": _COUNT,
-    "target": Rule("'label', 'prediction' or a class index of at least 0", _target),
-    "task": _one_of("classification", "multilabel", "regression") | _NONE,
-    "block_statistics": _FLAG,
-    "metrics": Rule("a list of names or `DriftMetric` objects", _list_of_metrics),
-    "vit": Rule("the attribute path of a submodule", _path) | _NONE,
-    "class_names": Rule("a list of names", _names) | _NONE,
-    "mean": Rule("a finite number for each channel", partial(_numbers, above_zero=False)) | _NONE,
-    "std": Rule("a number above 0 for each channel", partial(_numbers, above_zero=True)) | _NONE,
-    "forward": Rule("a function of a module and images", _function) | _NONE,
-    "prefix_tokens": _integer(0) | _NONE,
-    "grid_size": Rule("(grid_h, grid_w), two integers of at least 1", _grid) | _NONE,
-    "batch_size": _COUNT | _NONE,
-    "save_maps": _FLAG,
-    "report": _FLAG,
-    "progress": _FLAG,
-    "margin_charts": _FLAG,
-    "detail": _one_of("brief", "full"),
-    "max_pictures_mb": Rule("a number above 0", _above_zero),
-    "on_error": _one_of("warn", "raise"),
+_RENAMED = {
+    "check_every_n_snapshots": "checks=",
+    "check_every": "checks=",
+    "removal": "checks=Checks(removal=…)",
+    "block_statistics": "detail=Detail(block_statistics=…)",
+    "report": "detail=Detail(page=…)",
+    "margin_charts": "detail=Detail(margin_charts=…)",
+    "max_pictures_mb": "detail=Detail(max_pictures_mb=…)",
+    "mean": "normalisation=(mean, std)",
+    "std": "normalisation=(mean, std)",
 }
-"""Every option by its name, but for images and for what depends on the number of images."""
+"""What to write instead of options that earlier versions had."""
 
 
 def _in_words(value: Any) -> str:
-    """A value for an error: short, whatever its `repr` does."""
+    """A value in a few words, even if its `repr` is long or fails."""
     if isinstance(value, Tensor) and value.ndim:
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     try:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from vit_explain_callback.metrics.drift import spearman
+from vit_explain_callback.metrics.localisation import lift
 from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.metrics.probability import class_probabilities
 from vit_explain_callback.page.charts import block_values, charts, curve, number
@@ -102,15 +102,8 @@ def _method(maps: Tensor, probe: Probe) -> dict[str, Any]:
         "signed": bool((maps < 0).any()),
         "maps": [_text(quantised(times_uniform(each))) for each in maps],
         "drift": [_numbers(spearman(each, maps[0])) for each in maps],
-        "lift": {region: [_numbers(_lift(each, masks)) for each in maps] for region, masks in probe.regions.items()},
+        "lift": {region: [_numbers(lift(each, masks)) for each in maps] for region, masks in probe.regions.items()},
     }
-
-
-def _lift(maps: Tensor, masks: Tensor) -> Tensor:
-    """The `lift` of `region_statistics`, (B,), without the ranks that take it a hundred times as long."""
-    covered = F.adaptive_avg_pool2d(masks.double()[:, None], (maps.shape[1], maps.shape[2]))[:, 0]
-    # A uniform map has the mean 1, and a region's share of the image is the mean of what it covers.
-    return (times_uniform(maps) * covered).mean(dim=(1, 2)) / covered.mean(dim=(1, 2))
 
 
 def _mask(mask: Tensor, size: tuple[int, int]) -> str:

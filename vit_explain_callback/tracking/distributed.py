@@ -219,9 +219,11 @@ def explain_together(
     own_target = share.of(target) if isinstance(target, Tensor) else target
 
     def explain_share() -> Explanation:
-        explained = explainer(share.of(images), own_target, batch_size, block_statistics, share.start)
+        options: Any = {"batch_size": batch_size, "block_statistics": block_statistics}
         # Without the images: every process has them already.
-        return _first(replace(explained, images=None).cpu(), share.own)
+        explain_part = explainer.starting_at(share.start)
+        explained = explain_part(share.of(images), own_target, keep_images=False, **options)
+        return _first(explained.cpu(), share.own)
 
     parts = ranks.together(explain_share)
     return Explanation.joined(parts) if ranks.divided else parts[0]

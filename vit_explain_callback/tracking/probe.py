@@ -23,7 +23,7 @@ from vit_explain_callback._files import (
 )
 from vit_explain_callback.explanation import tensors_under
 from vit_explain_callback.visualization.overlay import Picture, range_of, resized, shown_bands, unnormalise
-from vit_explain_callback.visualization.selection import spread
+from vit_explain_callback.visualization.selection import spread_over_classes
 
 _SIDE = 224
 _ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -109,7 +109,7 @@ class Probe:
     def shown(self) -> list[int]:
         """Indices of the images that are drawn, spread over the classes."""
         labels = torch.zeros(len(self), dtype=torch.long) if self.labels is None else self.labels
-        return spread(labels, self.num_shown)
+        return spread_over_classes(labels, self.num_shown)
 
     def __len__(self) -> int:
         return len(self.pictures)

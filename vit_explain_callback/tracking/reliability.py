@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,9 +23,9 @@ from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.metrics.reference import nudged, output_holds
 from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.tracking.errors import Guard, warn
+from vit_explain_callback.tracking.settings import RemovalOrAuto
 from vit_explain_callback.tracking.snapshot import Reliability
 
-RemovalOrAuto: TypeAlias = Removal | Literal["auto"]
 CONTROL = "random"
 MOST_CHECKED = 8
 """Images whose faithfulness is measured: the first ones of the probe."""
@@ -135,7 +134,7 @@ class ReliabilityMeter:
         few = images[:MOST_CHECKED]
 
         def work() -> bool:
-            mirrored = explainer.logits(few.flip(-1), self._batch_size).cpu()
+            mirrored = explainer.logits(few.flip(-1), batch_size=self._batch_size).cpu()
             return output_holds(explanation.logits[: len(few)], mirrored)
 
         return self._ranks.together(work)[0]
@@ -196,12 +195,13 @@ class ReliabilityMeter:
     ) -> dict[str, Tensor]:
         """Gains by order, each process measuring its share of the images."""
         share, batch_size = self._ranks.share(len(images)), self._batch_size
+        explainer = explainer.starting_at(share.start)
 
         def remove_and_advance(images: Tensor, taken: Tensor) -> Tensor:
             if removal == "tokens":
-                logits = explainer.logits_without(images, taken, batch_size, share.start)
+                logits = explainer.logits_without(images, taken, batch_size=batch_size)
             else:
-                logits = mean_colour(partial(explainer.logits, batch_size=batch_size, first=share.start))(images, taken)
+                logits = mean_colour(partial(explainer.logits, batch_size=batch_size))(images, taken)
             advance()
             return logits
 

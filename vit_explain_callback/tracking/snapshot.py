@@ -17,7 +17,7 @@ from vit_explain_callback._files import (
     read_tensors,
     write_tensors,
 )
-from vit_explain_callback.explanation import Explanation, check_explanation, grid_of, tensors_under
+from vit_explain_callback.explanation import Explanation, check_explanation, side_names, tensors_under
 from vit_explain_callback.metrics.attention import BlockStatistics
 from vit_explain_callback.metrics.drift import METRICS, DriftMetric
 from vit_explain_callback.metrics.maps import pooled
@@ -195,11 +195,11 @@ def _check(source: str | Path, tensors: Mapping[str, Tensor]) -> None:
     # Of a baseline or a regression there is the noise alone.
     groups = {name: tensors_under(name, tensors) for name in ("nudged", "gain")}
     wanted = {"nudged": set(methods), "gain": {*methods, "random"}} if groups["nudged"] or groups["gain"] else {}
-    shapes: dict[str, tuple[str, ...]] = {f"map/{name}": ("B", *grid_of(name)) for name in methods}
+    shapes: dict[str, tuple[str, ...]] = {f"map/{name}": ("B", *side_names(name)) for name in methods}
     for group, names in wanted.items():
         if group == "gain" and not groups[group]:
             continue
-        shapes |= {f"{group}/{name}": ("B", *(grid_of(name) if group == "nudged" else ())) for name in names}
+        shapes |= {f"{group}/{name}": ("B", *(side_names(name) if group == "nudged" else ())) for name in names}
     as_measured = {f"map/{name}": pooled(tensors[f"map/{name}"]) for name in methods}  # like the nudged ones
     check_tensors(source, {**tensors, **as_measured}, shapes)
     if wanted:

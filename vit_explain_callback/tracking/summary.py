@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vit_explain_callback.metrics.drift import METRICS, spearman
-from vit_explain_callback.metrics.localisation import region_statistics
+from vit_explain_callback.metrics.localisation import lift
 from vit_explain_callback.metrics.margin import margin
 from vit_explain_callback.metrics.reference import on_scale
 from vit_explain_callback.tracking.history import History
@@ -107,7 +107,7 @@ def _has_moved(history: History, method: str, masks: Tensor) -> bool:
 
     The noise is no measure here: a region such as a watermark in a corner has its place, which a mirror moves.
     """
-    before, now = (region_statistics(one.maps[method], masks)["lift"] for one in (history.baseline, history.now))
+    before, now = (lift(one.maps[method], masks) for one in (history.baseline, history.now))
     low, high = sorted([torch.nanmean(before).item(), torch.nanmean(now).item()])
     moved = _is_more(now - before) is True or _is_more(before - now) is True
     return moved and high >= _FACTOR * low
@@ -257,8 +257,8 @@ def _trust(history: History, methods: Sequence[str]) -> list[str]:
 def _regions(history: History, probe: Probe, method: str) -> list[str]:
     changes = []
     for name, masks in probe.regions.items():
-        lifts = [region_statistics(one.maps[method], masks)["lift"] for one in (history.baseline, history.now)]
-        before, after = (torch.nanmean(lift).item() for lift in lifts)
+        lifts = [lift(one.maps[method], masks) for one in (history.baseline, history.now)]
+        before, after = (torch.nanmean(of_images).item() for of_images in lifts)
         if math.isfinite(before) and math.isfinite(after):
             size = abs(math.log(max(after, 1e-3) / max(before, 1e-3)))
             changes.append((size, f"{name} {before:.1f} → {after:.1f}"))

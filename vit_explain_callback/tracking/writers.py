@@ -78,7 +78,7 @@ class Writer(Protocol):
 
     Example:
         >>> import timm, torch
-        >>> from vit_explain_callback import Explainer, ExplanationTracker, Probe
+        >>> from vit_explain_callback import Detail, Explainer, ExplanationTracker, Probe
         >>> class Printer:
         ...     def scalars(self, values, step):
         ...         print(step, len(values), values["explain/drift/baseline_rank_correlation/rollout"] > 0.99)
@@ -88,7 +88,7 @@ class Writer(Protocol):
         ...         print(end.step, len(end.summary.splitlines()), end.page)
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5)
         >>> probe = Probe.of(torch.randn(2, 3, 224, 224), torch.tensor([0, 3]))
-        >>> options = {"check_every": None, "block_statistics": False}
+        >>> options = {"checks": None, "detail": Detail(block_statistics=False)}
         >>> tracker = ExplanationTracker(Explainer(model, ["rollout"]), probe, writers=[Printer()], **options)
         >>> values, text = tracker.observe(step=0), tracker.finish()
         0 6 True

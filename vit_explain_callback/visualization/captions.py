@@ -24,8 +24,8 @@ def class_name(index: int, class_names: Sequence[str] | None) -> str:
         >>> class_name(0, ["Soft-coated Wheaten Terrier"])
         'Soft-coated …ten Terrier'
     """
-    known = class_names is not None and 0 <= index < len(class_names)
-    name = " ".join(str(class_names[index]).split()) if known and class_names is not None else ""
+    has_name = class_names is not None and 0 <= index < len(class_names)
+    name = " ".join(str(class_names[index]).split()) if has_name and class_names is not None else ""
     name = "".join(letter if letter.isprintable() else "?" for letter in name[: 100 * NAME_LENGTH])
     if len(name) > NAME_LENGTH:
         # Names of breeds and species differ at both ends.
@@ -56,9 +56,9 @@ def caption(
     class_names: Sequence[str] | None,
     separator: str = " · ",
 ) -> str:
-    """What the model says of an image: the predicted class, and the probability of the target class.
+    """Caption of an image: the predicted class, and the probability of the target class.
 
-    Where they are two classes, the probability says whose it is. A prediction that is not the label is marked.
+    Where the two differ, the probability is labelled with its class. A prediction that is not the label is marked.
 
     Args:
         prediction: The predicted class.
@@ -84,7 +84,7 @@ def caption(
 
 
 def quantity_caption(value: float) -> str:
-    """What the model says of an image where its output is a quantity.
+    """Caption of an image where the model's output is a quantity.
 
     Example:
         >>> quantity_caption(41.875)
@@ -94,7 +94,7 @@ def quantity_caption(value: float) -> str:
 
 
 def title(target: int | None, label: int | None, class_names: Sequence[str] | None, separator: str = " · ") -> str:
-    """What an image is: its label, and the target class where that is another.
+    """Title of an image: its label, and the target class where that differs.
 
     Args:
         target: The class that is explained; None where there are no classes.

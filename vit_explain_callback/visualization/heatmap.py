@@ -24,7 +24,7 @@ def block_heatmap(
     steps: Sequence[int],
     blocks: Sequence[int] | None = None,
     title: str = "what each block attends to",
-    scale: str = "rank correlation with baseline",
+    bar_label: str = "rank correlation with baseline",
 ) -> Picture:
     """Draw a value of each block at each step, such as the rank correlation of its readout row with the baseline's.
 
@@ -35,8 +35,8 @@ def block_heatmap(
         values: (L, T), in [-1, 1] or NaN; what is below 0 is drawn as 0.
         steps: Of the T columns, baseline first.
         blocks: Number of each of the L blocks, counted from 1; None for 1 to L.
-        title: What is drawn.
-        scale: What the values are.
+        title: Of the picture.
+        bar_label: Of the colour bar.
 
     Returns:
         The picture, (520, 700, 3).
@@ -65,5 +65,5 @@ def block_heatmap(
     axes.set_yticks(rows, [str(blocks[row]) for row in rows], fontsize=_SMALL)
     bar = figure.colorbar(drawn, cax=beside, ticks=[0, 0.5, 1])
     bar.ax.tick_params(labelsize=_SMALL)
-    bar.set_label(scale, fontsize=_SMALL)
+    bar.set_label(bar_label, fontsize=_SMALL)
     return rendered(figure)

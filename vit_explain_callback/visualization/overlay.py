@@ -1,4 +1,8 @@
-"""Pictures of maps: the colour scale, images for display, overlays, differences, contours of regions."""
+"""Lay maps over pictures: an image as a picture, a map in colours over its grey, the contour of a region.
+
+A picture is (H, W, 3) uint8. A map is drawn in multiples of uniform relevance, up to a limit; positive relevance is
+purple, negative orange.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from torch import Tensor
 
 from vit_explain_callback.metrics.maps import is_degenerate
 
+Picture: TypeAlias = NDArray[np.uint8]
+
 LEVELS = 256
 _OPACITY = 0.9  # at the ends: the photograph stays visible there too
 FLOOR = 0.45
@@ -21,47 +27,6 @@ FLOOR = 0.45
 _PURPLE = ("#e070ff", "#b038f5", "#7a1fe0", "#4a12c0", "#220a8a")
 _ORANGE = ("#ffb000", "#f07f09", "#c8500a", "#8a3000", "#4f1800")
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-
-
-def _table(colours: tuple[str, ...]) -> NDArray[np.float64]:
-    stops = np.array([[int(colour[place : place + 2], 16) for place in (1, 3, 5)] for colour in colours]) / 255
-    places = np.linspace(0, 1, LEVELS)
-    rgb = [np.interp(places, np.linspace(0, 1, len(colours)), stops[:, channel]) for channel in range(3)]
-    return np.stack([*rgb, _OPACITY * places], axis=1)
-
-
-POSITIVE = _table(_PURPLE)
-"""Red, green, blue and opacity in [0, 1] of the magnitudes 0, 1/255, …, 1 of positive relevance, (256, 4)."""
-
-NEGATIVE = _table(_ORANGE)
-"""The same of negative relevance."""
-
-
-def scale(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Colour and opacity of values in [-1, 1] of any shape, along a new last axis of 4; what is beyond is clipped."""
-    index = (np.clip(np.abs(values), 0, 1) * (LEVELS - 1)).round().astype(int)
-    colours: NDArray[np.float64] = np.where((values < 0)[..., None], NEGATIVE[index], POSITIVE[index])
-    return colours
-
-
-def backdrop(picture: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """The light grey in [0, 1] that colours are laid over, (H, W): 0.45 + 0.55 × luma of a picture (H, W, 3)."""
-    grey: NDArray[np.float64] = FLOOR + (1 - FLOOR) * (picture @ np.array(_LUMA)) / 255
-    return grey
-
-
-def blend(grey: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Values in [-1, 1] laid over a grey in [0, 1] of the same shape (H, W), as a picture (H, W, 3)."""
-    colours = scale(values)
-    opacity = colours[..., 3:]
-    mixed: NDArray[np.uint8] = (
-        ((opacity * colours[..., :3] + (1 - opacity) * grey[..., None]) * 255).round().astype(np.uint8)
-    )
-    return mixed
-
-
-Picture: TypeAlias = NDArray[np.uint8]
-
 _THICKNESS = 2  # pixels of each line of a contour
 _LINE = (0, 120, 90)
 _HALO = (255, 255, 255)
@@ -79,13 +44,13 @@ def unnormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> P
             f"Expected `mean` and `std` with one value for each image channel (1 or 3), but got {len(mean)} and "
             f"{len(std)} for {channels}."
         )
-    scale, offset = (torch.tensor(value, dtype=torch.float32)[:, None, None] for value in (std, mean))
-    pixels = (image.detach().cpu().float() * scale + offset).clamp(0, 1) * 255
+    deviation, offset = (torch.tensor(value, dtype=torch.float32)[:, None, None] for value in (std, mean))
+    pixels = (image.detach().cpu().float() * deviation + offset).clamp(0, 1) * 255
     return pixels.round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
 def shown_bands(images: Tensor) -> Tensor:
-    """The channels of images (B, C, H, W) that are shown: three of them, or one where there are fewer.
+    """The channels of images (B, C, H, W) that are shown: the first three, or one where there are fewer.
 
     Example:
         >>> [shown_bands(torch.zeros(1, channels, 2, 2)).shape[1] for channels in (1, 2, 3, 4, 13)]
@@ -95,10 +60,10 @@ def shown_bands(images: Tensor) -> Tensor:
 
 
 def range_of(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation to undo, of images (B, C, H, W) with an unknown one: their range becomes 0 to 1."""
+    """Mean and standard deviation with which `unnormalise` maps the range of images (B, C, H, W) to 0 … 1."""
     low, high = images.amin().item(), images.amax().item()
-    scale = 1 / max(high - low, 1e-6)
-    return [-low * scale] * images.shape[1], [scale] * images.shape[1]
+    deviation = 1 / max(high - low, 1e-6)
+    return [-low * deviation] * images.shape[1], [deviation] * images.shape[1]
 
 
 def resized(picture: Picture, height: int, width: int) -> Picture:
@@ -111,7 +76,7 @@ def resized(picture: Picture, height: int, width: int) -> Picture:
 def times_uniform(maps: Tensor) -> Tensor:
     """Maps (B, grid_h, grid_w) in multiples of uniform relevance, float64 on the CPU: P × map / Σ|map|.
 
-    Those that are degenerate (see `metrics.maps`) become NaN.
+    Degenerate maps (see `metrics.maps`) become NaN.
     """
     raw = maps.detach().cpu().double()  # on the CPU first: not every device has float64
     values = raw / raw.abs().mean(dim=(1, 2), keepdim=True)
@@ -129,10 +94,47 @@ def colour_limit(maps: Tensor) -> float:
     return max(2.0, float(np.quantile(values.numpy(), 0.99))) if len(values) else 2.0
 
 
+def _table(colours: tuple[str, ...]) -> NDArray[np.float64]:
+    stops = np.array([[int(colour[place : place + 2], 16) for place in (1, 3, 5)] for colour in colours]) / 255
+    places = np.linspace(0, 1, LEVELS)
+    rgb = [np.interp(places, np.linspace(0, 1, len(colours)), stops[:, channel]) for channel in range(3)]
+    return np.stack([*rgb, _OPACITY * places], axis=1)
+
+
+POSITIVE = _table(_PURPLE)
+"""Red, green, blue and opacity in [0, 1] of the magnitudes 0, 1/255, …, 1 of positive relevance, (256, 4)."""
+
+NEGATIVE = _table(_ORANGE)
+"""The same of negative relevance."""
+
+
+def relevance_colours(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Colour and opacity of values of any shape, clipped to [-1, 1], along a new last axis of 4."""
+    index = (np.clip(np.abs(values), 0, 1) * (LEVELS - 1)).round().astype(int)
+    colours: NDArray[np.float64] = np.where((values < 0)[..., None], NEGATIVE[index], POSITIVE[index])
+    return colours
+
+
+def backdrop(picture: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """The light grey in [0, 1] that colours are laid over, (H, W): 0.45 + 0.55 × luma of a picture (H, W, 3)."""
+    grey: NDArray[np.float64] = FLOOR + (1 - FLOOR) * (picture @ np.array(_LUMA)) / 255
+    return grey
+
+
+def blend(grey: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Values in [-1, 1] laid over a grey in [0, 1] of the same shape (H, W), as a picture (H, W, 3)."""
+    colours = relevance_colours(values)
+    opacity = colours[..., 3:]
+    mixed: NDArray[np.uint8] = (
+        ((opacity * colours[..., :3] + (1 - opacity) * grey[..., None]) * 255).round().astype(np.uint8)
+    )
+    return mixed
+
+
 def overlay(picture: Picture, relevance: Tensor, limit: float) -> Picture:
     """Lay a map (grid_h, grid_w) over a picture in light grey: one colour a patch, the more opaque the stronger.
 
-    Positive relevance is purple and negative orange, both from 0 to `limit` × uniform; see `colours`. A degenerate map
+    Positive relevance is purple and negative orange, both from 0 to `limit` × uniform. A degenerate map
     leaves the plain grey picture.
     """
     return _laid_over(picture, times_uniform(relevance[None])[0] / limit)
@@ -168,7 +170,7 @@ def _enlarged(values: NDArray[Any], height: int, width: int) -> NDArray[Any]:
 
 
 def _grown(mask: NDArray[np.bool_], pixels: int, beyond: bool = False) -> NDArray[np.bool_]:
-    """A mask (H, W) and all within so many steps up, down, left and right of it; `beyond` is what lies outside."""
+    """A mask (H, W) grown by some pixels up, down, left and right; `beyond` is its value outside the picture."""
     for _ in range(pixels):
         padded = np.pad(mask, 1, constant_values=beyond)
         mask = mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]

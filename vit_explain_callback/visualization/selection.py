@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def spread(labels: Tensor, count: int) -> list[int]:
+def spread_over_classes(labels: Tensor, count: int) -> list[int]:
     """Indices of at most `count` images: the first of each class, then the second of each, and so on.
 
     Args:
@@ -17,14 +17,14 @@ def spread(labels: Tensor, count: int) -> list[int]:
 
     Example:
         >>> import torch
-        >>> spread(torch.tensor([4, 4, 4, 2, 2, 7]), 5)
+        >>> spread_over_classes(torch.tensor([4, 4, 4, 2, 2, 7]), 5)
         [0, 3, 5, 1, 4]
     """
-    seen: dict[int, int] = {}
+    counts: dict[int, int] = {}
     turns = []
     for label in labels.tolist():
-        turns.append((label < 0, seen.get(label, 0)))
-        seen[label] = seen.get(label, 0) + 1
+        turns.append((label < 0, counts.get(label, 0)))
+        counts[label] = counts.get(label, 0) + 1
     return sorted(range(len(turns)), key=turns.__getitem__)[:count]
 
 
@@ -41,5 +41,5 @@ def most_changed(change: Tensor, count: int) -> list[int]:
         [2, 3]
     """
     values = change.tolist()
-    known = [index for index, value in enumerate(values) if value == value]
-    return sorted(known, key=lambda index: -values[index])[:count]
+    comparable = [index for index, value in enumerate(values) if value == value]
+    return sorted(comparable, key=lambda index: -values[index])[:count]

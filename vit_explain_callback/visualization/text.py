@@ -81,9 +81,9 @@ def colour_ramp(width: int, height: int, signed: bool = False) -> Picture:
     return blend(np.full_like(values, 0.8), values)
 
 
-def _elided(text: str, kept: int) -> str:
-    tail = kept // 2
-    return f"{text[: kept - tail]}…{text[len(text) - tail :]}"
+def _elided(text: str, length: int) -> str:
+    tail = length // 2
+    return f"{text[: length - tail]}…{text[len(text) - tail :]}"
 
 
 @cache

@@ -1,12 +1,21 @@
 """Look inside a Vision Transformer: its attention, its blocks and its tokens.
 
-Any model works whose blocks all attend over one set of tokens. Attention is seen in `scaled_dot_product_attention`, in
-`nn.MultiheadAttention` and in a plain softmax that is multiplied with the values. Blocks are told from the modules that
-ran it; of models other than timm's, prefix tokens, grid and readout are found by experiment (`infer_tokens`). What
-cannot be told is refused, and `prefix_tokens=` and `grid_size=` state it.
+How the parts fit together, in the order in which to read them:
 
-`python -m tests.coverage_sweep` tries every name of timm 1.0.31, shrunk, with random weights, in float64, against the
-oracle to 1e-9; none failed:
+1. `recorder` records attention while a model runs, as `calls`; `attention_ops`, `softmax` and `products` recognise it.
+2. `blocks` tells the stack of blocks from an attention pool. `ports` checks, in a `sites.Trace` of one pass, that only
+   their attention mixes tokens, and finds where tokens enter and leave them.
+3. `tokens` describes the token layout, which `timm` reads off timm's models and `infer_tokens` finds by experiment.
+4. `session` runs a twin through an `adapter` and asks for all of this. `block_logits` and `token_set` build on it.
+5. `losses`, with `sources`, finds the outputs that a training step's loss is computed of, and `locate` the ViT behind
+   them.
+
+Any model works whose blocks all attend over one set of tokens, by `scaled_dot_product_attention`,
+`nn.MultiheadAttention`, or a plain softmax that is multiplied with the values. What cannot be determined is refused
+with an error, and `prefix_tokens=` and `grid_size=` state the layout.
+
+`python -m tests.coverage_sweep` compares every name of timm 1.0.31, shrunk, with random weights, in float64, with
+the oracle to 1e-9; none failed:
 
 | timm family | names | equal to the oracle | refused |
 |---|---|---|---|
@@ -18,11 +27,11 @@ oracle to 1e-9; none failed:
 | `cait`, `convit`, `tnt` | 16 | 0 | 16: attention changed after its softmax; two levels of tokens |
 | Swin, MViT, PVT, XCiT, PiT, CrossViT, SAM, VOLO, DaViT, LeViT, Hiera, Twins | 26 tried | 0 | no global attention |
 
-Tested against the oracle as well: Hugging Face ViT, DeiT, DINOv2 (with registers), DINOv3, BEiT, SigLIP and CLIP with
+Also tested against the oracle: Hugging Face ViT, DeiT, DINOv2 (with registers), DINOv3, BEiT, SigLIP and CLIP with
 `sdpa` and `eager`, `TimmWrapper`; torchvision; `nn.TransformerEncoder`; lucidrains' `ViT` and `SimpleViT`. LoRA,
-parametrized weights, `torch.compile`, DDP-wrapped, frozen, gradient checkpointing: the same maps.
+parametrized weights, `torch.compile`, DDP, frozen weights and gradient checkpointing give the same maps.
 
-A head with one logit counts as two classes. With several labels an image, the target is the class with the highest
-logit at the baseline, unless labels are given. A classifier that reads class token and mean of patches side by side
-(DINOv2) counts half for each.
+A head with one logit counts as two classes. With several labels per image, the target is the class with the
+highest logit at the baseline, unless labels are given. If a classifier reads the class token and the mean of patches
+(DINOv2), each gets half the relevance.
 """

@@ -1,4 +1,4 @@
-"""Recognise PyTorch's attention functions, compute attention without the fused kernel, and split multi-head attention."""
+"""Recognise PyTorch's attention functions, split multi-head attention, and compute attention explicitly."""
 
 from __future__ import annotations
 

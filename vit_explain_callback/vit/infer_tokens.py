@@ -1,14 +1,14 @@
-"""Find a model's token layout by experiment, where nothing says what it is.
+"""Find a model's token layout by experiment, if nothing else states it.
 
-Three questions, each answered by what the model does rather than by what it is called:
+Three questions, each answered by the model's behaviour rather than by its name:
 
-- Which tokens are prefix tokens? Those that enter the blocks the same for two different images.
-- What is the grid? A change in a corner of the image shows in the token of that corner.
-- What does the classifier read? The tokens that come out of the blocks and have a gradient. If there are many, their
-  mean, if the logits say so: replacing half of them by a token t and half by u must give the logits of replacing all by
-  their mean, or the mean of the logits of replacing all by t and all by u.
+- Which tokens are prefix tokens? Those that enter the blocks unchanged for two different images.
+- What is the grid? A change in a corner of the image changes the token of that corner.
+- What does the classifier read? The tokens behind the blocks that have a gradient. If there are many, the readout is
+  their mean, provided that the logits agree: replacing half of them by a token t and half by u must give the logits of
+  replacing all by the mean of t and u, or the mean of the logits of replacing all by t and all by u.
 
-Shapes: N tokens, P patches, D channels.
+Shapes: B images, N tokens, D channels, C classes.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from vit_explain_callback.vit.tokens import StatedLayout, TokenLayout, mean_of
 Forward = Callable[[Tensor], Tensor]
 
 DETACHED = (
-    "Expected finite logits that depend on the tokens out of the blocks, but they are detached or not finite, so that "
-    "nothing tells which tokens the classifier reads. Take `detach()` out of the model's forward."
+    "Expected finite logits that depend on the tokens behind the blocks, but they are detached or not finite, so that "
+    "it is unknown which tokens the classifier reads. Remove `detach()` from the model's forward."
 )
 NEEDS_NO_READOUT = (
-    "What a patch attends to needs no classifier: `query=(row, column)` with `rollout` or `attention`. A `MapFunction` "
-    "explains any classifier."
+    "To see what a patch attends to, use `query=(row, column)` with `rollout` or `attention`, which needs no "
+    "classifier. A `MapFunction` explains any classifier."
 )
 _CURE = "State it: `prefix_tokens=`, `grid_size=`."
 
 
 class _Differentiable(TorchFunctionMode):
-    """Keeps logits depending on tokens: through `torch.no_grad()`, and through a new classifier that is all zero."""
+    """Makes logits depend on the tokens despite `torch.no_grad()` or a new classifier that is all zero."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -54,7 +54,7 @@ class _Differentiable(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # Of a subclass, as of quantised weights, nothing is asked: it need not know how to answer.
+    # Subclasses, such as quantised weights, need not support `any`.
     if type(weight) in (Tensor, nn.Parameter) and not weight.any():
         weight = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(weight)
     return F.linear(input, weight, bias)
@@ -67,18 +67,18 @@ def observed_layout(
     tokens: int,
     images: Tensor,
     stated: StatedLayout,
-    read: bool = True,
+    needs_readout: bool = True,
 ) -> TokenLayout:
-    """The layout of a model, found with a few passes of its own forward in evaluation mode.
+    """Find the layout of a model with a few passes of its own forward in evaluation mode.
 
     Args:
         forward: Turns images into logits, (B, C).
-        vit: The module that `ports` are places in.
+        vit: The module that contains `ports`.
         ports: Where the tokens enter the first block and leave the last one.
-        tokens: N, as seen in the attention.
+        tokens: N, as recorded in the attention.
         images: Images of the size in question, (B, C, H, W).
-        stated: What the user says of the tokens, which is then not asked for.
-        read: Whether it matters what the classifier reads.
+        stated: What the user states about the tokens, which is then not tested.
+        needs_readout: Whether it matters what the classifier reads.
 
     Raises:
         ValueError: If the layout cannot be told with certainty.
@@ -90,7 +90,7 @@ def observed_layout(
     try:
         readout = _readout(forward, vit, ports, tokens, noise[:1], patches)
     except ValueError:
-        if ports.pooled or not read:
+        if ports.pooled or not needs_readout:
             return TokenLayout(tokens, first_patch, grid, None, None, observed=True)
         raise
     most_read = int(readout.argmax())
@@ -101,31 +101,31 @@ def observed_layout(
 def tokens_read(forward: Forward, vit: nn.Module, ports: Ports, image: Tensor) -> list[int] | None:
     """Indices of the tokens out of the last block that the logits of one image, (1, C, H, W), depend on.
 
-    None if nothing can be told, because the logits are detached from them or not finite.
+    None if the logits are detached from these tokens or not finite.
 
     Raises:
-        ValueError: If the logits depend on tokens before the last block in another way than through it.
+        ValueError: If the logits also depend on tokens before the last block other than through it.
     """
-    leaves: list[Tensor] = []
+    leaving: list[Tensor] = []
     entering: list[Tensor] = []
 
-    def as_leaf_of(those: list[Tensor]) -> Callable[[Tensor], Tensor]:
-        def as_leaf(tokens: Tensor) -> Tensor:
-            those.append(tokens.detach().requires_grad_())
-            return those[-1].clone()
+    def cut_into(leaves: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        def cut(tokens: Tensor) -> Tensor:
+            leaves.append(tokens.detach().requires_grad_())
+            return leaves[-1].clone()
 
-        return as_leaf
+        return cut
 
-    with torch.enable_grad(), changing(vit, ports.entry, as_leaf_of(entering)):
-        logits = _logits_with(forward, vit, ports, image, as_leaf_of(leaves))
+    with torch.enable_grad(), changing(vit, ports.entry, cut_into(entering)):
+        logits = _logits_with(forward, vit, ports, image, cut_into(leaving))
         if not logits.requires_grad:
             return None
         probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
-        gradient, *past = torch.autograd.grad((logits * probe).sum(), [*leaves, *entering], allow_unused=True)
-    if any(around is not None for around in past):
+        gradient, *bypassing = torch.autograd.grad((logits * probe).sum(), [*leaving, *entering], allow_unused=True)
+    if any(part is not None for part in bypassing):
         raise ValueError(
-            "Expected the classifier to read what the last block gives, but it reads tokens of earlier blocks as well: "
-            "no row of the rollout stands for its prediction. Explain with a head on the last block's tokens: "
+            "Expected the classifier to read the output of the last block alone, but it also reads tokens of earlier "
+            "blocks: no row of the rollout stands for its prediction. Explain a head on the last block's tokens: "
             f"`forward=lambda module, images: …`. {NEEDS_NO_READOUT}"
         )
     if gradient is None or not gradient.isfinite().all():
@@ -145,16 +145,15 @@ def _grid(forward: Forward, vit: nn.Module, ports: Ports, tokens: int, noise: Te
     count = len(indices)
     if count == 0 or indices != list(range(indices[0], indices[0] + count)):
         raise ValueError(
-            f"Expected the {tokens} tokens to be prefix tokens and patches side by side, but those that depend on the "
+            f"Expected the {tokens} tokens to be prefix tokens and consecutive patches, but those that depend on the "
             f"image are {indices}: the grid cannot be told. {_CURE}"
         )
     differences = (entering[2:] - entering[0]).abs().sum(dim=2)[:, is_patch]
     most = differences.amax(dim=1, keepdim=True)
     if ((differences > 0.999 * most).sum(dim=1) > 1).any():
         raise ValueError(
-            f"Expected each corner of the image in one of the {count} patches, but some are in several alike, as where "
-            f"they are tokens of a volume: the grid cannot be told. {_CURE} The slices of a volume stand below one "
-            "another."
+            f"Expected each corner of the image in one of the {count} patches, but some are in several equally, as "
+            f"with a volume's tokens: the grid cannot be told. {_CURE} For a volume, stack its slices vertically."
         )
     top_left, top_right, bottom_left = differences.argmax(dim=1).tolist()
     width = top_right + 1
@@ -168,7 +167,7 @@ def _grid(forward: Forward, vit: nn.Module, ports: Ports, tokens: int, noise: Te
 
 
 def _readout(forward: Forward, vit: nn.Module, ports: Ports, tokens: int, image: Tensor, patches: range) -> Tensor:
-    """(N,) weights of the tokens that the classifier reads."""
+    """Weights, (N,), of the tokens that the classifier reads."""
     read = tokens_read(forward, vit, ports, image)
     if read is None:
         raise ValueError(DETACHED)
@@ -185,7 +184,7 @@ def _readout(forward: Forward, vit: nn.Module, ports: Ports, tokens: int, image:
         mean = mean_of(patches, tokens)
         if not prefix:
             return mean
-        # The classifier sees both, side by side: half the relevance each.
+        # The classifier reads both, side by side: half the relevance each.
         return mean / 2 + torch.zeros_like(mean).index_fill(0, torch.tensor(prefix), 0.5 / len(prefix))
     raise ValueError(
         f"Expected the classifier to read prefix tokens, the mean of its tokens or both, but it reads {len(read)} of "
@@ -194,6 +193,7 @@ def _readout(forward: Forward, vit: nn.Module, ports: Ports, tokens: int, image:
 
 
 def _reads_mean(logits_with: Callable[[Callable[[Tensor], Tensor]], Tensor], group: list[int]) -> bool:
+    """Whether the classifier reads the mean of a group of tokens, by the test that the module docstring gives."""
     half = len(group) // 2
     share = half / len(group)
 
@@ -216,21 +216,21 @@ def _reads_mean(logits_with: Callable[[Callable[[Tensor], Tensor]], Tensor], gro
 
 
 def _tokens_into(forward: Forward, vit: nn.Module, ports: Ports, images: Tensor) -> Tensor:
-    """(B, N, D) tokens that enter the first block."""
-    seen: list[Tensor] = []
+    """The tokens, (B, N, D), that enter the first block."""
+    entering: list[Tensor] = []
 
-    def look(tokens: Tensor) -> Tensor:
-        seen.append(tokens.detach().clone())
+    def record(tokens: Tensor) -> Tensor:
+        entering.append(tokens.detach().clone())
         return tokens
 
-    with changing(vit, ports.entry, look):
+    with changing(vit, ports.entry, record):
         forward(images)
-    return seen[0]
+    return entering[0]
 
 
 def _logits_with(
     forward: Forward, vit: nn.Module, ports: Ports, image: Tensor, change: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Logits of one image if the tokens (1, N, D) that leave the last block are changed."""
+    """Logits of one image with a change of the tokens, (1, N, D), that leave the last block."""
     with _Differentiable(), changing(vit, ports.exit, change):
         return forward(image)

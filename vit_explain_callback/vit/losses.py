@@ -144,7 +144,7 @@ class LossRecorder(TorchFunctionMode):
                 self.failure = error
 
     def give(self, leaves: Sequence[Tensor]) -> None:
-        """Mark the tensors of a batch: those of more than two dimensions as images, each other one with its own source."""
+        """Mark the tensors of a batch: those of over two dimensions as images, any other with its own source."""
         for leaf in leaves:
             if leaf.ndim > 2:
                 self.flow.mark(leaf, IMAGES)

@@ -121,11 +121,11 @@ def changing(module: nn.Module, site: Site, change: Callable[[Tensor], Tensor]) 
     Raises:
         ValueError: If nothing went by there.
     """
-    reached = False
+    reached, place = False, (site.module, site.kind, site.key, site.call)
 
     def visit(here: Site, tensor: Tensor) -> Tensor:
         nonlocal reached
-        if replace(here, call=here.call % site.calls, calls=site.calls, batch_first=site.batch_first) != site:
+        if (here.module, here.kind, here.key, here.call % site.calls) != place:
             return tensor
         reached = True
         return site.tokens(change(site.tokens(tensor)))

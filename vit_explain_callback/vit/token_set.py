@@ -2,10 +2,10 @@
 
 Tokens that got their position before the first block can enter it in any order: the logits stay the same. Blocks that
 know positions themselves (rotary embeddings, relative biases, convolutions, masks) give other logits, and mistake
-positions where tokens are missing. That nothing fails then proves nothing, so the order is changed with all tokens and
-with as many left out as will be.
+positions when tokens are missing, without raising anything. So the order is changed both with all tokens and with as
+many left out as will be.
 
-Shapes: B images, N tokens, n of them kept, P patches, C classes.
+Shapes: B images, N tokens, n of them remaining, P patches, C classes.
 """
 
 from __future__ import annotations
@@ -19,51 +19,51 @@ from vit_explain_callback.isolation.undisturbed import preserved_random_state
 from vit_explain_callback.vit.session import Session, is_out_of_memory
 from vit_explain_callback.vit.tokens import TokenLayout
 
-_SHARE = 0.01
-"""Of what leaving tokens out changes: by so much may the order change the logits."""
+_TOLERANCE = 0.01
+"""Largest change of the logits by the order of tokens, relative to the change by leaving tokens out."""
 _ROUNDINGS = 8
-"""Of the model's precision: the same in half precision, of what leaving out changes; of the logits, nothing is told."""
+"""The same in half precision, in units of its epsilon. A change this small relative to the logits proves nothing."""
 _ORDERS = 2
 
 
 def treats_tokens_as_set(session: Session, images: Tensor, layout: TokenLayout, counts: Sequence[int]) -> bool | None:
-    """Whether the logits (B, C) of images that were explained before do not depend on the order of their patches.
+    """Whether the logits, (B, C), of images that were explained before are independent of the order of patches.
 
-    Each of `counts` patches is left out too, from the beginning, the middle, the end and anywhere, and then only the
-    order of the others is changed. Each count takes two passes, and the whole images three.
+    The same is then asked with each of `counts` patches left out, from the beginning, the middle, the end or anywhere.
+    Each count takes two passes, and the whole images three.
 
     Returns:
-        None where it cannot be told: the logits are not finite, or do not depend on the tokens, as with a classifier
-        that is all zero, or the order changes them by no more than rounding does.
+        None if it cannot be told: the logits are not finite, or do not depend on the tokens, as with a classifier that
+        is all zero, or the order changes them by no more than rounding does.
 
     Raises:
-        Exception: What the model raised of whole images, and where memory does not suffice.
+        Exception: Whatever the model raises for whole images, and out-of-memory errors.
     """
     generator = torch.Generator().manual_seed(0)
     whole = _logits(session, images, None)
     if not whole.isfinite().all():
         return None
     none = torch.zeros(len(images), layout.grid[0] * layout.grid[1], dtype=torch.bool)
-    changes, errors = [0.0], []
+    changes, errors = [0.0], []  # of the logits, by leaving tokens out and by their order
     try:
-        for taken in [none] * _ORDERS + list(_taken(none, counts, generator)):
-            kept = _logits(session, images, layout.kept(taken)) if taken.any() else whole
-            changes.append(_distance(kept, whole))
-            errors.append(_distance(_logits(session, images, _shuffled(layout, taken, generator)), kept))
+        for removed in [none] * _ORDERS + list(_removed(none, counts, generator)):
+            in_order = _logits(session, images, layout.remaining(removed)) if removed.any() else whole
+            changes.append(_distance(in_order, whole))
+            errors.append(_distance(_logits(session, images, _shuffled(layout, removed, generator)), in_order))
     except Exception as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
-        return False  # blocks that take only as many tokens as there are patches
+        return False  # blocks that take only the full number of tokens
     if max(changes) == 0:
         return None
     rounding = _ROUNDINGS * torch.finfo(whole.dtype).eps
-    if all(error <= max(_SHARE, rounding) * max(changes) for error in errors):  # not so for NaN
+    if all(error <= max(_TOLERANCE, rounding) * max(changes) for error in errors):  # not so for NaN
         return True
     return None if all(error <= rounding * whole.double().pow(2).mean().sqrt() for error in errors) else False
 
 
 def _logits(session: Session, images: Tensor, index: Tensor | None) -> Tensor:
-    """(B, C) in the precision of the model."""
+    """The logits, (B, C), in the precision of the model, with the tokens at `index`, (B, n), or with all."""
     with torch.no_grad(), preserved_random_state(seed=0):
         if index is None:
             return session.logits(images.clone()).cpu()
@@ -71,8 +71,8 @@ def _logits(session: Session, images: Tensor, index: Tensor | None) -> Tensor:
             return session.logits(images.clone()).cpu()
 
 
-def _taken(none: Tensor, counts: Sequence[int], generator: torch.Generator) -> Iterator[Tensor]:
-    """Patches to leave out, (B, P) boolean: as many as `counts` say, each from another place."""
+def _removed(none: Tensor, counts: Sequence[int], generator: torch.Generator) -> Iterator[Tensor]:
+    """Patches to leave out, (B, P) boolean, for each of `counts` in another part of the image."""
     patches = none.shape[1]
     for place, count in enumerate(counts):
         if place < 3:
@@ -82,14 +82,15 @@ def _taken(none: Tensor, counts: Sequence[int], generator: torch.Generator) -> I
             yield torch.rand(none.shape, generator=generator).argsort(dim=1) < count
 
 
-def _shuffled(layout: TokenLayout, taken: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, n) tokens that are kept, the patches among them in another order for each image."""
-    index = layout.kept(taken)
-    first, count = layout.first_patch, int((~taken[0]).sum())
+def _shuffled(layout: TokenLayout, removed: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices of the remaining tokens, (B, n), the patches among them in another order for each image."""
+    index = layout.remaining(removed)
+    first, count = layout.first_patch, int((~removed[0]).sum())
     order = torch.rand(len(index), count, generator=generator).argsort(dim=1)
     index[:, first : first + count] = index[:, first : first + count].gather(1, order)
     return index
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
+    """Root mean square of the difference."""
     return (one.double() - other.double()).pow(2).mean().sqrt().item()

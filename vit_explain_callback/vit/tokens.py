@@ -1,4 +1,10 @@
-"""Token layout: prefix tokens, the grid of patches, the tokens that the classifier reads, and what is known of them."""
+"""The token layout of a ViT: prefix tokens, the grid of patches, and the tokens that the classifier reads.
+
+`TokenLayout` is the layout for one image size, `StatedLayout` what the user states about it, and `Memory` keeps the
+layouts found for a model.
+
+Shapes: B images, N tokens, P patches, n tokens that remain.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +23,12 @@ class TokenLayout:
 
     Attributes:
         tokens: N, prefix tokens and patches together.
-        first_patch: Index of the first patch; the patches follow one another, row by row.
+        first_patch: Index of the first patch; all patches follow it, row by row.
         grid: Patches as (grid_h, grid_w).
-        class_token: Index of the class token, or None. Found by experiment, it is one that the classifier reads.
-        readout: Weight of each token in what the classifier reads, (N,) summing to 1; None where an attention-pooling
-            head does the reading.
-        observed: Whether it was found by experiment.
+        class_token: Index of the class token, or None. If observed, a token that the classifier reads.
+        readout: Weight of each token in what the classifier reads, (N,) summing to 1; None if an attention-pooling
+            head reads the tokens.
+        observed: Whether the layout was found by experiment.
     """
 
     tokens: int
@@ -34,23 +40,23 @@ class TokenLayout:
 
     @property
     def patches(self) -> slice:
-        """Where the patches are among the tokens."""
+        """Indices of the patches among the tokens."""
         return slice(self.first_patch, self.first_patch + self.grid[0] * self.grid[1])
 
     def to_grid(self, row: Tensor) -> Tensor:
-        """Keep the patches of a token row: (B, N) to (B, grid_h, grid_w)."""
+        """Select the patches of token rows: (B, N) to (B, grid_h, grid_w)."""
         return row[:, self.patches].reshape(-1, *self.grid)
 
-    def kept(self, taken: Tensor) -> Tensor:
-        """(B, n) indices of the tokens that stay without some patches, (B, P) boolean, as many of each image."""
-        kept = torch.ones(len(taken), self.tokens, dtype=torch.bool, device=taken.device)
-        kept[:, self.patches] = ~taken
-        return kept.nonzero()[:, 1].view(len(taken), -1)
+    def remaining(self, removed: Tensor) -> Tensor:
+        """(B, n) indices of the tokens that remain without some patches, (B, P) boolean, equally many per image."""
+        remains = torch.ones(len(removed), self.tokens, dtype=torch.bool, device=removed.device)
+        remains[:, self.patches] = ~removed
+        return remains.nonzero()[:, 1].view(len(removed), -1)
 
 
 @dataclass(frozen=True)
 class StatedLayout:
-    """What the user says of a model's tokens; the prefix tokens then stand before the patches.
+    """What the user states about a model's tokens; the prefix tokens then precede the patches.
 
     Attributes:
         prefix_tokens: Number of prefix tokens.
@@ -61,10 +67,10 @@ class StatedLayout:
     grid_size: tuple[int, int] | None = None
 
     def first_patch_and_grid(self, tokens: int, height: int, width: int) -> tuple[int, tuple[int, int]] | None:
-        """Where the patches begin, and their grid, for `tokens` N and an image size; None if nothing is stated.
+        """Index of the first patch, and the grid, for `tokens` N and an image size; None if nothing is stated.
 
         Raises:
-            ValueError: If what is stated does not add up to N, or leaves the grid open.
+            ValueError: If the numbers do not add up to N, or leave the grid open.
         """
         if self.grid_size is not None:
             grid = (self.grid_size[0], self.grid_size[1])
@@ -89,50 +95,49 @@ class StatedLayout:
 
 
 def mean_of(rows: range, tokens: int) -> Tensor:
-    """(N,) readout that is the mean of some tokens."""
+    """The readout, (N,), that averages the tokens in `rows`."""
     readout = torch.zeros(tokens, dtype=torch.float64)
     readout[rows.start : rows.stop] = 1 / len(rows)
     return readout
 
 
-# What a module says of how it was built is of these types.
-_WORDS = (str, bool, int, type(None))
-
-
 @dataclass
 class Memory:
-    """What was found out about a model's tokens, as long as the model is built as it was.
+    """The token layouts found for a model, valid until its architecture changes.
 
     Attributes:
-        built: Says how the model was built.
-        layouts: The tokens by the size of images and the number of tokens.
-        entries: Where the tokens enter the first block, and the tokens, by the size of images.
+        architecture: Identifies the architecture that the layouts belong to.
+        layouts: The layout by image size, number of tokens and recorded calls.
+        entries: Where the tokens enter the first block, and their layout, by image size.
     """
 
-    built: object = None
+    architecture: object = None
     layouts: dict[tuple[int, ...], TokenLayout] = field(default_factory=dict)
     entries: dict[tuple[int, ...], tuple[Site, TokenLayout]] = field(default_factory=dict)
 
     def of(self, model: nn.Module) -> Memory:
-        """This memory, emptied if `model` is built otherwise than what it is of."""
-        built = _built(model)
-        if built != self.built:
-            self.built = built
+        """This memory, emptied if `model` has another architecture."""
+        architecture = _architecture(model)
+        if architecture != self.architecture:
+            self.architecture = architecture
             self.layouts.clear()
             self.entries.clear()
         return self
 
 
-def _built(model: nn.Module) -> object:
-    """How a model is built: kinds of modules and what they say of themselves, but not their weights."""
+_SETTING_TYPES = (str, bool, int, type(None))
+
+
+def _architecture(model: nn.Module) -> object:
+    """The type and the plain public attributes of each module; no weights."""
     return tuple(
         (
             name,
             type(module),
             *[
-                said
-                for said in vars(module).items()
-                if said[0][:1] != "_" and said[0] != "training" and isinstance(said[1], _WORDS)
+                (attribute, setting)
+                for attribute, setting in vars(module).items()
+                if attribute[:1] != "_" and attribute != "training" and isinstance(setting, _SETTING_TYPES)
             ],
         )
         for name, module in model.named_modules()

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tests.cli.photographs import NAME, OWN, index
 from vit_explain_callback import load_run
 from vit_explain_callback.cli.command import main
-from vit_explain_callback.cli.own_methods import methods_of
+from vit_explain_callback.cli.user_methods import parse_methods
 from vit_explain_callback.methods.attention_rollout import AttentionRollout
 
 SOURCE = """
@@ -70,7 +70,7 @@ def test_methods_and_classes_of_methods(mine: Path) -> None:
     assert main(["both.png", *OWN, "--method", "my_package.methods:Reading", "my_package.methods:twice"]) == 0
     names = [each["method"] for each in index()["images"][0]["explanations"]]
     assert names == ["reading", "scaled_factor2.0"]
-    assert methods_of(["rollout_max"]) == [AttentionRollout("max")]
+    assert parse_methods(["rollout_max"]) == [AttentionRollout("max")]
 
 
 def test_a_comparison_and_a_series_take_them(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,4 +126,4 @@ def test_an_installed_module_wins_over_a_file_of_the_current_folder(mine: Path) 
     sys.modules.pop("colorsys", None)
     (mine / "colorsys.py").write_text(SOURCE, encoding="utf-8")
     with pytest.raises(ValueError, match=r"colorsys\.py has no bright; it has no methods\."):
-        methods_of(["colorsys:bright"])
+        parse_methods(["colorsys:bright"])
