@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.isolation.undisturbed import left_alone, preserved_random_state
+from vit_explain_callback.isolation.undisturbed import preserved_random_state, restored
 from vit_explain_callback.methods.base import Method, check_heads, check_layers
 from vit_explain_callback.methods.engine import Blocks, fold
 from vit_explain_callback.methods.map_function import MapFunction
@@ -112,7 +112,7 @@ def function_maps(session: Session, images: Tensor, function: MapFunction, targe
         RuntimeError: If the function fails, does not return maps, or changes the model that is trained.
     """
     asked = targets if function.needs_target else targets[:1]
-    with left_alone(session.adapter.model) as changed, session.giving_logits() as model, torch.enable_grad():
+    with restored(session.adapter.model) as changed, session.giving_logits() as model, torch.enable_grad():
         maps = []
         for target in asked:
             with preserved_random_state(seed=0):
@@ -149,7 +149,7 @@ def _forward(session: Session, images: Tensor, methods: Sequence[Method]) -> tup
     weighted = _weighted(methods)
     with (
         torch.set_grad_enabled(weighted),
-        AttentionRecorder(session.vit, weighted, session.twin.state, forms=True) as recorder,
+        AttentionRecorder(session.vit, weighted, session.twin.state, explicit=True) as recorder,
         session.fed(weighted) as fed,
     ):
         logits = session.logits(images)

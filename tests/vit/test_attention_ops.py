@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from tests.models import random_images, tiny_vit
 from vit_explain_callback import explain
-from vit_explain_callback.vit import attention_ops as formed
+from vit_explain_callback.vit import attention_ops
 from vit_explain_callback.vit import recorder as capture
-from vit_explain_callback.vit.attention_ops import formed_attention, forms
+from vit_explain_callback.vit.attention_ops import computes_explicitly, explicit_attention
 from vit_explain_callback.vit.recorder import AttentionRecorder
 
 ALL = slice(None)
@@ -28,7 +28,7 @@ def test_it_is_what_the_kernel_multiplies_with_the_values(dtype: torch.dtype, sc
     query, key = heads(dtype), heads(dtype, tokens=9)
     identity = torch.eye(9, dtype=torch.float64).expand(2, 3, 9, 9)
     expected = F.scaled_dot_product_attention(query.double(), key.double(), identity, scale=scale)
-    found = formed_attention(query, key, scale)
+    found = explicit_attention(query, key, scale)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -38,7 +38,7 @@ def test_maps_and_logits_are_those_of_the_fused_kernel(dtype: torch.dtype, monke
     model, images = tiny_vit().to(dtype), random_images(3).to(dtype)
     names = ["rollout", "rollout_max_0.9", "attention"]
     in_the_open = explain(model, images, names, block_statistics=True)
-    monkeypatch.setattr(formed, "FORMED_ENTRIES", 0)
+    monkeypatch.setattr(attention_ops, "EXPLICIT_ENTRIES", 0)
     fused = explain(model, images, names, block_statistics=True)
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
     torch.testing.assert_close(in_the_open.logits, fused.logits, rtol=tolerance, atol=tolerance)
@@ -53,10 +53,10 @@ def test_a_pass_that_only_explains_forms_it_and_one_with_gradients_runs_the_kern
     formed: list[bool] = []
 
     def noted(*args: Any, **kwargs: Any) -> bool:
-        formed.append(forms(*args, **kwargs))
+        formed.append(computes_explicitly(*args, **kwargs))
         return formed[-1]
 
-    monkeypatch.setattr(capture, "forms", noted)
+    monkeypatch.setattr(capture, "computes_explicitly", noted)
     explain(model, images, ["grad_rollout"])
     assert formed == [False] * len(model.blocks)
     formed.clear()
@@ -76,19 +76,19 @@ def test_a_recorder_forms_nothing_unless_it_is_told_to() -> None:
 @torch.no_grad()
 def test_what_is_unusual_is_left_to_the_kernel() -> None:
     few = heads()
-    assert forms(few, few, few)
-    assert forms(few, few, few, scale=2.0, dropout_p=0.0, is_causal=False, enable_gqa=False)
-    assert not forms(few, few, few, torch.zeros(7, 7))
-    assert not forms(few, few, few, is_causal=True)
-    assert not forms(few, few, few, dropout_p=0.1)
-    assert not forms(few, few, few, None, 0.1)
-    assert not forms(few, heads(count=1), heads(count=1), enable_gqa=True)
-    assert not forms(few[:, 0], few[:, 0], few[:, 0])
-    assert not forms(few.float(), few, few)
-    assert not forms(few.to("meta"), few.to("meta"), few.to("meta"))
+    assert computes_explicitly(few, few, few)
+    assert computes_explicitly(few, few, few, scale=2.0, dropout_p=0.0, is_causal=False, enable_gqa=False)
+    assert not computes_explicitly(few, few, few, torch.zeros(7, 7))
+    assert not computes_explicitly(few, few, few, is_causal=True)
+    assert not computes_explicitly(few, few, few, dropout_p=0.1)
+    assert not computes_explicitly(few, few, few, None, 0.1)
+    assert not computes_explicitly(few, heads(count=1), heads(count=1), enable_gqa=True)
+    assert not computes_explicitly(few[:, 0], few[:, 0], few[:, 0])
+    assert not computes_explicitly(few.float(), few, few)
+    assert not computes_explicitly(few.to("meta"), few.to("meta"), few.to("meta"))
     many = heads(tokens=513)
-    assert not forms(many, many, many)
+    assert not computes_explicitly(many, many, many)
     with torch.autocast("cpu"):
-        assert not forms(few, few, few)
+        assert not computes_explicitly(few, few, few)
     with torch.enable_grad():
-        assert not forms(few, few, few)
+        assert not computes_explicitly(few, few, few)

@@ -1,4 +1,4 @@
-"""Stand in for an object that is not copied: by copies of what is asked of it, or by an error that says so."""
+"""Stand-ins for objects that are not copied as a whole: one copies attributes on access, one raises on any use."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class Borrowed:
                 return vars(self)[name]
         if of_kind is not _NOWHERE:
             return of_kind.__get__(self, kind) if hasattr(type(of_kind), "__get__") else of_kind
-        own = _in_class(kind, "__getattr__")
-        if own is _NOWHERE:
+        fallback = _in_class(kind, "__getattr__")
+        if fallback is _NOWHERE:
             raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}", name=name, obj=self)
-        return own(self, name)
+        return fallback(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         of_kind = _in_class(type(self._borrowed_from), name)
@@ -69,8 +69,8 @@ class Borrowed:
         """A copy of one submodule, and of no other."""
         if not target:
             return self  # type: ignore[return-value]
-        found: nn.Module = self._borrowed_by.copy(self._borrowed_from.get_submodule(target))
-        return found
+        submodule: nn.Module = self._borrowed_by.copy(self._borrowed_from.get_submodule(target))
+        return submodule
 
 
 class Uncopied:

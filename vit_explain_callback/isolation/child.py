@@ -1,4 +1,4 @@
-"""Do work in a process of its own, and give it up where that process hangs or dies."""
+"""Run work in a separate process, and abandon it when that process hangs or dies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from vit_explain_callback.isolation.quarantine import cut_off, leave_no_directories, say_nothing
+from vit_explain_callback.isolation.quarantine import isolate_fork, remove_temporary_directories, silence_output
 
 PATIENCE = 60.0  # seconds without a sign of life
 _REAPING = 5.0  # seconds until a killed process is left to the system: one that waits for a dead share ignores SIGKILL
@@ -113,16 +113,16 @@ def _forked() -> int:
         return os.fork()
 
 
-def _become_child(kept: int, state: Any) -> None:
+def _become_child(descriptor: int, state: Any) -> None:
     os.setsid()  # what it starts is killed with it, and Ctrl-C is for the parent
-    cut_off(kept)
+    isolate_fork(descriptor)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     random.setstate(state)  # which a fork seeds anew
 
 
 def _serve(connection: Connection, work: Callable[[Beat], Any]) -> NoReturn:
     """Send what `work` gives, and end without finalising anything."""
-    say_nothing()
+    silence_output()
     torch.set_num_threads(1)  # the threads of OpenMP are not forked, and waiting for them would not end
     try:
         value = work(lambda: connection.send_bytes(b""))
@@ -130,7 +130,7 @@ def _serve(connection: Connection, work: Callable[[Beat], Any]) -> NoReturn:
         answer = pickle.dumps(("failed", repr(error), traceback.format_exc()))
         connection.send_bytes(answer)
         os._exit(0)
-    leave_no_directories()
+    remove_temporary_directories()
     try:
         answer = _pickled(("given", value))
     except Exception as error:
@@ -192,8 +192,8 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         if part.is_cpu and part.untyped_storage().nbytes() == part.nbytes:
             return NotImplemented
-        own: Any = part.detach().cpu().clone()
-        return own.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        compact: Any = part.detach().cpu().clone()
+        return compact.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
 def _pickled(value: Any) -> bytes:

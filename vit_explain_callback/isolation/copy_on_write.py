@@ -1,4 +1,4 @@
-"""Write to a copy of a parameter, whatever operation it is that writes."""
+"""Redirect every write to a parameter to a copy of its memory."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._parameters, self._moved = parameters, moved
         self._aliases: Any = WeakIdKeyDictionary()  # `weight.data` and the like, of the twin's own parameters
-        self._handing_out = _HandingOut(self._own, self._note_alias)
+        self._export_guard = _ExportGuard(self._unshare, self._note_alias)
 
     def __enter__(self) -> CopyOnWrite:
-        self._handing_out.__enter__()  # type: ignore[no-untyped-call]
+        self._export_guard.__enter__()  # type: ignore[no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
-        self._handing_out.__exit__(*raised)  # type: ignore[no-untyped-call]
+        self._export_guard.__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -51,13 +51,13 @@ class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         written = _written(func)
         if written:
-            args = tuple(self._own(arg) if place in written else arg for place, arg in enumerate(args))
-            kwargs = {name: self._own(arg) if name in written else arg for name, arg in kwargs.items()}
+            args = tuple(self._unshare(arg) if place in written else arg for place, arg in enumerate(args))
+            kwargs = {name: self._unshare(arg) if name in written else arg for name, arg in kwargs.items()}
         return func(*args, **kwargs)
 
-    def _own(self, arg: Any) -> Any:
+    def _unshare(self, arg: Any) -> Any:
         if isinstance(arg, list | tuple):
-            return type(arg)(map(self._own, arg))
+            return type(arg)(map(self._unshare, arg))
         if not isinstance(arg, Tensor) or address(arg) not in self._parameters:
             return arg
         place = address(arg)
@@ -66,10 +66,10 @@ class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._moved[place] = arg.untyped_storage().clone()  # type: ignore[no-untyped-call]
                 for parameter in self._parameters[place]:
                     parameter.data = owned_view(self._moved[place], parameter)
-            own = owned_view(self._moved[place], arg)
+            view = owned_view(self._moved[place], arg)
             if arg in self._aliases:
-                arg.data = own  # as `weight.data += 1` gives the tensor itself back
-            return own
+                arg.data = view  # as `weight.data += 1` gives the tensor itself back
+            return view
 
     def _note_alias(self, source: Any, alias: Any) -> None:
         """Know a tensor that shares the memory of a parameter of the twin; one of the model's own is never changed."""
@@ -79,19 +79,19 @@ class CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._aliases[alias] = True
 
 
-class _HandingOut(TorchFunctionMode):
-    """Gives a parameter memory of its own before that is handed to what torch does not see, as NumPy is."""
+class _ExportGuard(TorchFunctionMode):
+    """Gives a parameter memory of its own before it is exported to code that torch does not see, such as NumPy."""
 
-    def __init__(self, own: Callable[[Any], Any], note_alias: Callable[[Any, Any], None]) -> None:
+    def __init__(self, unshare: Callable[[Any], Any], note_alias: Callable[[Any, Any], None]) -> None:
         super().__init__()
-        self._own, self._note_alias = own, note_alias
+        self._unshare, self._note_alias = unshare, note_alias
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name in _HANDS_OUT and args:
-            args = (self._own(args[0]), *args[1:])
+            args = (self._unshare(args[0]), *args[1:])
         result = func(*args, **(kwargs or {}))
         if name in _ALIASES:
             self._note_alias(args[0], result)
@@ -113,8 +113,8 @@ def _written(func: Any) -> frozenset[int | str]:
 
 def owned_view(storage: torch.UntypedStorage, like: Tensor) -> Tensor:
     """A tensor over some memory, laid out like another one."""
-    made = torch.empty(0, dtype=like.dtype, device=like.device)
-    return made.set_(storage, like.storage_offset(), like.size(), like.stride())
+    view = torch.empty(0, dtype=like.dtype, device=like.device)
+    return view.set_(storage, like.storage_offset(), like.size(), like.stride())
 
 
 def address(tensor: Tensor) -> int:

@@ -1,6 +1,6 @@
-"""How each kind of object is copied, in the form of `object.__reduce__`: what makes it, of what, and what fills it.
+"""Rules for copying each kind of object, in the form of `object.__reduce__`: constructor, arguments, state, setter.
 
-What makes or fills a copy is told the twin first.
+Constructors and setters get the twin as their first argument.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from vit_explain_callback.isolation.wrappers import unwrapped
 if TYPE_CHECKING:
     from vit_explain_callback.isolation.twin import Twin
 
-ATOMS = {type(None), bool, int, float, complex, str, bytes}
-BACKWARD = {"_backward_hooks", "_backward_pre_hooks"}  # for the user's own backward pass
-NO_ONE = {"_trainer", "_fabric", "_compiled_call_impl"}
-_LEFT_OUT = BACKWARD | NO_ONE
+ATOMIC_TYPES = {type(None), bool, int, float, complex, str, bytes}
+BACKWARD_HOOKS = {"_backward_hooks", "_backward_pre_hooks"}  # for the user's own backward pass
+TRAINING_REFERENCES = {"_trainer", "_fabric", "_compiled_call_impl"}
+_LEFT_OUT = BACKWARD_HOOKS | TRAINING_REFERENCES
 # Of every module, and no other module's; most of them are empty.
 _BOOKKEEPING = {name: type(part) for name, part in vars(nn.Module()).items() if isinstance(part, dict | set)}
 # Objects of these libraries reach far beyond the module, and a forward pass does not change them.
@@ -45,11 +45,11 @@ _SLACK = 1 << 20  # bytes of memory around a tensor that are copied with it, for
 
 
 def _shared(twin: Twin, value: Any) -> Any:
-    return twin.take(value, value)
+    return twin.register(value, value)
 
 
 def _refused(twin: Twin, value: Any) -> Any:
-    return twin.take(value, Uncopied(type(value).__name__))
+    return twin.register(value, Uncopied(type(value).__name__))
 
 
 def module_way(twin: Twin, value: nn.Module) -> Any:
@@ -57,88 +57,90 @@ def module_way(twin: Twin, value: nn.Module) -> Any:
     if (inner := unwrapped(value)) is not value:
         return _same, (inner,)
     if isinstance(value, torch.jit.ScriptModule):
-        return twin.take(value, value.__deepcopy__({}).eval())
-    own = vars(value)
+        return twin.register(value, value.__deepcopy__({}).eval())
+    attributes = vars(value)
     # Empty ones are made anew, as there are thousands in a model.
-    state = {name: part for name, part in own.items() if name not in _LEFT_OUT and (name not in _BOOKKEEPING or part)}
-    state |= {name: twin.stand_in(twin, own[name]) for name in NO_ONE if name in own}
+    state = {
+        name: part for name, part in attributes.items() if name not in _LEFT_OUT and (name not in _BOOKKEEPING or part)
+    }
+    state |= {name: twin.stand_in(twin, attributes[name]) for name in TRAINING_REFERENCES if name in attributes}
     slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
     return object.__new__, (type(value),), (state, slots), None, None, _fill_module
 
 
-def _fill_module(twin: Twin, made: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    own = vars(made)
-    own.update(state[0])
-    _fill(twin, made, state[1])
+def _fill_module(twin: Twin, module: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    attributes = vars(module)
+    attributes.update(state[0])
+    _fill(twin, module, state[1])
     for name, kind in _BOOKKEEPING.items():
-        if name not in own:
-            own[name] = kind()
-    if "_trainer" in own:
-        own.update(log=silent, log_dict=silent)
-    twin.modules.append(made)
+        if name not in attributes:
+            attributes[name] = kind()
+    if "_trainer" in attributes:
+        attributes.update(log=discard_log, log_dict=discard_log)
+    twin.modules.append(module)
 
 
 def _tensor(twin: Twin, value: Tensor) -> Any:
     if isinstance(value, nn.Parameter):
-        made: Any = _parameter(twin, value)
+        clone: Any = _parameter(twin, value)
     elif isinstance(value, UninitializedBuffer):
-        made = _uninitialised(value)
+        clone = _uninitialised(value)
     else:
-        made = _own_tensor(twin, value)
-    way = twin.take(value, made)
+        clone = _tensor_copy(twin, value)
+    way = twin.register(value, clone)
     return (*way, dict(vars(value)), None, None, _fill) if getattr(value, "__dict__", None) else way
 
 
 def _parameter(twin: Twin, value: nn.Parameter) -> nn.Parameter:
     if isinstance(value, UninitializedParameter):
-        made: nn.Parameter = _uninitialised(value, requires_grad=False)
-        return made
+        clone: nn.Parameter = _uninitialised(value, requires_grad=False)
+        return clone
     if type(value) is not nn.Parameter and issubclass(type(value), nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
-            made = Tensor._make_subclass(type(value), value.detach(), False)
+            clone = Tensor._make_subclass(type(value), value.detach(), False)
     else:
-        made = nn.Parameter(value.detach(), requires_grad=False)
-    if place := address(made):  # 0 would stand for every tensor without memory of its own
-        twin.parameters.setdefault(place, []).append(made)
-    return made
+        clone = nn.Parameter(value.detach(), requires_grad=False)
+    if place := address(clone):  # 0 would stand for every tensor without memory of its own
+        twin.parameters.setdefault(place, []).append(clone)
+    return clone
 
 
 def _uninitialised(value: Any, **options: Any) -> Any:
     return type(value)(device=value.device, dtype=value.dtype, **options)
 
 
-def _own_tensor(twin: Twin, value: Tensor) -> Tensor:
+def _tensor_copy(twin: Twin, value: Tensor) -> Tensor:
     """A tensor with memory of its own, which it shares with the copies of other views of the same memory."""
     place = address(value)
     if place in twin.parameters:
         return value.detach()  # its memory is guarded
-    made = value.detach()
+    clone = value.detach()
     if type(value) is not Tensor or not place or value.layout is not torch.strided or value.is_conj() or value.is_neg():
-        made = made.clone()
+        clone = clone.clone()
     else:
         span = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
         span = span if value.numel() else 0
         memory = value.untyped_storage()
         if memory.nbytes() > 2 * span * value.element_size() + _SLACK:
-            made = made.as_strided((span,), (1,)).clone().as_strided(value.shape, value.stride(), 0)
+            clone = clone.as_strided((span,), (1,)).clone().as_strided(value.shape, value.stride(), 0)
         else:
             if place not in twin.storages:
                 twin.storages[place] = memory.clone()  # type: ignore[no-untyped-call]
-            made = owned_view(twin.storages[place], value)
-    twin.state |= {address(made)} - {0}
-    return made
+            clone = owned_view(twin.storages[place], value)
+    twin.state |= {address(clone)} - {0}
+    return clone
 
 
 def _torch_generator(twin: Twin, value: torch.Generator) -> Any:
-    return twin.take(value, torch.Generator(value.device).set_state(value.get_state()))
+    return twin.register(value, torch.Generator(value.device).set_state(value.get_state()))
 
 
 def _function(twin: Twin, value: types.FunctionType) -> Any:
     """A function of its own where it holds anything that can change: what it closes over, defaults, attributes."""
     defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-    holds = value.__closure__ or vars(value) or any(type(default) not in ATOMS for default in defaults)
+    holds = value.__closure__ or vars(value) or any(type(default) not in ATOMIC_TYPES for default in defaults)
     if not holds or _is_global(value):
-        return twin.take(value, value)
+        return twin.register(value, value)
     twin.functions[id(value)] = value
     state = (value.__defaults__, value.__kwdefaults__, dict(vars(value)))
     return _function_like, (id(value), value.__closure__), state, None, None, _fill_function
@@ -146,14 +148,14 @@ def _function(twin: Twin, value: types.FunctionType) -> Any:
 
 def _function_like(twin: Twin, place: int, closure: Any) -> types.FunctionType:
     value = twin.functions[place]
-    made = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, closure)
-    made.__qualname__, made.__module__ = value.__qualname__, value.__module__
-    return made
+    clone = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, closure)
+    clone.__qualname__, clone.__module__ = value.__qualname__, value.__module__
+    return clone
 
 
-def _fill_function(_: Twin, made: types.FunctionType, state: tuple[Any, Any, dict[str, Any]]) -> None:
-    made.__defaults__, made.__kwdefaults__, attributes = state
-    made.__dict__.update(attributes)
+def _fill_function(_: Twin, clone: types.FunctionType, state: tuple[Any, Any, dict[str, Any]]) -> None:
+    clone.__defaults__, clone.__kwdefaults__, attributes = state
+    clone.__dict__.update(attributes)
 
 
 def _cell(_: Twin, value: types.CellType) -> Any:
@@ -164,8 +166,8 @@ def _cell(_: Twin, value: types.CellType) -> Any:
     return types.CellType, (), content, None, None, _fill_cell
 
 
-def _fill_cell(_: Twin, made: types.CellType, content: Any) -> None:
-    made.cell_contents = content
+def _fill_cell(_: Twin, clone: types.CellType, content: Any) -> None:
+    clone.cell_contents = content
 
 
 def _builtin(twin: Twin, value: Any) -> Any:
@@ -238,13 +240,13 @@ def _is_plain(kind: Any) -> bool:
     return kind not in copyreg.dispatch_table and kind.__basicsize__ <= size and kind.__itemsize__ == 0
 
 
-def _fill(_: Twin, made: Any, state: dict[str, Any]) -> None:
+def _fill(_: Twin, clone: Any, state: dict[str, Any]) -> None:
     for name, part in state.items():
-        object.__setattr__(made, name, part)
+        object.__setattr__(clone, name, part)
 
 
 def _reduced(twin: Twin, value: Any) -> Any:
-    """In the object's own way, as it is pickled."""
+    """Copy by the object's own `__reduce_ex__`, as pickle does."""
     try:
         way = copyreg.dispatch_table.get(type(value))
         with warnings.catch_warnings() if type(value).__module__ == "itertools" else nullcontext():
@@ -260,25 +262,25 @@ def _same(_: Twin, value: Any) -> Any:
     return value
 
 
-def taken(twin: Twin, place: int) -> object:
-    """What was made of an object, by its `id`."""
-    return twin.made[place]
+def copy_by_id(twin: Twin, place: int) -> object:
+    """Return the copy of an object by the `id` of the original."""
+    return twin.copies[place]
 
 
-def silent(*_args: Any, **_kwargs: Any) -> None:
-    """What a twin logs goes nowhere."""
+def discard_log(*_args: Any, **_kwargs: Any) -> None:
+    """Replace `log` and `log_dict` on a twin, which logs nothing."""
 
 
 def _is_global(value: Any) -> bool:
-    found: Any = sys.modules.get(getattr(value, "__module__", ""))
+    resolved: Any = sys.modules.get(getattr(value, "__module__", ""))
     for name in getattr(value, "__qualname__", "").split("."):
-        found = getattr(found, name, None)
-    return found is value
+        resolved = getattr(resolved, name, None)
+    return resolved is value
 
 
-# Those that make copies are told the twin, and are found by their name.
-OURS = {_cached_again, _fill, _fill_cell, _fill_function, _fill_module, _function_like, _same, taken}
-OURS |= {_refer, _refer_by_proxy}
+# Pickled by name, and called with the twin.
+RECONSTRUCTORS = {_cached_again, _fill, _fill_cell, _fill_function, _fill_module, _function_like, _same, copy_by_id}
+RECONSTRUCTORS |= {_refer, _refer_by_proxy}
 _BEYOND: tuple[type, ...] = (
     torch.optim.Optimizer,
     torch.optim.lr_scheduler.LRScheduler,
@@ -288,7 +290,7 @@ _BEYOND: tuple[type, ...] = (
     BaseProxy,
 )
 _LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
-WAYS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
+COPY_RULES: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
     (nn.Module, module_way),
     (Tensor, _tensor),
     ((type, types.ModuleType, types.CodeType, property, types.MethodDescriptorType), _shared),
@@ -300,8 +302,8 @@ WAYS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
     (weakref.ReferenceType, _reference),
     ((weakref.ProxyType, weakref.CallableProxyType), _proxy),
     (torch.Generator, _torch_generator),
-    (_LOCK, lambda twin, value: twin.take(value, threading.Lock())),
-    (_RLOCK, lambda twin, value: twin.take(value, threading.RLock())),
-    (torch.UntypedStorage, lambda twin, value: twin.take(value, value.clone())),
+    (_LOCK, lambda twin, value: twin.register(value, threading.Lock())),
+    (_RLOCK, lambda twin, value: twin.register(value, threading.RLock())),
+    (torch.UntypedStorage, lambda twin, value: twin.register(value, value.clone())),
     (_BEYOND, _refused),
 ]

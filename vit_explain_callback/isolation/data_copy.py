@@ -36,7 +36,7 @@ def copied(value: Any) -> Any:
 class _Pickler(pickle.Pickler):
     def reducer_override(self, part: Any) -> Any:
         """Called for all but the plainest objects, which is what makes it fast."""
-        if part is _taken:
+        if part is _by_id:
             return NotImplemented
         if hasattr(type(part), "__del__"):
             raise TypeError(f"{type(part).__name__} has a finaliser.")
@@ -45,8 +45,8 @@ class _Pickler(pickle.Pickler):
         elif not isinstance(part, _BY_REFERENCE) and not (isinstance(part, np.ndarray) and not part.dtype.hasobject):
             return NotImplemented
         _shared[id(part)] = part
-        return _taken, (id(part),)
+        return _by_id, (id(part),)
 
 
-def _taken(place: int) -> object:
+def _by_id(place: int) -> object:
     return _shared[place]

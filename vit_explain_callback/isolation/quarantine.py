@@ -1,4 +1,4 @@
-"""Cut a forked process off from the one it was forked from: a fork shares more than its memory image.
+"""Isolate a forked process from its parent, with which it shares more than a memory image.
 
 Files share their offset, sockets and pipes their stream, shared memory its bytes; what is printed or logged would
 appear twice, and a finaliser would delete a file or directory that the parent still uses. Linux only.
@@ -24,18 +24,18 @@ _KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _held: list[Any] = []
 
 
-def cut_off(kept: int) -> None:
-    """Make this process, just forked, unable to reach its parent but by one file descriptor.
+def isolate_fork(descriptor: int) -> None:
+    """Leave this process, just forked, one file descriptor as its only connection to its parent.
 
     It ends by `os._exit`, so that no exit handler, finaliser or buffer of the parent's runs in it.
     """
     _finalise_nothing()
     _use_default_signals()
-    _own_descriptors(kept)
-    _own_memory()
+    _replace_descriptors(descriptor)
+    _replace_shared_memory()
 
 
-def leave_no_directories() -> None:
+def remove_temporary_directories() -> None:
     """Remove the temporary directories that this process made and whose finalisers will not run."""
     for one in gc.get_objects():  # of this process only: those of the parent are frozen
         if type(one) is tempfile.TemporaryDirectory:
@@ -62,19 +62,19 @@ def _use_default_signals() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _own_descriptors(kept: int) -> None:
+def _replace_descriptors(descriptor: int) -> None:
     null, dead = os.open(os.devnull, os.O_RDWR), os.open("/", os.O_PATH)
     for number in map(int, os.listdir("/proc/self/fd")):
-        if number in (kept, null, dead):
+        if number in (descriptor, null, dead):
             continue
         try:
-            own = _replaced(number, null, dead)
-            if own is not None:
-                os.dup2(own, number, os.get_inheritable(number))
+            replacement = _replaced(number, null, dead)
+            if replacement is not None:
+                os.dup2(replacement, number, os.get_inheritable(number))
         except OSError:  # that of the listing, closed by now
             continue
-        if own not in (null, dead, None):
-            os.close(own)
+        if replacement not in (null, dead, None):
+            os.close(replacement)
 
 
 def _replaced(number: int, null: int, dead: int) -> int | None:
@@ -91,14 +91,14 @@ def _replaced(number: int, null: int, dead: int) -> int | None:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISBLK(mode)):
         return dead
     try:
-        own = os.open(f"/proc/self/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
+        replacement = os.open(f"/proc/self/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return dead
-    os.lseek(own, os.lseek(number, 0, os.SEEK_CUR), os.SEEK_SET)
-    return own
+    os.lseek(replacement, os.lseek(number, 0, os.SEEK_CUR), os.SEEK_SET)
+    return replacement
 
 
-def _own_memory() -> None:
+def _replace_shared_memory() -> None:
     """Replace shared memory that can be written by a private copy, where it is small, or make it read-only."""
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p
@@ -125,7 +125,7 @@ def _is_device(path: str) -> bool:
     return not path.startswith("/") or (path.startswith("/dev/") and not path.startswith(("/dev/shm/", "/dev/zero")))
 
 
-def say_nothing() -> None:
+def silence_output() -> None:
     """Print and log nothing; a notebook's streams and a logger's connections would still reach the user."""
     _held.extend((sys.stdin, sys.stdout, sys.stderr))  # else they are closed, with what they hold written
     sys.stdin = open(os.devnull)  # noqa: SIM115

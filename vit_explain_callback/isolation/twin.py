@@ -1,12 +1,12 @@
-"""Make a twin of a module: it computes the same, and what it does to itself the module does not notice.
+"""Make a twin of a module: it computes the same outputs, and nothing that it changes reaches the module.
 
 A twin shares the memory of the parameters and owns everything else that a forward pass may change: buffers, plain
 tensors, counters, queues, lists of outputs, metrics, random generators. No parameter of it asks for a gradient, every
 module is in evaluation mode, nothing is compiled, and it knows no trainer.
 
 The copying is pickle's: it follows every reference, and what is shared in the original is shared in the copy. What
-pickle does not know, or would ask the user's own code for, `copying` says: modules, tensors, functions, plain objects.
-An object of which no copy can be made is never shared: what stands in its place raises when it is used.
+pickle cannot copy, or would copy by running the user's code, has a rule in `copying`: modules, tensors, functions and
+plain objects. An object that cannot be copied is never shared: its stand-in raises when it is used.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from vit_explain_callback.isolation import copying
 from vit_explain_callback.isolation.borrowed import Borrowed
 from vit_explain_callback.isolation.copy_on_write import CopyOnWrite
 from vit_explain_callback.isolation.copying import (
-    ATOMS,
-    BACKWARD,
-    NO_ONE,
-    OURS,
-    WAYS,
+    ATOMIC_TYPES,
+    BACKWARD_HOOKS,
+    COPY_RULES,
+    RECONSTRUCTORS,
+    TRAINING_REFERENCES,
+    copy_by_id,
+    discard_log,
     module_way,
     object_way,
-    silent,
-    taken,
 )
 
 StandIn: TypeAlias = "Callable[[Twin, object], object]"
@@ -60,7 +60,7 @@ class Twin:
         self.parameters: dict[int, list[nn.Parameter]] = {}
         self.moved: dict[int, torch.UntypedStorage] = {}
         self.stand_in = stand_in
-        self.made: dict[int, Any] = {}  # what pickle does not make, by the `id` of the original
+        self.copies: dict[int, Any] = {}  # what pickle does not make, by the `id` of the original
         self.storages: dict[int, torch.UntypedStorage] = {}
         self.functions: dict[int, types.FunctionType] = {}
         self.modules: list[nn.Module] = []
@@ -74,20 +74,20 @@ class Twin:
 
     def borrowed(self, value: Any) -> Any:
         """What passes for `value` in its own methods, and copies each of its attributes when that is asked for."""
-        if id(value) not in self.made:
-            made = Borrowed(self, value)
-            self.take(value, made)
+        if id(value) not in self.copies:
+            clone = Borrowed(self, value)
+            self.register(value, clone)
             if "_trainer" in vars(value):
-                vars(made).update(log=silent, log_dict=silent)
+                vars(clone).update(log=discard_log, log_dict=discard_log)
             if isinstance(value, nn.Module) and _sets_more_than_flags(type(value)):
-                made.train(False)
-        return self.made[id(value)]
+                clone.train(False)
+        return self.copies[id(value)]
 
     def attribute(self, name: str, part: Any) -> Any:
         """A copy of one attribute of an object that is borrowed."""
-        if name in NO_ONE:
+        if name in TRAINING_REFERENCES:
             return self.stand_in(self, part)
-        return type(part)() if name in BACKWARD else self.copy(part)
+        return type(part)() if name in BACKWARD_HOOKS else self.copy(part)
 
     def copy(self, value: Any) -> Any:
         """A copy of any object; of what was copied before, the same one.
@@ -95,7 +95,7 @@ class Twin:
         Raises:
             RuntimeError: If an object in it has a way of its own of being copied, and that fails.
         """
-        if type(value) in ATOMS:
+        if type(value) in ATOMIC_TYPES:
             return value
         self._stream.seek(0)
         self._stream.truncate()
@@ -104,28 +104,28 @@ class Twin:
             with _without_function_modes():  # which would note what is copied as computed
                 self._pickler.dump(value)
                 self._stream.seek(0)
-                made = self._unpickler.load()
+                clone = self._unpickler.load()
             self._evaluate(self.modules[before:])
         except Exception as error:
             raise RuntimeError(
                 f"Expected an object that can be copied, but copying {type(value).__name__} failed: {error!r}."
             ) from error
-        return made
+        return clone
 
-    def take(self, value: object, made: object) -> tuple[Any, ...]:
-        """Let `made` be the copy of `value`."""
-        self.made[id(value)] = made
+    def register(self, value: object, clone: object) -> tuple[Any, ...]:
+        """Register `clone` as the copy of `value`."""
+        self.copies[id(value)] = clone
         self.alive.append(value)
-        return taken, (id(value),)
+        return copy_by_id, (id(value),)
 
     def close(self) -> None:
-        """Let go of all copies, so that none waits for Python's collector; no `__del__` of the user's is run."""
+        """Release all copies without waiting for the garbage collector or running a user's `__del__`."""
         for module in self.modules:
             if hasattr(type(module), "__del__"):
                 with suppress(TypeError):  # one with slots
                     object.__setattr__(module, "__class__", nn.Module)
-        for kept in (self.modules, self.alive, self.made, self.functions):
-            kept.clear()
+        for container in (self.modules, self.alive, self.copies, self.functions):
+            container.clear()
         del self._pickler, self._unpickler
 
     def _evaluate(self, modules: list[nn.Module]) -> None:
@@ -150,15 +150,15 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         twin, kind = self._twin, type(value)
-        if kind is types.FunctionType and value in OURS:
+        if kind is types.FunctionType and value in RECONSTRUCTORS:
             return NotImplemented  # by its name
-        if id(value) in twin.made:
-            return taken, (id(value),)
+        if id(value) in twin.copies:
+            return copy_by_id, (id(value),)
         if kind not in self._ways:
-            self._ways[kind] = next((way for kinds, way in WAYS if issubclass(kind, kinds)), object_way)
+            self._ways[kind] = next((way for kinds, way in COPY_RULES if issubclass(kind, kinds)), object_way)
         way = self._ways[kind]
-        if way in (object_way, module_way) and (made := twin.stand_in(twin, value)) is not None:
-            return twin.take(value, made)
+        if way in (object_way, module_way) and (clone := twin.stand_in(twin, value)) is not None:
+            return twin.register(value, clone)
         return way(twin, value)
 
 

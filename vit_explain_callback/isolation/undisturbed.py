@@ -1,4 +1,4 @@
-"""Run a model for explanation and leave no trace on its training."""
+"""Context managers that leave no trace: on a model (`undisturbed`, `restored`) and on random streams."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch.utils import checkpoint
 
 from vit_explain_callback.isolation.twin import StandIn, Twin
 from vit_explain_callback.isolation.wrappers import is_sharded
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @contextmanager
@@ -84,6 +86,39 @@ def preserved_random_state(seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def restored(model: nn.Module) -> Iterator[list[str]]:
+    """Put gradients, hooks, flags and buffers of a model back on leaving, also after an error.
+
+    Parameters keep their values where a guarded twin runs inside: every write to their memory goes to a copy.
+
+    Yields:
+        A list that names every change once the context is left.
+    """
+    modules = [(name or type(model).__name__, module) for name, module in model.named_modules()]
+    flags = [(module.training, [dict(getattr(module, kind)) for kind in _HOOKS]) for _, module in modules]
+    parameters = [(name, part, part.grad, part.requires_grad) for name, part in model.named_parameters()]
+    buffers = [(name, part, part.detach().clone()) for name, part in model.named_buffers()]
+    for _, part, _, _ in parameters:
+        part.grad = None  # put aside, as a backward pass would add to it in place
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for (name, module), (training, hooks) in zip(modules, flags, strict=True):
+            changed += _put_back_module(name, module, training, hooks)
+        for name, part, gradient, asks in parameters:
+            _note(changed, part.grad is not None, f"`{name}.grad`")
+            _note(changed, part.requires_grad != asks, f"`{name}.requires_grad`")
+            part.requires_grad_(asks)
+            part.grad = gradient
+        for name, buffer, value in buffers:
+            if not _equal(buffer, value):
+                changed.append(f"the buffer `{name}`")
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+@contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     # The flag alone, module by module: `model.train()` would not restore a mixed model, and may be overridden.
     flags = [(module, module.training) for module in model.modules()]
@@ -116,42 +151,6 @@ def _without_reentrant_checkpoints() -> Iterator[None]:
 
 def _device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-@contextmanager
-def left_alone(model: nn.Module) -> Iterator[list[str]]:
-    """Put gradients, hooks, flags and buffers of a model back on leaving, also after an error.
-
-    Parameters need not be put back where a guarded twin is run inside: what writes to their memory writes to a copy.
-
-    Yields:
-        A list that holds, once the context is left, what had been changed, in words.
-    """
-    modules = [(name or type(model).__name__, module) for name, module in model.named_modules()]
-    flags = [(module.training, [dict(getattr(module, kind)) for kind in _HOOKS]) for _, module in modules]
-    parameters = [(name, part, part.grad, part.requires_grad) for name, part in model.named_parameters()]
-    buffers = [(name, part, part.detach().clone()) for name, part in model.named_buffers()]
-    for _, part, _, _ in parameters:
-        part.grad = None  # put aside, as a backward pass would add to it in place
-    changed: list[str] = []
-    try:
-        yield changed
-    finally:
-        for (name, module), (training, hooks) in zip(modules, flags, strict=True):
-            changed += _put_back_module(name, module, training, hooks)
-        for name, part, gradient, asks in parameters:
-            _note(changed, part.grad is not None, f"`{name}.grad`")
-            _note(changed, part.requires_grad != asks, f"`{name}.requires_grad`")
-            part.requires_grad_(asks)
-            part.grad = gradient
-        for name, buffer, value in buffers:
-            if not _equal(buffer, value):
-                changed.append(f"the buffer `{name}`")
-                with torch.no_grad():
-                    buffer.copy_(value)
 
 
 def _put_back_module(

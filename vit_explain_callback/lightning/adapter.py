@@ -18,7 +18,8 @@ from vit_explain_callback.lightning.batches import picked
 from vit_explain_callback.lightning.read_only_trainer import StandIns, unheard
 from vit_explain_callback.lightning.trace import leaves_of, says_more
 from vit_explain_callback.options.model import LogitsOf
-from vit_explain_callback.vit.losses import IMAGES, LossRecorder, Task
+from vit_explain_callback.vit.labels import Task
+from vit_explain_callback.vit.losses import IMAGES, LossRecorder
 
 StepName = Literal["validation_step", "training_step"]
 _TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")

@@ -17,8 +17,8 @@ from vit_explain_callback.lightning.adapter import LightningAdapter, StepName, t
 from vit_explain_callback.lightning.batches import images_and_labels
 from vit_explain_callback.lightning.steps import CURE, Steps
 from vit_explain_callback.lightning.trace import StepTrace, leaves_of
+from vit_explain_callback.vit.labels import Task, read_labels
 from vit_explain_callback.vit.locate import LocatedViT, locate_vit
-from vit_explain_callback.vit.losses import Task, read_labels
 
 
 @dataclass(frozen=True)

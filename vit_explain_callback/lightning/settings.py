@@ -35,7 +35,7 @@ from vit_explain_callback.options.rules import (
 from vit_explain_callback.tracking.errors import OnError
 from vit_explain_callback.tracking.probe import check_regions
 from vit_explain_callback.tracking.settings import Checks, Detail
-from vit_explain_callback.vit.losses import Task
+from vit_explain_callback.vit.labels import Task
 
 
 @dataclass(frozen=True)

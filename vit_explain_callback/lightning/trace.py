@@ -13,7 +13,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode as current_mode
 
-from vit_explain_callback.vit.losses import BUFFERS, IMAGES, TRAINED, WEIGHTS, LossRecorder, Reading, Task
+from vit_explain_callback.vit.labels import Reading, Task
+from vit_explain_callback.vit.losses import BUFFERS, IMAGES, TRAINED, WEIGHTS, LossRecorder
 from vit_explain_callback.vit.sources import tensors_in
 
 ROWS = 4

@@ -1,4 +1,4 @@
-"""Torch's attention functions by name, taken apart, and computed in the open where that is faster."""
+"""Recognise PyTorch's attention functions, split multi-head attention, and compute attention explicitly."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from torch import Tensor
 SCALED_DOT_PRODUCT: Callable[..., torch.Tensor] = torch._C._nn.scaled_dot_product_attention
 """The kernel itself, whatever `torch.nn.functional` calls by its name."""
 
-# These are written in Python and look themselves up by name, so what was put in their place is what a mode is given.
+# Written in Python and looked up by name, so that a mode sees a function that replaces one of them.
 _LOOKED_UP = ("softmax", "log_softmax", "dropout", "multi_head_attention_forward")
 _ORIGINALS: dict[str, Callable[..., Any]] = {name: getattr(F, name) for name in _LOOKED_UP}
 
 
-def named(func: Callable[..., Any]) -> str:
+def function_name(func: Callable[..., Any]) -> str:
     """Name of a function seen by a `TorchFunctionMode`; of the getter of a property, that of the property."""
     name: str = getattr(func, "__name__", "")
     if name == "__get__":
         return str(getattr(getattr(func, "__self__", None), "__name__", name))
-    return next((known for known in _LOOKED_UP if func is getattr(F, known)), name)
+    return next((candidate for candidate in _LOOKED_UP if func is getattr(F, candidate)), name)
 
 
-def original(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch's own function where another stands in its place, which has been called already."""
-    return next((_ORIGINALS[known] for known in _LOOKED_UP if func is getattr(F, known)), func)
+def original_function(func: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's own function where it was replaced; the replacement has been called already."""
+    return next((_ORIGINALS[candidate] for candidate in _LOOKED_UP if func is getattr(F, candidate)), func)
 
 
-# Entries of a head, N · M, up to which a CPU forms A = softmax(scale · q kᵀ) and A v about as fast as its fused kernel.
-FORMED_ENTRIES = 2**18
+# Up to N · M entries a head, a CPU computes A = softmax(scale · q kᵀ) and A v about as fast as its fused kernel.
+EXPLICIT_ENTRIES = 2**18
 
 
-def forms(
+def computes_explicitly(
     query: Any,
     key: Any,
     value: Any,
@@ -46,15 +46,15 @@ def forms(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> bool:
-    """Whether attention of these is to be formed: on a CPU, with few tokens, and where nothing is unusual about it.
+    """Whether to compute A itself and not call the fused kernel: on a CPU, with few tokens and common options.
 
-    Not where gradients are kept: A would be kept for them, and so would its gradient. Nor with a mask, with heads that
-    share keys, or in precision that the model chooses while it runs, all of which are left to torch's kernel.
+    False with gradients, which would keep A and its gradient in memory, and with a mask, dropout, causal attention,
+    grouped queries or autocast.
     """
     return (
         not torch.is_grad_enabled()
         and all(type(part) is Tensor and part.ndim == 4 and part.device.type == "cpu" for part in (query, key, value))
-        and query.shape[2] * key.shape[2] <= FORMED_ENTRIES
+        and query.shape[2] * key.shape[2] <= EXPLICIT_ENTRIES
         and query.dtype == key.dtype == value.dtype
         and query.shape[:2] == key.shape[:2]
         and attn_mask is None
@@ -63,7 +63,7 @@ def forms(
     )
 
 
-def formed_attention(query: Tensor, key: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+def explicit_attention(query: Tensor, key: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
     """A = softmax(scale · q kᵀ + mask), (B, H, N, M), in float32, or float64 where the model is float64.
 
     Args:
@@ -80,7 +80,7 @@ def formed_attention(query: Tensor, key: Tensor, scale: float | None = None, mas
     return torch.softmax(scores, dim=-1, out=scores)  # in place: with many tokens, fresh memory takes as long
 
 
-# Not asked of the function, which may be one that somebody put in its place.
+# Not read off the function's signature: it may have been replaced.
 _ARGUMENTS = (
     *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
     *("add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask", "need_weights"),
@@ -92,7 +92,7 @@ _DEFAULTS = {"need_weights": True, "average_attn_weights": True}
 
 @dataclass(frozen=True)
 class MultiHeadParts:
-    """What goes into the attention of one call, and how its output goes on.
+    """Inputs of the attention in one multi-head call, and the projection of its output.
 
     Attributes:
         query: (B, H, N, d).
@@ -111,34 +111,36 @@ class MultiHeadParts:
     wants_weights: bool | None
 
 
-def take_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> MultiHeadParts | None:
-    """Project to queries, keys and values as the function does; None for its uncommon options and unbatched input."""
-    given: dict[str, Any] = dict.fromkeys(_ARGUMENTS) | _DEFAULTS | dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-    uncommon = any(given[name] is not None for name in ("bias_k", "bias_v", "static_k", "static_v"))
-    if uncommon or given["add_zero_attn"] or given["query"].ndim != 3:
+def multi_head_parts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> MultiHeadParts | None:
+    """Project to queries, keys and values as the function does; None for uncommon options and unbatched input."""
+    arguments: dict[str, Any] = (
+        dict.fromkeys(_ARGUMENTS) | _DEFAULTS | dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    )
+    uncommon = any(arguments[name] is not None for name in ("bias_k", "bias_v", "static_k", "static_v"))
+    if uncommon or arguments["add_zero_attn"] or arguments["query"].ndim != 3:
         return None
-    if given["use_separate_proj_weight"]:
-        weights = [given[f"{name}_proj_weight"] for name in "qkv"]
+    if arguments["use_separate_proj_weight"]:
+        weights = [arguments[f"{name}_proj_weight"] for name in "qkv"]
     else:
-        weights = given["in_proj_weight"].chunk(3)
-    biases = [None] * 3 if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)
-    heads = given["num_heads"]
-    inputs = (given["query"], given["key"], given["value"])  # each (tokens, B, E)
+        weights = arguments["in_proj_weight"].chunk(3)
+    biases = [None] * 3 if arguments["in_proj_bias"] is None else arguments["in_proj_bias"].chunk(3)
+    heads = arguments["num_heads"]
+    inputs = (arguments["query"], arguments["key"], arguments["value"])  # each (tokens, B, E)
     query, key, value = (
         F.linear(tensor, weight, bias).reshape(*tensor.shape[:2], heads, -1).permute(1, 2, 0, 3)
         for tensor, weight, bias in zip(inputs, weights, biases, strict=True)
     )
 
     def finish(output: Tensor) -> Tensor:
-        return F.linear(output.permute(2, 0, 1, 3).flatten(2), given["out_proj_weight"], given["out_proj_bias"])
+        return F.linear(output.permute(2, 0, 1, 3).flatten(2), arguments["out_proj_weight"], arguments["out_proj_bias"])
 
-    wants = given["average_attn_weights"] if given["need_weights"] else None
-    mask = _mask(given["attn_mask"], given["key_padding_mask"], query)
+    wants = arguments["average_attn_weights"] if arguments["need_weights"] else None
+    mask = _mask(arguments["attn_mask"], arguments["key_padding_mask"], query)
     return MultiHeadParts(query, key, value, mask, finish, wants)
 
 
 def _mask(attention: Tensor | None, padding: Tensor | None, query: Tensor) -> Tensor | None:
-    """Both masks as one that is added; here, other than elsewhere in torch, True means *left out*."""
+    """Both masks as one additive mask; here, unlike in scaled dot-product attention, True means *masked out*."""
     if attention is not None:
         attention = _additive(attention, query)
         if attention.ndim == 3:  # (B·H, N, M)

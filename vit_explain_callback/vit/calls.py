@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vit_explain_callback.vit.attention_ops import formed_attention
+from vit_explain_callback.vit.attention_ops import explicit_attention
 
 _ALL = slice(None)
 
@@ -50,7 +50,7 @@ class AttentionCall:
         return at_least_float32(upstream) @ at_least_float32(self.value[images, heads]).mT
 
     def with_heads(self, images: int) -> AttentionCall:
-        """The same of `images` images, where their heads were folded into the batch, the heads of an image together."""
+        """Unfold heads from the batch dimension, which holds the heads of an image next to each other."""
         folded, count = self.attention, self.shape[0] // images
         batch = images
 
@@ -84,7 +84,7 @@ def fused_call(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> AttentionCall:
-    """The attention of a fused kernel, from what it was given."""
+    """A call of the fused kernel, from its inputs."""
     # Without a head dimension there is one head; with more than one before the tokens, as with groups, all are heads.
     query, key, value = (_as_heads(part) for part in (query.detach(), key.detach(), value))
     batch, heads, queries, _ = query.shape
@@ -101,13 +101,13 @@ def fused_call(
 
     def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
         part = None if mask is None else mask[images, heads, queries]
-        return formed_attention(query[images, heads, queries], key[images, heads], scale, part)
+        return explicit_attention(query[images, heads, queries], key[images, heads], scale, part)
 
     return AttentionCall(module, output, value, attention, (batch, heads, queries, keys))
 
 
 def explicit_call(module: str, output: Tensor, weights: Tensor, value: Tensor) -> AttentionCall:
-    """Attention that was computed in the open, (B, H, N, M) or (B, N, M)."""
+    """A call whose attention weights, (B, H, N, M) or (B, N, M), were computed explicitly."""
     weights, value = _as_heads(weights.detach()), _as_heads(value)
 
     def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
@@ -118,19 +118,19 @@ def explicit_call(module: str, output: Tensor, weights: Tensor, value: Tensor) -
 
 
 def merged_call(calls: Sequence[AttentionCall], output: Tensor) -> AttentionCall:
-    """Heads that were computed one by one, or a few at a time, as one operation; `output` is theirs, (B, H, N, d)."""
+    """Merge calls that each computed some heads into one; `output`, (B, H, N, d), is that of all heads."""
     first = calls[0]
     count = sum(call.shape[1] for call in calls)
 
     def attention(images: slice, heads: slice, queries: slice = _ALL) -> Tensor:
-        found, before = [], 0
+        parts, before = [], 0
         start, stop, _ = heads.indices(count)
         for call in calls:
-            own = slice(max(0, start - before), min(call.shape[1], stop - before))
-            if own.start < own.stop:
-                found.append(call.attention(images, own, queries))
+            local = slice(max(0, start - before), min(call.shape[1], stop - before))
+            if local.start < local.stop:
+                parts.append(call.attention(images, local, queries))
             before += call.shape[1]
-        return torch.cat(found, dim=1)
+        return torch.cat(parts, dim=1)
 
     shared = [step for step in first.trail if all(step in call.trail for call in calls)]
     shape = (first.shape[0], count, *first.shape[2:])

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vit_explain_callback.vit.attention_ops import named
+from vit_explain_callback.vit.attention_ops import function_name
 from vit_explain_callback.vit.ports import Ports
 from vit_explain_callback.vit.recorder import is_no_grad
 from vit_explain_callback.vit.sites import changing
@@ -48,7 +48,7 @@ class _Differentiable(TorchFunctionMode):
     ) -> Any:
         if is_no_grad(func, args):
             return None
-        if named(func) == "linear":
+        if function_name(func) == "linear":
             func = _linear
         return func(*args, **(kwargs or {}))
 

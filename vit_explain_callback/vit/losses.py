@@ -1,10 +1,10 @@
-"""See what a loss is computed of: logits and labels exactly as a model is trained with them."""
+"""Record the logits and labels that a loss is computed from, exactly as the model is trained with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from vit_explain_callback.vit.labels import Reading, Task, are_numbers, read_labels
 from vit_explain_callback.vit.sources import Flow, is_mask_of_rows
-
-Task: TypeAlias = Literal["classification", "multilabel", "regression"]
-Reading: TypeAlias = Literal["classes", "distribution", "yes_or_no", "signs", "numbers"]
 
 IMAGES, WEIGHTS, BUFFERS, TRAINED, FIRST_FREE = 1, 2, 4, 8, 16
 """Sources: images; weights and buffers of the model, weights that are trained; the first that has no meaning yet."""
@@ -39,7 +37,7 @@ _PICKING = {"gather", "__getitem__", "take_along_dim", "masked_select"}
 
 @dataclass(frozen=True)
 class Loss:
-    """What a loss was computed of.
+    """A loss and the tensors that it was computed from.
 
     Attributes:
         name: Of the function, or of the operation in which outputs meet labels where it is written by hand.
@@ -50,8 +48,8 @@ class Loss:
         target: What the outputs were compared with, (B,) or (B, C); None for other shapes.
         counts: Whether the outputs depend on the images and not on their labels, and what they were compared with
             depends on labels and neither on images nor on weights.
-        source: Of what is computed of this loss.
-        kept: A copy of the outputs, in the autograd graph if there is one; None of pictures.
+        source: Marks everything that is computed from this loss.
+        copied_outputs: A copy of the outputs, in the autograd graph if there is one; None for dense outputs.
     """
 
     name: str
@@ -62,12 +60,12 @@ class Loss:
     target: Tensor | None = None
     counts: bool = True
     source: int = 0
-    kept: Tensor | None = None
+    copied_outputs: Tensor | None = None
 
     @property
     def values(self) -> Tensor:
         """The outputs as the loss was given them, whatever was written to them afterwards."""
-        return self.outputs if self.kept is None else self.kept
+        return self.outputs if self.copied_outputs is None else self.copied_outputs
 
     @property
     def regression(self) -> bool:
@@ -91,7 +89,7 @@ class LossRecorder(TorchFunctionMode):
     Attributes:
         losses: In the order of the calls.
         returned: Sources of what was differentiated, or is returned by the step.
-        failure: What kept something from being noted, if anything did.
+        failure: The error that stopped recording, if any.
         lets_out: Whether numbers may leave torch where gradients are on, as in a validation step, which has none.
         needs_training: Whether outputs count only if weights that are trained have a share in them.
         needs_labels: Whether labels count only if they are made of what was `given`.
@@ -106,7 +104,7 @@ class LossRecorder(TorchFunctionMode):
         self.lets_out = True
         self.needs_training = False
         self.needs_labels = False
-        self._given = 0
+        self._batch_sources = 0
         self._left_torch = 0
         self._inside = 0  # sources of what looked like a loss, and went into the logits of another
         self._next_source = FIRST_FREE
@@ -127,18 +125,18 @@ class LossRecorder(TorchFunctionMode):
         if name == "backward":
             self.returned |= self.flow.of(args)
         result = func(*args, **kwargs)
-        given = [*args[name == "einsum" :], *(kwargs[key] for key in _BY_NAME if key in kwargs)]
+        operands = [*args[name == "einsum" :], *(kwargs[key] for key in _BY_NAME if key in kwargs)]
 
         def note() -> None:
-            if given and isinstance(result, Tensor):
-                self._note(func, name, given, result)
+            if operands and isinstance(result, Tensor):
+                self._note(func, name, operands, result)
             self.flow.computed(func, args, kwargs, result)
 
         self.attempt(note)
         return result
 
     def attempt(self, note: Callable[[], None]) -> None:
-        """Note something; the step that is watched must not fail where that does."""
+        """Call `note` without letting its error fail the step that is recorded."""
         if self.failure is None:
             try:
                 note()
@@ -146,13 +144,13 @@ class LossRecorder(TorchFunctionMode):
                 self.failure = error
 
     def give(self, leaves: Sequence[Tensor]) -> None:
-        """Let tensors of the batch be known: images by their dimensions, of others each by itself."""
+        """Mark the tensors of a batch: those of over two dimensions as images, any other with its own source."""
         for leaf in leaves:
             if leaf.ndim > 2:
                 self.flow.mark(leaf, IMAGES)
             else:
                 self.flow.mark(leaf, self._next_source)
-                self._given |= self._next_source
+                self._batch_sources |= self._next_source
                 self._next_source <<= 1
 
     def best(self, images: int) -> tuple[list[Loss], Loss | None]:
@@ -169,24 +167,29 @@ class LossRecorder(TorchFunctionMode):
         dense = any(not loss.regression for loss in ranked if not loss.is_of(images))
         return ranked, None if not usable or (usable[0].regression and dense) else usable[0]
 
-    def _note(self, func: Callable[..., Any], name: str, given: list[Any], result: Tensor) -> None:
-        first = given[0]
-        if name == "__getitem__" and is_mask_of_rows(given[1]) and isinstance(first, Tensor) and first.ndim in (1, 2):
-            self._masked[result] = (first, given[1])
+    def _note(self, func: Callable[..., Any], name: str, operands: list[Any], result: Tensor) -> None:
+        first = operands[0]
+        if (
+            name == "__getitem__"
+            and is_mask_of_rows(operands[1])
+            and isinstance(first, Tensor)
+            and first.ndim in (1, 2)
+        ):
+            self._masked[result] = (first, operands[1])
         if func in _OF_CLASSES | _BINARY | _OF_QUANTITIES:
-            if len(given) > 1 and isinstance(first, Tensor) and isinstance(given[1], Tensor):
-                self._note_loss(func, name, first, given[1], result)
+            if len(operands) > 1 and isinstance(first, Tensor) and isinstance(operands[1], Tensor):
+                self._note_loss(func, name, first, operands[1], result)
         elif name in _SOFTMAX | _SIGMOID and isinstance(first, Tensor) and first.ndim in (1, 2):
             logits = self._logits.get(first, first)
             for tensor in (result, first) if name == "logsumexp" else (result,):
                 self._logits[tensor] = logits
                 self._binary[tensor] = name in _SIGMOID
         else:
-            self._note_by_hand(name, given, result)
+            self._note_by_hand(name, operands, result)
 
     def _note_loss(self, func: Callable[..., Any], name: str, outputs: Tensor, target: Tensor, result: Tensor) -> None:
         logits = self._logits.get(outputs, outputs)
-        if func in _OF_QUANTITIES and (logits is outputs or _are_numbers(target)):
+        if func in _OF_QUANTITIES and (logits is outputs or are_numbers(target)):
             self._add(name, outputs, "numbers", target, result)
         elif func in _OF_CLASSES:
             self._add(name, logits, "distribution" if target.shape == logits.shape else "classes", target, result)
@@ -196,10 +199,12 @@ class LossRecorder(TorchFunctionMode):
                 self.flow.mark(logits, self.flow.of(outputs))
             self._add(name, logits, "signs" if func is F.soft_margin_loss else "yes_or_no", target, result)
 
-    def _note_by_hand(self, name: str, given: list[Any], result: Tensor) -> None:
+    def _note_by_hand(self, name: str, operands: list[Any], result: Tensor) -> None:
         """Where outputs meet labels in a loss that is written by hand."""
-        logits = next((self._logits[part] for part in given if isinstance(part, Tensor) and part in self._logits), None)
-        others = [part for part in _flat(given) if isinstance(part, Tensor) and part not in self._logits]
+        logits = next(
+            (self._logits[part] for part in operands if isinstance(part, Tensor) and part in self._logits), None
+        )
+        others = [part for part in _flat(operands) if isinstance(part, Tensor) and part not in self._logits]
         if logits is None:
             outputs = [part for part in others if self.flow.of(part) & IMAGES]
             targets = [part for part in others if not self.flow.of(part) & (IMAGES | WEIGHTS | BUFFERS)]
@@ -212,14 +217,14 @@ class LossRecorder(TorchFunctionMode):
             ):
                 self._add(name, outputs[0], "numbers", targets[0], result)
             return
-        binary = self._binary.get(next(part for part in given if isinstance(part, Tensor) and part in self._logits))
+        binary = self._binary.get(next(part for part in operands if isinstance(part, Tensor) and part in self._logits))
         met = others[-1] if others else None
-        picks_rows = name == "__getitem__" and not (isinstance(given[1], tuple) and len(given[1]) == 2)
+        picks_rows = name == "__getitem__" and not (isinstance(operands[1], tuple) and len(operands[1]) == 2)
         if name in _PICKING and met is not None and not (picks_rows and met.dtype != torch.bool):
             self._note_picked(name, logits, met, result)
         elif name in _PRODUCT | _DIFFERENCE and met is not None and met.shape == logits.shape and met.numel() > 1:
-            if name in _DIFFERENCE and _are_numbers(met):
-                self._add(name, next(part for part in given if part in self._logits), "numbers", met, result)
+            if name in _DIFFERENCE and are_numbers(met):
+                self._add(name, next(part for part in operands if part in self._logits), "numbers", met, result)
             else:
                 self._add(name, logits, "yes_or_no" if binary else "distribution", met, result)
         if result.shape == logits.shape:  # element by element
@@ -250,70 +255,19 @@ class LossRecorder(TorchFunctionMode):
         if reading != "numbers":
             self._inside |= computed_of
         of_labels = not made_of & of_model
-        if self.needs_labels and not made_of & self._given:  # made of Python's numbers, if of anything
-            of_labels = not made_of and bool(self._left_torch & self._given) and not self._left_torch & IMAGES
+        if self.needs_labels and not made_of & self._batch_sources:  # made of Python's numbers, if of anything
+            of_labels = not made_of and bool(self._left_torch & self._batch_sources) and not self._left_torch & IMAGES
         is_trained = bool(computed_of & TRAINED) or not self.needs_training
         # Where labels have a share in the outputs, as margins do, they are not what the model says of an image.
-        counts = of_labels and is_trained and bool(computed_of & IMAGES) and not computed_of & made_of & self._given
-        if outputs.ndim > 2:  # nothing is kept of pictures
+        counts = (
+            of_labels and is_trained and bool(computed_of & IMAGES) and not computed_of & made_of & self._batch_sources
+        )
+        if outputs.ndim > 2:  # dense outputs are not copied
             outputs = outputs.new_empty((0, *outputs.shape[1:]))
         target_or_none = target if target.ndim <= 2 else None
-        kept = outputs.clone() if outputs.ndim <= 2 else None
-        self.losses.append(Loss(name, outputs, labels, task, reading, target_or_none, counts, source, kept))
+        copied_outputs = outputs.clone() if outputs.ndim <= 2 else None
+        self.losses.append(Loss(name, outputs, labels, task, reading, target_or_none, counts, source, copied_outputs))
 
 
 def _flat(values: list[Any]) -> list[Any]:
     return [part for value in values for part in (value if isinstance(value, list | tuple) else (value,))]
-
-
-def read_labels(reading: Reading, target: Tensor, columns: int) -> tuple[Tensor | None, Task]:
-    """The class of each image, (B,), -1 where it has none that the outputs know, and what the outputs are.
-
-    Args:
-        reading: How the target is to be read.
-        target: What outputs were compared with.
-        columns: C, the number of outputs of an image.
-
-    Returns:
-        Labels, None where there are no classes or none is known, and the task.
-    """
-    target = target.detach()
-    if reading == "numbers":
-        return None, "regression"
-    if reading in ("yes_or_no", "signs"):
-        return _yes_or_no((target > 0).float() if reading == "signs" else target)
-    if target.ndim == 2 and target.shape[1] == columns > 1:
-        return _of_distribution(target), "classification"
-    if target.is_floating_point() or target.numel() != len(target):
-        return None, "classification"
-    classes = target.reshape(-1).long()
-    return torch.where((classes >= 0) & (classes < max(columns, 2)), classes, -1), "classification"
-
-
-def _are_numbers(target: Tensor) -> bool:
-    """Whether targets, one an image, are of many values: neither yes nor no, nor these two smoothed."""
-    return target.numel() == len(target) and len(set(target.detach().flatten().tolist())) > 2 + bool((target < 0).any())
-
-
-def _of_distribution(target: Tensor) -> Tensor | None:
-    """The likeliest class of each row, if rows are distributions over classes."""
-    rows = target.double()
-    rows = -rows if (rows <= 0).all() else rows  # as `-(target * log_probabilities)` has them
-    is_one = bool(((rows.sum(dim=1) - 1).abs() < 1e-3).all() and (rows >= 0).all())
-    return rows.argmax(dim=1) if is_one else None
-
-
-def _yes_or_no(target: Tensor) -> tuple[Tensor | None, Task]:
-    """0 or 1; of several questions, the one yes of each image.
-
-    Where an image has several, or none, the questions are asked one by one, and no class is the label.
-    """
-    if _are_numbers(target):
-        return None, "regression"
-    if target.ndim == 1 or (target.ndim == 2 and target.shape[1] == 1):
-        flat = target.reshape(-1).float()
-        return torch.where((flat >= 0) & (flat <= 1), (flat > 0.5).long(), -1), "classification"
-    positive = target > 0.5
-    if target.ndim == 2 and len(target) > 1 and (positive.sum(dim=1) == 1).all():
-        return positive.long().argmax(dim=1), "classification"
-    return None, "multilabel"

@@ -70,13 +70,13 @@ def read(letters: Letters, key: int) -> Product | None:
     batch = [letter for letter in attention if letter in output and letter not in query[-1:]]
     if not query or len(width) != 1 or summed != [attention[key]]:
         return None
-    known = {*batch, query[-1], *summed, *width}
-    if known != {*attention, *value, *output}:
+    letters_used = {*batch, query[-1], *summed, *width}
+    if letters_used != {*attention, *value, *output}:
         return None
-    wanted = [*batch, *summed, *width]
+    value_order = [*batch, *summed, *width]
     return Product(
         tuple(map(attention.index, [*batch, query[-1], *summed])),
-        tuple(value.index(letter) if letter in value else None for letter in wanted),
+        tuple(value.index(letter) if letter in value else None for letter in value_order),
         tuple(map(output.index, [*batch, query[-1], *width])),
     )
 
@@ -106,19 +106,19 @@ def of_einsum(equation: str, dims: tuple[int, int], place: int) -> Letters | Non
         >>> of_einsum("...ij, ...jd", (4, 4), 0).output
         ('…1', '…0', 'd', 'i')
     """
-    given, arrow, wanted = equation.replace(" ", "").partition("->")
-    operands = given.split(",")
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    operands = inputs.split(",")
     if len(operands) != 2:
         return None
-    found = [tuple(_spelled(operand, dim)) for operand, dim in zip(operands, dims, strict=True)]
-    dots = max(([letter for letter in operand if letter[0] == "…"] for operand in found), key=len)
+    spelled = [tuple(_spelled(operand, dim)) for operand, dim in zip(operands, dims, strict=True)]
+    dots = max(([letter for letter in operand if letter[0] == "…"] for operand in spelled), key=len)
     if arrow:
-        before, ellipsis, after = wanted.partition("...")
+        before, ellipsis, after = result.partition("...")
         output = [*before, *(dots if ellipsis else ()), *after]
     else:
-        every = [letter for operand in found for letter in operand]
+        every = [letter for operand in spelled for letter in operand]
         output = [*dots, *sorted(letter for letter in set(every) - set(dots) if every.count(letter) == 1)]
-    return Letters(found[place], found[1 - place], tuple(output))
+    return Letters(spelled[place], spelled[1 - place], tuple(output))
 
 
 def _spelled(operand: str, dims: int) -> Iterator[str]:

@@ -2,16 +2,16 @@
 
 Shapes: B images, H heads, N query tokens, M key tokens (M = N in self-attention), d head width.
 
-The fused kernel never forms the attention matrix A. It is recovered from what went into the kernel,
+The fused kernel never materialises the attention matrix A. It is recomputed from the kernel's inputs,
 
     A = softmax(scale · q kᵀ + mask),
 
-and the gradient of a logit y with respect to A from what came out of it, O = A v:
+and the gradient of a logit y with respect to A from the gradient at its output, O = A v:
 
     ∂y/∂A = (∂y/∂O) vᵀ.
 
-Both are exact, and may be asked for a few images, heads and query rows at a time. Where A is to be had in the forward
-pass itself for less (`formed.py`), it is formed there instead, if that is allowed.
+Both are exact and can be computed for a few images, heads and query rows at a time. Where computing A in the forward
+pass costs less (`attention_ops.computes_explicitly`), it is computed there, if the caller allows it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from vit_explain_callback.isolation.copy_on_write import address
 from vit_explain_callback.vit.attention_ops import (
     SCALED_DOT_PRODUCT,
     MultiHeadParts,
-    formed_attention,
-    forms,
-    named,
-    original,
-    take_apart,
+    computes_explicitly,
+    explicit_attention,
+    function_name,
+    multi_head_parts,
+    original_function,
 )
 from vit_explain_callback.vit.calls import AttentionCall as AttentionCall
 from vit_explain_callback.vit.calls import explicit_call, fused_call, merged_call
@@ -55,16 +55,15 @@ class AttentionRecorder(TorchFunctionMode):
 
     Args:
         module: Only attention that runs inside it, or inside one of its submodules, is recorded.
-        through_no_grad: Whether to keep gradients where the model's forward says `torch.no_grad()`, as round a frozen
+        through_no_grad: Whether to keep gradients inside the forward's own `torch.no_grad()`, as around a frozen
             backbone.
-        state: Addresses of memory, that of buffers say, to which nothing with a gradient is written under
-            `torch.no_grad()` all the same.
-        begins_graph: Whether an attention's output asks for gradients where nothing before it does; by default where
-            gradients are kept.
-        forms: Whether attention may be formed in the open; outputs may then differ in the last bits from those of the
-            fused kernel.
-        cut: Places among the calls whose output is a leaf of the autograd graph, and whose values stay in it: what
-            depends on what, other than through attention, can then be asked.
+        state: Addresses of memory, such as that of buffers; under `torch.no_grad()`, writes to it stay without a
+            gradient even so.
+        begins_graph: Whether an attention's output requires gradients where its inputs do not; by default
+            `through_no_grad`.
+        explicit: Whether attention may be computed without the fused kernel; the last bits of outputs may then differ.
+        cut: Indices of the calls whose output becomes a leaf of the autograd graph while values stay in it, to find
+            dependencies other than through attention.
 
     Attributes:
         calls: The operations so far, in the order in which they ran.
@@ -84,11 +83,11 @@ class AttentionRecorder(TorchFunctionMode):
         through_no_grad: bool = False,
         state: Collection[int] = frozenset(),
         begins_graph: bool | None = None,
-        forms: bool = False,
+        explicit: bool = False,
         cut: Collection[int] = frozenset(),
     ) -> None:
         super().__init__()
-        self._forms = forms
+        self._explicit = explicit
         self._through_no_grad = through_no_grad
         self._state = state
         self._begins_graph = through_no_grad if begins_graph is None else begins_graph
@@ -135,7 +134,7 @@ class AttentionRecorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name, func = named(func), original(func)
+        name, func = function_name(func), original_function(func)
         if self._through_no_grad and name == "_set_grad_enabled":
             self._switched_off = max(0, self._switched_off + (-1 if args[0] else 1))
             return None
@@ -146,7 +145,7 @@ class AttentionRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             return self._attend(*args, **kwargs)
-        if name == "multi_head_attention_forward" and (parts := take_apart(args, kwargs)):
+        if name == "multi_head_attention_forward" and (parts := multi_head_parts(args, kwargs)):
             return self._multi_head(parts)
         if name in _JOIN and (joined := self._join(func, name, args, kwargs)) is not None:
             return joined
@@ -158,9 +157,9 @@ class AttentionRecorder(TorchFunctionMode):
         return isinstance(written, Tensor) and address(written) in self._state
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run scaled dot-product attention, note it, and give the output that the model is to go on with."""
-        if self._forms and forms(query, key, value, *args, **kwargs):
-            attention = formed_attention(query, key, kwargs.get("scale"))
+        """Run and record scaled dot-product attention; return the output for the model."""
+        if self._explicit and computes_explicitly(query, key, value, *args, **kwargs):
+            attention = explicit_attention(query, key, kwargs.get("scale"))
             output = attention.to(value.dtype) @ value
             # Nothing of the tokens is kept that only a gradient would need.
             call = explicit_call(self._path, output[..., :0].clone(), attention, value[..., :0].clone())
@@ -174,19 +173,19 @@ class AttentionRecorder(TorchFunctionMode):
         return parts.finish(output), weights.mean(dim=1) if weights is not None and parts.wants_weights else weights
 
     def _observe(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation; if it multiplies attention with values, note that, and give what the model goes on with."""
-        given = (*args, *(kwargs[key] for key in ("input", "other", "mat2") if key in kwargs))
-        found = self._weights.product(name, given)
-        if found is not None and name == "baddbmm":
+        """Run an operation, record it if it multiplies attention with values, and return the output for the model."""
+        operands = (*args, *(kwargs[key] for key in ("input", "other", "mat2") if key in kwargs))
+        matched = self._weights.product(name, operands)
+        if matched is not None and name == "baddbmm":
             scaled = kwargs.get("beta", 1) * args[0] if kwargs.get("beta", 1) else 0
             return scaled + kwargs.get("alpha", 1) * self._observe("bmm", torch.bmm, args[1:], {})
         output = func(*args, **kwargs)
-        if found is None:
-            self._weights.note(name, func, output, given, kwargs, self._path)
-            if name in SAME and given and id(given[0]) in self._outputs:
-                self._outputs[id(output)] = (output, self._outputs[id(given[0])][1])
+        if matched is None:
+            self._weights.note(name, func, output, operands, kwargs, self._path)
+            if name in SAME and operands and id(operands[0]) in self._outputs:
+                self._outputs[id(output)] = (output, self._outputs[id(operands[0])][1])
             return output
-        weights, product, value = found
+        weights, product, value = matched
         attention = weights.precise.permute(product.attention)
         if attention.ndim == 3 and not (weights.softmax.among_tokens or attention.shape[1] == 1):
             return output
@@ -204,11 +203,11 @@ class AttentionRecorder(TorchFunctionMode):
         return output
 
     def _join(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Join the outputs of heads that were computed one by one; None if it is anything else that is joined."""
+        """Join the outputs of heads that were computed one by one; None if other tensors are joined."""
         parts = args[0] if args else kwargs.get("tensors", ())
-        found = [self._outputs.get(id(part)) for part in parts]
-        calls = [held[1] for held in found if held is not None]
-        if len(calls) < 2 or len(calls) != len(found) or len({id(call) for call in calls}) != len(calls):
+        recorded = [self._outputs.get(id(part)) for part in parts]
+        calls = [held[1] for held in recorded if held is not None]
+        if len(calls) < 2 or len(calls) != len(recorded) or len({id(call) for call in calls}) != len(calls):
             return None
         first, dim = calls[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
         alike = all((call.shape[0], call.shape[2:]) == (first.shape[0], first.shape[2:]) for call in calls)
@@ -238,7 +237,7 @@ class AttentionRecorder(TorchFunctionMode):
 
 
 def is_no_grad(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether a function seen by a `TorchFunctionMode` is the switching off of gradients."""
+    """Whether a function seen by a `TorchFunctionMode` switches gradients off."""
     return getattr(func, "__name__", "") == "_set_grad_enabled" and not args[0]
 
 

@@ -1,4 +1,4 @@
-"""Places in a forward pass where tokens go by, and one pass with the outputs of attention as leaves of the graph."""
+"""Locate, change and trace the tokens in a forward pass, module by module."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Site:
     key: int | str
     batch_first: bool = True
 
-    def tokens(self, given: Tensor) -> Tensor:
-        """What goes by as (B, N, D), or (B, N, D) as it goes by."""
-        return given if self.batch_first else given.transpose(0, 1)
+    def tokens(self, tensor: Tensor) -> Tensor:
+        """Convert between the layout at this site and (B, N, D), in either direction."""
+        return tensor if self.batch_first else tensor.transpose(0, 1)
 
 
 class SiteVisitor(TorchFunctionMode):
@@ -91,8 +91,8 @@ class SiteVisitor(TorchFunctionMode):
         self._running.append((name, self.calls.get(name, 0)))
         self._operations.append(0)
         self.calls[name] = self.calls.get(name, 0) + 1
-        given = tuple(self._shown("input", place, part) for place, part in enumerate(args))
-        return given, {key: self._shown("input", key, part) for key, part in kwargs.items()}
+        inputs = tuple(self._shown("input", place, part) for place, part in enumerate(args))
+        return inputs, {key: self._shown("input", key, part) for key, part in kwargs.items()}
 
     def _leave_module(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, tuple) and type(output) is tuple:
@@ -121,14 +121,14 @@ def changing(module: nn.Module, site: Site, change: Callable[[Tensor], Tensor]) 
     Raises:
         ValueError: If nothing went by there.
     """
-    reached, wanted = False, (site.module, site.kind, site.key, site.call)
+    reached, place = False, (site.module, site.kind, site.key, site.call)
 
-    def visit(here: Site, given: Tensor) -> Tensor:
+    def visit(here: Site, tensor: Tensor) -> Tensor:
         nonlocal reached
-        if (here.module, here.kind, here.key, here.call % site.calls) != wanted:
-            return given
+        if (here.module, here.kind, here.key, here.call % site.calls) != place:
+            return tensor
         reached = True
-        return site.tokens(change(site.tokens(given)))
+        return site.tokens(change(site.tokens(tensor)))
 
     with SiteVisitor(module, visit):
         yield
@@ -197,17 +197,17 @@ def trace_of(
     """Run the model once with the outputs of its attention as leaves of the graph."""
     visits: list[Visit] = []
 
-    def visit(site: Site, given: Tensor) -> Tensor:
-        shape = (tuple(given.shape[:2]), (len(images), tokens))
-        if given.ndim != 3 or sorted(shape[0]) != sorted(shape[1]):
-            return given
-        if not given.requires_grad and not images.is_floating_point():  # the graph begins here
-            given = given.detach().requires_grad_()
-        if not given.requires_grad:
-            return given
+    def visit(site: Site, tensor: Tensor) -> Tensor:
+        shape = (tuple(tensor.shape[:2]), (len(images), tokens))
+        if tensor.ndim != 3 or sorted(shape[0]) != sorted(shape[1]):
+            return tensor
+        if not tensor.requires_grad and not images.is_floating_point():  # the graph begins here
+            tensor = tensor.detach().requires_grad_()
+        if not tensor.requires_grad:
+            return tensor
         site = replace(site, batch_first=shape[0] == shape[1])
-        on = given.clone()  # one node for each place, and safe from what is written in place later
-        visits.append(Visit(site, given, on.grad_fn, len(recorder.calls)))
+        on = tensor.clone()  # one node for each place, and safe from what is written in place later
+        visits.append(Visit(site, tensor, on.grad_fn, len(recorder.calls)))
         return on
 
     recorder = AttentionRecorder(vit, True, state, cut={*places, *([] if pool is None else [pool])})

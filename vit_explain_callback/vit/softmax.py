@@ -196,8 +196,8 @@ class WeightsTracker:
         options = {name: _on_meta(part) for name, part in kwargs.items()}
         with DisableTorchFunctionSubclass(), torch.no_grad():
             markers, precise = func(held.marker, *rest, **options), func(held.precise, *args[1:], **kwargs)
-        made = zip(*map(_listed, (output, markers, precise)), strict=True)
-        for tensor, marker, exact in made:
+        views = zip(*map(_listed, (output, markers, precise)), strict=True)
+        for tensor, marker, exact in views:
             if _shares(marker, held.marker):
                 self._hold(replace(held, tensor=tensor, marker=marker, precise=exact))
 

@@ -49,11 +49,11 @@ class Flow:
 
     def of(self, *values: object) -> int:
         """The sources of all tensors in some values."""
-        found = 0
+        sources = 0
         for tensor in tensors_in(values):
             lasting = self._lasting.get(id(tensor))
-            found |= self._sources.get(tensor, 0) if lasting is None else lasting
-        return found
+            sources |= self._sources.get(tensor, 0) if lasting is None else lasting
+        return sources
 
     def name(self, tensor: Tensor) -> int:
         """A number that stands for the values of a tensor, also in another shape or precision."""
