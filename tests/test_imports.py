@@ -18,7 +18,7 @@ from vit_explain_callback.methods.names import METHODS
 PACKAGE = Path(vit_explain_callback.__file__).parent
 # What stands on one line may import one another; everything else imports only what stands above it here.
 ORDER: list[set[str]] = [
-    {"_files", "_lazy", "_terminal"},
+    {"system"},
     {"isolation", "options"},
     {"vit"},
     {"metrics"},
@@ -32,7 +32,7 @@ ORDER: list[set[str]] = [
     {"lightning", "cli"},
     {"__init__", "__main__"},
 ]
-AT_ROOT = 11  # with the marker `py.typed`
+AT_ROOT = 9  # with the marker `py.typed`
 LIGHTNING = ("lightning", "lightning_utilities", "pytorch_lightning")
 
 

@@ -9,7 +9,7 @@ matrices.
 from typing import TYPE_CHECKING, Any
 
 from vit_explain_callback import methods
-from vit_explain_callback._lazy import lazy
+from vit_explain_callback.system.lazy import lazy
 
 if TYPE_CHECKING:
     from vit_explain_callback.explainer import Explainer, explain, explain_targets

@@ -12,7 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vit_explain_callback._files import (
+from vit_explain_callback.metrics.attention import BlockStatistics
+from vit_explain_callback.metrics.probability import class_probabilities
+from vit_explain_callback.system.files import (
     FLOATS,
     INTEGERS,
     check_dtype,
@@ -21,8 +23,6 @@ from vit_explain_callback._files import (
     read_tensors,
     write_tensors,
 )
-from vit_explain_callback.metrics.attention import BlockStatistics
-from vit_explain_callback.metrics.probability import class_probabilities
 from vit_explain_callback.visualization.captions import class_caption, range_caption
 from vit_explain_callback.visualization.encode import jpeg, rendered
 from vit_explain_callback.visualization.grid import Cell, draw_grid

@@ -11,7 +11,6 @@ from typing import Any, NoReturn, SupportsIndex
 import torch
 from torch import Tensor
 
-from vit_explain_callback._terminal import Advance, progress
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import check_removal
@@ -19,6 +18,7 @@ from vit_explain_callback.metrics.drift import DriftMetric, resolve_metrics
 from vit_explain_callback.options.images import as_target, check_images
 from vit_explain_callback.options.rules import COUNT, FLAG, METRICS, NONE, ON_ERROR, checked_options, refuse_unknown
 from vit_explain_callback.page.document import LivePage
+from vit_explain_callback.system.terminal import Advance, progress
 from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.tracking.errors import Guard, OnError, warn
 from vit_explain_callback.tracking.history import History

@@ -24,9 +24,9 @@ from unittest import mock
 import torch
 
 from tests.benchmarks.snapshot import smooth_images
-from vit_explain_callback._files import write_text
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.page.document import render_page
+from vit_explain_callback.system.files import write_text
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run import Run
 from vit_explain_callback.tracking.snapshot import Snapshot

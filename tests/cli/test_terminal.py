@@ -24,11 +24,11 @@ from typing import TextIO
 import pytest
 
 from tests.cli.photographs import ANIMALS, OWN, index, photograph
-from vit_explain_callback._terminal import printable
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.cli.subparsers import HEAD_FUSIONS
 from vit_explain_callback.cli.terminal import shortened, table
 from vit_explain_callback.methods import heads as fusion
+from vit_explain_callback.system.terminal import printable
 
 ODD_NAMES = [word if word != "dog" else "dög → “Hund”" for word in OWN]
 LIGHT = """

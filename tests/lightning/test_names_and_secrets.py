@@ -17,9 +17,9 @@ from tests.lightning.test_loggers import Spy
 from tests.models import random_images
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, quiet, saved
 from vit_explain_callback import Probe, load_run
-from vit_explain_callback._terminal import redacted
 from vit_explain_callback.lightning.sample import sample
 from vit_explain_callback.page.document import render_page
+from vit_explain_callback.system.terminal import redacted
 
 SECRETS = [
     "https://me:S3CRET@host.org/runs",

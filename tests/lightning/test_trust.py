@@ -23,11 +23,11 @@ from tqdm import tqdm
 from tests.models import random_images, steady_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, quiet, saved
 from vit_explain_callback import Checks, ViTExplainCallback, explain
-from vit_explain_callback._terminal import quoted
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.faithfulness import mean_colour, random_maps, symmetric_relevance_gain
 from vit_explain_callback.metrics.reference import nudged
+from vit_explain_callback.system.terminal import quoted
 from vit_explain_callback.tracking.snapshot import Snapshot
 
 
@@ -289,9 +289,9 @@ def test_classes_are_counted_only_where_every_image_has_one(tmp_path: Path, caps
 
 def test_paths_are_one_word_on_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
     path = r"C:\Users\Zoë Müller\runs"
-    monkeypatch.setattr("vit_explain_callback._terminal.sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr("vit_explain_callback.system.terminal.sys", SimpleNamespace(platform="win32"))
     assert quoted(path) == f'"{path}"'
-    monkeypatch.setattr("vit_explain_callback._terminal.sys", SimpleNamespace(platform="linux"))
+    monkeypatch.setattr("vit_explain_callback.system.terminal.sys", SimpleNamespace(platform="linux"))
     assert quoted("/home/Zoë Müller") == "'/home/Zoë Müller'"
 
 
@@ -309,7 +309,7 @@ def test_a_run_needs_no_standard_output(tmp_path: Path, kind: str, monkeypatch: 
     if kind == "closed":
         stream.close()
     monkeypatch.setattr(
-        "vit_explain_callback._terminal.sys", SimpleNamespace(stdout=stream, stderr=stream, platform=sys.platform)
+        "vit_explain_callback.system.terminal.sys", SimpleNamespace(stdout=stream, stderr=stream, platform=sys.platform)
     )
     fit(ViTExplainCallback(["rollout"], on_error="raise", class_names=["ä→"] * 5), tmp_path)
     if kind in ("ascii", "cp1252"):
@@ -328,7 +328,7 @@ def test_the_bar_is_shown_where_the_trainers_is(
             done[self.desc] = (self.n, self.total)
             super().close()
 
-    monkeypatch.setattr("vit_explain_callback._terminal.SECONDS", 0.0)
+    monkeypatch.setattr("vit_explain_callback.system.terminal.SECONDS", 0.0)
     monkeypatch.setattr("tqdm.tqdm", Noting)
     fit(ViTExplainCallback(["rollout"]), tmp_path)
     assert capsys.readouterr().err == ""
@@ -347,7 +347,7 @@ def test_the_bar_is_shown_where_the_trainers_is(
 def test_nothing_is_shown_of_what_is_quick(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vit_explain_callback._terminal.SECONDS", 600.0)
+    monkeypatch.setattr("vit_explain_callback.system.terminal.SECONDS", 600.0)
     fit(ViTExplainCallback(["rollout"]), tmp_path, enable_progress_bar=True)
     assert "ViTExplainCallback" not in capsys.readouterr().err
 

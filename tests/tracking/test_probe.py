@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.models import random_images
-from vit_explain_callback._files import write_tensors
+from vit_explain_callback.system.files import write_tensors
 from vit_explain_callback.tracking.probe import Probe, fingerprint
 
 IMAGES, LABELS = random_images(10, (2, 2)), torch.arange(10)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vit_explain_callback._terminal import printable
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.photograph import Photograph, image_files
 from vit_explain_callback.cli.results import ResultFolder, result_name
@@ -25,6 +24,7 @@ from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.metrics.maps import is_degenerate
+from vit_explain_callback.system.terminal import printable
 from vit_explain_callback.visualization.captions import DEGENERATE, class_caption
 from vit_explain_callback.visualization.encode import png
 from vit_explain_callback.visualization.overlay import Picture, colour_limit

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from vit_explain_callback._files import write_bytes
+from vit_explain_callback.system.files import write_bytes
 
 INDEX = "explanations.json"
 _LONGEST = 120  # bytes of a name; file systems allow 143 to 255, and the method follows

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from vit_explain_callback._files import write_text
 from vit_explain_callback.cli.classifier import Classifier
 from vit_explain_callback.cli.compare import compare
 from vit_explain_callback.cli.drift import Architecture, explain_series, read_images
@@ -27,6 +26,7 @@ from vit_explain_callback.methods.heads import HeadFusion
 from vit_explain_callback.methods.map_function import AnyMethod, of_attention
 from vit_explain_callback.methods.names import resolve_methods
 from vit_explain_callback.page.document import render_page
+from vit_explain_callback.system.files import write_text
 
 _FAILED = 2
 _MAX_ROWS = 20  # of the table

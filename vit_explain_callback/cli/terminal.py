@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from vit_explain_callback._terminal import print_line, printable
+from vit_explain_callback.system.terminal import print_line, printable
 
 _MAX_CELL = 40  # characters
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_explain_callback._terminal import announce, quoted
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import BatchBuffer
 from vit_explain_callback.lightning.discover import Discovered, discover, ranks_of
@@ -17,6 +16,7 @@ from vit_explain_callback.lightning.loggers import LoggerWriter, renamed, run_fo
 from vit_explain_callback.lightning.sample import sample
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.steps import StepWatch
+from vit_explain_callback.system.terminal import announce, quoted
 from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking.errors import Guard, is_refusal, warn
 from vit_explain_callback.tracking.probe import Probe

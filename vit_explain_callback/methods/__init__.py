@@ -5,7 +5,7 @@ The same mathematics on explicit attention matrices is in `methods.functional`.
 
 from typing import TYPE_CHECKING
 
-from vit_explain_callback._lazy import lazy
+from vit_explain_callback.system.lazy import lazy
 
 if TYPE_CHECKING:
     from vit_explain_callback.methods.attention import Attention

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from vit_explain_callback._lazy import lazy
+from vit_explain_callback.system.lazy import lazy
 
 if TYPE_CHECKING:
     from vit_explain_callback.metrics.attention import BlockStatistics

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from vit_explain_callback._files import INTEGERS
 from vit_explain_callback.options.rules import class_index
+from vit_explain_callback.system.files import INTEGERS
 
 
 def check_images(images: Tensor) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from vit_explain_callback._files import write_text
 from vit_explain_callback.page.data import Shown, page_data
+from vit_explain_callback.system.files import write_text
 from vit_explain_callback.tracking.run import Run, load_run
 
 REPORT = "report.html"

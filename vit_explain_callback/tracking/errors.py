@@ -16,8 +16,8 @@ from typing import Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
 
 import torch.distributed
 
-from vit_explain_callback._files import savable
-from vit_explain_callback._terminal import print_line, redacted
+from vit_explain_callback.system.files import savable
+from vit_explain_callback.system.terminal import print_line, redacted
 
 
 def warn(message: str) -> None:

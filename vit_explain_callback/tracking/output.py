@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from vit_explain_callback._files import write_text
+from vit_explain_callback.system.files import write_text
 from vit_explain_callback.tracking.errors import Guard
 from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.pictures import animations, figures, last_filmstrips

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_explain_callback._files import (
+from vit_explain_callback.explanation import tensors_under
+from vit_explain_callback.system.files import (
     INTEGERS,
     check_dtype,
     check_tensors,
@@ -21,7 +22,6 @@ from vit_explain_callback._files import (
     savable,
     write_tensors,
 )
-from vit_explain_callback.explanation import tensors_under
 from vit_explain_callback.visualization.overlay import Picture, range_of, resized, shown_bands, unnormalise
 from vit_explain_callback.visualization.selection import spread_over_classes
 

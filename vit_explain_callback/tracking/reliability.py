@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vit_explain_callback._terminal import Advance
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.faithfulness import (
@@ -21,6 +20,7 @@ from vit_explain_callback.metrics.faithfulness import (
 )
 from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.metrics.reference import nudged, output_holds
+from vit_explain_callback.system.terminal import Advance
 from vit_explain_callback.tracking.distributed import Ranks, explain_together
 from vit_explain_callback.tracking.errors import Guard, warn
 from vit_explain_callback.tracking.settings import RemovalOrAuto

@@ -10,7 +10,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from vit_explain_callback._files import whole_file
+from vit_explain_callback.system.files import whole_file
 from vit_explain_callback.tracking.errors import warn
 
 _MARK = "run.txt"

@@ -10,19 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_explain_callback._files import (
-    check_dtype,
-    check_tensors,
-    read_json,
-    read_tensors,
-    write_tensors,
-)
 from vit_explain_callback.explanation import Explanation, check_explanation, side_names, tensors_under
 from vit_explain_callback.metrics.attention import BlockStatistics
 from vit_explain_callback.metrics.drift import METRICS, DriftMetric
 from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.metrics.probability import class_probabilities
 from vit_explain_callback.metrics.reference import noise_floor, unrelated_level
+from vit_explain_callback.system.files import check_dtype, check_tensors, read_json, read_tensors, write_tensors
 
 _LARGEST_STEP = 2**53
 

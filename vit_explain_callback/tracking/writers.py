@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from vit_explain_callback._files import write_bytes
 from vit_explain_callback.metrics.drift import METRICS
+from vit_explain_callback.system.files import write_bytes
 from vit_explain_callback.tracking.errors import warn
 from vit_explain_callback.tracking.run_folder import RunFolder, check_space
 from vit_explain_callback.tracking.scalars import PREFIX, STATISTICS
