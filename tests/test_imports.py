@@ -26,6 +26,7 @@ ORDER: list[set[str]] = [
     {"explanation", "adapters"},
     {"_explain_batch"},
     {"explainer"},
+    {"_explain"},
     {"tracking"},
     {"page"},
     {"tracker"},

@@ -12,7 +12,8 @@ from vit_explain_callback import methods
 from vit_explain_callback.system.lazy import lazy
 
 if TYPE_CHECKING:
-    from vit_explain_callback.explainer import Explainer, explain, explain_targets
+    from vit_explain_callback._explain import explain, explain_targets
+    from vit_explain_callback.explainer import Explainer
     from vit_explain_callback.explanation import Explanation
     from vit_explain_callback.lightning.callback import ViTExplainCallback
     from vit_explain_callback.methods import *  # noqa: F403
@@ -64,8 +65,8 @@ _HOMES = {
     "Writer": "tracking.writers",
     "attention_flow": "methods.functional",
     "attention_rollout": "methods.functional",
-    "explain": "explainer",
-    "explain_targets": "explainer",
+    "explain": "_explain",
+    "explain_targets": "_explain",
     "gradient_rollout": "methods.functional",
     "load_run": "tracking.run",
 }
