@@ -21,10 +21,11 @@ from vit_explain_callback import Detail, ViTExplainCallback
 from vit_explain_callback.cli.command import main
 from vit_explain_callback.metrics.localisation import region_statistics
 from vit_explain_callback.page.data import quantised
-from vit_explain_callback.page.document import REPORT, LivePage, render_page, thinned, write_page
+from vit_explain_callback.page.document import REPORT, LivePage, render_page, write_page
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run import Run
 from vit_explain_callback.tracking.snapshot import Snapshot
+from vit_explain_callback.tracking.thinning import thinned
 from vit_explain_callback.visualization.overlay import times_uniform
 
 HOSTILE = "</script><img src=x><!--"  # as long as a name may be
@@ -179,7 +180,7 @@ def test_only_methods_in_common_are_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("every", [1, 10])
 def test_a_long_run_is_thinned_by_the_logarithm_and_keeps_its_ends(count: int, every: int) -> None:
     steps = list(range(500, 500 + 2000 * every, every))
-    kept = [steps[index] for index in thinned(steps, count)]
+    kept = [steps[index] for index in thinned(steps, count, last=2)]
     assert count - 2 <= len(kept) <= count
     assert {500, *steps[-2:]} <= set(kept)
     gaps = np.diff(np.log1p(np.array(kept[:-2]) - 500))
@@ -188,9 +189,9 @@ def test_a_long_run_is_thinned_by_the_logarithm_and_keeps_its_ends(count: int, e
 
 
 def test_a_short_run_is_not_thinned() -> None:
-    assert thinned([5], 3) == [0]
-    assert thinned([0, 1, 100], 3) == [0, 1, 2]
-    assert thinned([*range(300)], 300) == [*range(300)]
+    assert thinned([5], 3, last=2) == [0]
+    assert thinned([0, 1, 100], 3, last=2) == [0, 1, 2]
+    assert thinned([*range(300)], 300, last=2) == [*range(300)]
 
 
 def test_the_page_says_how_many_snapshots_there_are(tmp_path: Path) -> None:

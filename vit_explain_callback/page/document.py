@@ -15,6 +15,7 @@ from pathlib import Path
 from vit_explain_callback.page.data import Shown, page_data
 from vit_explain_callback.system.files import write_text
 from vit_explain_callback.tracking.run import Run, load_run
+from vit_explain_callback.tracking.thinning import thinned
 
 REPORT = "report.html"
 _SCRIPTS = ("page_maps.js", "page_curves.js", "page_tiles.js", "page_charts.js", "page_large.js", "page.js")
@@ -49,7 +50,7 @@ def render_page(runs: Path | Run | Sequence[Path | Run], most_snapshots: int = 3
 
 def _shown(run: Run, most_snapshots: int) -> Shown:
     fitting = _MOST_BYTES // sum(maps.numel() for maps in run.snapshots[0].pooled().maps.values())
-    indices = thinned(run.steps, min(most_snapshots, fitting))
+    indices = thinned(run.steps, min(most_snapshots, fitting), last=2)
     folder = run.folder.resolve()
     name = folder.parent.name if folder.name == "explanations" else folder.name
     rows = None if run.rows is None else [run.rows[index] for index in indices]
@@ -118,32 +119,6 @@ class LivePage:
             self._seconds = self._written - begun
             return file
         return None
-
-
-def thinned(steps: Sequence[int], count: int) -> list[int]:
-    """Indices of at most `count` (3 or more) steps: the first, the last two, others spaced in the logarithm.
-
-    Example:
-        >>> thinned([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 6)
-        [0, 1, 3, 6, 8, 9]
-    """
-    places = [math.log1p(step - steps[0]) for step in steps]
-    if len(places) <= count:
-        return list(range(len(places)))
-    # The narrowest gap, by halving, that leaves so few.
-    narrow, wide = 0.0, places[-1]
-    for _ in range(30):
-        middle = (narrow + wide) / 2
-        narrow, wide = (narrow, middle) if len(_apart(places, middle)) <= count else (middle, wide)
-    return _apart(places, wide)
-
-
-def _apart(places: Sequence[float], gap: float) -> list[int]:
-    indices = [0]
-    for index in range(1, len(places) - 2):
-        if places[index] - places[indices[-1]] >= gap:
-            indices.append(index)
-    return [*indices, len(places) - 2, len(places) - 1]
 
 
 def _check_same_probe(one: Run, other: Run) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.metrics.maps import pooled
 from vit_explain_callback.tracking.snapshot import Reliability, Snapshot
+from vit_explain_callback.tracking.thinning import thinned
 
 
 @dataclass
@@ -69,9 +69,11 @@ class History:
             explanation = replace(old.explanation, blocks=None)
             self.snapshots[index] = Snapshot(old.step, explanation, None if has_later else old.reliability)
         if len(self.snapshots) > self.capacity:
-            # The next drift is measured against the snapshot before the latest.
-            dropped = self.snapshots.pop(_most_crowded(self.snapshots[:-1]))
-            self.block_drift.pop(dropped.step, None)
+            # The next drift is measured against the latest snapshot, and this one's against the one before it.
+            stored = thinned([one.step for one in self.snapshots], self.capacity, last=2)
+            self.snapshots = [self.snapshots[index] for index in stored]
+            steps = {one.step for one in self.snapshots}
+            self.block_drift = {step: row for step, row in self.block_drift.items() if step in steps}
 
     def check_grids(self, explanation: Explanation) -> None:
         """Refuse maps on another grid than the baseline's, which a function may return.
@@ -89,10 +91,7 @@ class History:
 
     def columns(self, count: int) -> list[Snapshot]:
         """At most `count` snapshots to show: the baseline, some spaced by the logarithm of the step, the latest."""
-        shown = list(self.snapshots)
-        while len(shown) > max(2, count):
-            del shown[_most_crowded(shown)]
-        return shown
+        return [self.snapshots[index] for index in thinned([one.step for one in self.snapshots], count)]
 
     def drop_latest(self) -> None:
         """Drop the latest snapshot."""
@@ -155,9 +154,3 @@ def _block_drift(value: object) -> dict[int, Tensor]:
 def _forms(snapshot: Snapshot) -> dict[str, str]:
     tensors = snapshot.explanation.tensors()
     return {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
-
-
-def _most_crowded(snapshots: Sequence[Snapshot]) -> int:
-    """Index of the snapshot, neither first nor last, whose neighbours lie closest in log(1 + steps since the first)."""
-    place = [math.log1p(snapshot.step - snapshots[0].step) for snapshot in snapshots]
-    return min(range(1, len(place) - 1), key=lambda index: place[index + 1] - place[index - 1])
