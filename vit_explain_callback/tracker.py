@@ -107,27 +107,22 @@ class ExplanationTracker:
         )
         checks, detail = Checks.of("checks", checks), Detail.of("detail", detail)
         check_removal(checks.removal, explainer.methods)
-        if probe.images is None:
-            raise ValueError("Expected a probe made with `Probe.of`, but got one that was read from a folder.")
-        check_images(probe.images)
         self.probe, self.history = probe, History()
         self.methods = [method.name for method in explainer.methods]
-        self._images, self._target = probe.images, as_target(target, len(probe.images))
+        self._images = _checked_images(probe)
+        self._target = as_target(target, len(self._images))
         self.explainer: Explainer | None = explainer
         self._batch_size, self._block_statistics = options["batch_size"], detail.block_statistics
         self._ranks, self._guard = ranks or Ranks(), Guard(on_error)
-        removal = None if probe.regression else checks.removal
-        self._checks = ReliabilityMeter(
-            checks.every_n_snapshots, removal, self._batch_size, self._ranks, self._guard, probe.multilabel
-        )
+        how = (checks.every_n_snapshots, None if probe.regression else checks.removal, self._batch_size)
+        self._checks = ReliabilityMeter(*how, self._ranks, self._guard, probe.multilabel)
         self._notices = Notices(self.methods)
         self._level: Level = detail.level
         self._metrics = resolve_metrics(options["metrics"])
         self._shows_progress = progress and self._ranks.rank == 0
         run_folder = RunFolder(folder) if isinstance(folder, Path) else folder
-        self.output = Output(
-            probe, run_folder, writers, detail.level, LivePage().write if detail.page else None, self._guard
-        )
+        write_page = LivePage().write if detail.page else None
+        self.output = Output(probe, run_folder, writers, detail.level, write_page, self._guard)
 
     def observe(self, step: int) -> dict[str, float]:
         """Take a snapshot: explain, measure and write. The first snapshot is the baseline.
@@ -272,3 +267,10 @@ class ExplanationTracker:
         if self.explainer is None:
             raise RuntimeError("Expected a tracker that still holds its model, but it was released.")
         return self.explainer
+
+
+def _checked_images(probe: Probe) -> Tensor:
+    if probe.images is None:
+        raise ValueError("Expected a probe made with `Probe.of`, but got one that was read from a folder.")
+    check_images(probe.images)
+    return probe.images

@@ -211,14 +211,8 @@ def trace_of(
         return on
 
     recorder = AttentionRecorder(vit, True, state, cut={*places, *([] if pool is None else [pool])})
-    try:
-        with recorder, SiteVisitor(vit, visit) as visitor:
-            logits = forward(images)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"Expected {type(vit).__name__} to run with gradients, which tell whether attention alone mixes its "
-            f"tokens, but it does not: {error} {NO_ATTENTION_NEEDED}"
-        ) from error
+    with recorder, SiteVisitor(vit, visit) as visitor:
+        logits = _logits_with_gradients(forward, vit, images)
     last = max(places[-1], pool or 0)
     if len(recorder.calls) <= last:
         raise ValueError(
@@ -230,6 +224,16 @@ def trace_of(
     parameters = {id(parameter) for parameter in vit.parameters()}
     of_pool = None if pool is None else recorder.calls[pool]
     return Trace(type(vit).__name__, calls, of_pool, counted, logits.grad_fn, len(images), tokens, parameters)
+
+
+def _logits_with_gradients(forward: Callable[[Tensor], Tensor], vit: nn.Module, images: Tensor) -> Tensor:
+    try:
+        return forward(images)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"Expected {type(vit).__name__} to run with gradients, which tell whether attention alone mixes its "
+            f"tokens, but it does not: {error} {NO_ATTENTION_NEEDED}"
+        ) from error
 
 
 def _with_heads(call: AttentionCall, images: int, tokens: int) -> AttentionCall:
