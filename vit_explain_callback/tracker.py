@@ -122,7 +122,7 @@ class ExplanationTracker:
         self._shows_progress = progress and self._ranks.rank == 0
         run_folder = RunFolder(folder) if isinstance(folder, Path) else folder
         write_page = LivePage().write if detail.page else None
-        self.output = Output(probe, run_folder, writers, detail.level, write_page, self._guard)
+        self.output = Output(probe, run_folder, writers, detail.level, self._metrics, write_page, self._guard)
 
     def observe(self, step: int) -> dict[str, float]:
         """Take a snapshot: explain, measure and write. The first snapshot is the baseline.

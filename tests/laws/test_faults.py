@@ -30,6 +30,7 @@ from __future__ import annotations
 import errno
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,8 @@ def test_a_forward_that_raises(tmp_path: Path, error: Exception) -> None:
 
 def test_a_fault_of_ours_at_the_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, plain, _ = ending(None, tmp_path, Classifier())
-    monkeypatch.setattr("vit_explain_callback.tracking.notices.STATISTICS", "nowhere")  # a KeyError
+    nowhere = SimpleNamespace(map_statistic=lambda *_: "nowhere")
+    monkeypatch.setattr("vit_explain_callback.tracking.notices.tags", nowhere)  # a KeyError
     _, weights, said = ending(quiet(), tmp_path, Classifier())
     assert_trained_alike(weights, plain)
     assert len(said) == 1

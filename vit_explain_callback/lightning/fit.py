@@ -12,7 +12,7 @@ from torch import Tensor
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import BatchBuffer
 from vit_explain_callback.lightning.discover import Discovered, discover, ranks_of
-from vit_explain_callback.lightning.loggers import LoggerWriter, renamed, run_folder
+from vit_explain_callback.lightning.loggers import LoggerWriter, run_folder
 from vit_explain_callback.lightning.sample import sample
 from vit_explain_callback.lightning.settings import Settings
 from vit_explain_callback.lightning.steps import StepWatch
@@ -21,6 +21,7 @@ from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking.errors import Guard, is_refusal, warn
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run_folder import RunFolder
+from vit_explain_callback.tracking.tags import PREFIX, with_prefix
 from vit_explain_callback.tracking.writers import FolderWriter, Writer
 
 _CURE = (
@@ -69,7 +70,7 @@ class Fit:
         self._published: dict[str, Tensor] = {}
         self._explained_weights: Tensor | None = None
         self._greeting: Callable[[], str] | None = None
-        self._prefix = f"explain_{place + 1}/" if place else "explain/"
+        self._prefix = f"explain_{place + 1}/" if place else PREFIX
 
     def begin(self) -> None:
         """Take the baseline, or, if a checkpoint holds one, the snapshot that was due when it was written.
@@ -269,7 +270,7 @@ class Fit:
         """Put scalars into `callback_metrics` on every rank, for `ModelCheckpoint`; the user's keys stay."""
         metrics = self._trainer.callback_metrics
         for name, value in values.items():
-            tag = renamed(name, self._prefix)
+            tag = with_prefix(name, self._prefix)
             if tag not in metrics or metrics[tag] is self._published.get(tag):
                 metrics[tag] = self._published[tag] = torch.tensor(value)
 

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from vit_explain_callback.lightning._compat import Logger, Trainer, is_kind
 from vit_explain_callback.tracking.errors import Guard, warn
 from vit_explain_callback.tracking.run_folder import RunFolder, check_space
-from vit_explain_callback.tracking.scalars import PREFIX
+from vit_explain_callback.tracking.tags import PREFIX, with_prefix
 from vit_explain_callback.tracking.writers import RunEnd, TensorBoardWriter
 from vit_explain_callback.visualization.overlay import Picture
 
@@ -180,21 +180,11 @@ class LoggerWriter:
             self._board.finish(replace(end, pictures=pictures, animations=animations))
 
     def _renamed(self, by_tag: Mapping[str, T]) -> dict[str, T]:
-        return {renamed(tag, self._prefix): value for tag, value in by_tag.items()}
+        return {with_prefix(tag, self._prefix): value for tag, value in by_tag.items()}
 
     def _check_space(self) -> None:
         if self._directory is not None:
             check_space(self._directory)
-
-
-def renamed(tag: str, prefix: str) -> str:
-    """A tag with another prefix than `explain/`.
-
-    Example:
-        >>> renamed("explain/drift/a", "explain_2/")
-        'explain_2/drift/a'
-    """
-    return prefix + tag.removeprefix(PREFIX)
 
 
 def _show(logger: Logger) -> Show | None:

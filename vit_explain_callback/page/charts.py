@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from vit_explain_callback.metrics.drift import METRICS
 from vit_explain_callback.metrics.reference import on_scale
-from vit_explain_callback.tracking.scalars import STATISTICS
+from vit_explain_callback.tracking import tags
+from vit_explain_callback.tracking.scalars import ATTENTION_STATISTICS, BLOCK_METRICS
 
 Rows = Sequence[Mapping[str, float]]
 """The scalars of each snapshot by tag."""
 
-_DRIFT = {part: f"{STATISTICS}/drift_baseline_spread/{{}}/{{}}/{part}" for part in ("p10", "median", "p90")}
-_NOISE, _UNRELATED = (f"{STATISTICS}/drift_scale/{{}}/{{}}/{bar}" for bar in ("noise", "unrelated"))
-_FAITHFULNESS = "explain/faithfulness/{}"
+_MOST_BLOCKS = 1000
 _PROBE = {
-    "accuracy": "explain/probe/accuracy",
-    "target probability": "explain/probe/target_probability",
-    "changed predictions": "explain/probe/changed_predictions",
+    "accuracy": tags.ACCURACY,
+    "target probability": tags.TARGET_PROBABILITY,
+    "changed predictions": tags.CHANGED_PREDICTIONS,
 }
-_OUTPUT = "explain/probe/output"
-_LIFT = "explain/lift/{}/{}"
-_BLOCK = re.compile(rf"{STATISTICS}/(.+)/block_(\d+)")
 
 
 def number(value: float, digits: int = 4) -> float | None:
@@ -37,27 +33,29 @@ def curve(rows: Rows, tag: str) -> list[float | None]:
     return [number(row.get(tag, math.nan)) for row in rows]
 
 
-def charts(rows: Rows, methods: Sequence[str], regions: Sequence[str]) -> list[dict[str, Any]]:
-    """Every chart that has a value.
+def charts(
+    rows: Rows, methods: Sequence[str], regions: Sequence[str], metrics: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Every chart that has a value; `metrics` are those besides the built-in ones.
 
     A chart has a `title`, a `note` that says how to read it, its `method` or None, the smallest `range` of its axis or
     None, and `lines`. A line has a `name`, `values` for each snapshot, and optionally a band from `low` to `high`, or
     `reference: True` if other lines are compared with it.
     """
     gains: list[dict[str, Any]] = [
-        {"name": method, "values": curve(rows, _FAITHFULNESS.format(method))} for method in methods
+        {"name": method, "values": curve(rows, tags.faithfulness(method))} for method in methods
     ]
-    gains.append({"name": "random order", "values": curve(rows, _FAITHFULNESS.format("random")), "reference": True})
+    gains.append({"name": "random order", "values": curve(rows, tags.faithfulness("random")), "reference": True})
     probe = [{"name": name, "values": curve(rows, tag)} for name, tag in _PROBE.items()]
     drawn = [_drift(rows, method) for method in methods]
-    drawn += [_asked_drift(rows, method, metric) for method in methods for metric in _asked_for(rows, method)]
+    drawn += [_extra_drift(rows, method, metric) for method in methods for metric in metrics]
     drawn.append(_chart("Probe images", "share of the probe images; mean probability of the target", probe, [0, 1]))
-    output = [{"name": "output", "values": curve(rows, _OUTPUT)}]
+    output = [{"name": "output", "values": curve(rows, tags.OUTPUT)}]
     drawn.append(_chart("Output", "mean over the probe images", output))
     drawn.append(_chart("Faithfulness", "symmetric relevance gain; the control is a random order", gains))
     for method in methods if regions else ():
         lifts: list[dict[str, Any]] = [
-            {"name": region, "values": curve(rows, _LIFT.format(region, method))} for region in regions
+            {"name": region, "values": curve(rows, tags.region(region, method))} for region in regions
         ]
         lifts.append({"name": "uniform", "values": [1.0] * len(rows), "reference": True})
         drawn.append(_chart("Lift of the regions", "1 = its share of the image", lifts, method=method))
@@ -66,10 +64,13 @@ def charts(rows: Rows, methods: Sequence[str], regions: Sequence[str]) -> list[d
 
 def block_values(rows: Rows) -> dict[str, list[list[float | None]]]:
     """Scalars of the blocks by name: one row per block, first block first, one value per snapshot."""
-    tags = [match.groups() for tag in rows[-1] if (match := _BLOCK.fullmatch(tag))]
+    kinds = {f"attention/{name}": partial(tags.attention, name) for name in ATTENTION_STATISTICS}
+    kinds |= {f"drift_blocks/{name}": partial(tags.block_drift, name) for name in BLOCK_METRICS}
     values: dict[str, list[list[float | None]]] = {}
-    for name, block in sorted(tags, key=lambda each: (each[0], int(each[1]))):
-        values.setdefault(name, []).append(curve(rows, f"{STATISTICS}/{name}/block_{block}"))
+    for name, tag in sorted(kinds.items()):
+        of_blocks = filter(rows[-1].__contains__, map(tag, range(_MOST_BLOCKS)))
+        if curves := [curve(rows, each) for each in of_blocks]:
+            values[name] = curves
     return values
 
 
@@ -92,16 +93,7 @@ def _drift(rows: Rows, method: str) -> dict[str, Any]:
     return _chart(title, note, [_median(spread), *ends], None, method)
 
 
-def _asked_for(rows: Rows, method: str) -> list[str]:
-    """Names of the metrics of `metrics=`, whose drift is among the first scalars."""
-    tags = dict.fromkeys(tag for row in rows for tag in row)
-    names = [
-        match[1] for tag in tags if (match := re.fullmatch(rf"explain/drift/baseline_(.+)/{re.escape(method)}", tag))
-    ]
-    return [name for name in names if name != "rank_correlation"]
-
-
-def _asked_drift(rows: Rows, method: str, metric: str) -> dict[str, Any]:
+def _extra_drift(rows: Rows, method: str, metric: str) -> dict[str, Any]:
     """Drift by a metric of `metrics=`, in its own values."""
     bars = zip(("noise", "unrelated"), _bars(rows, method, metric), strict=True)
     ends = [{"name": name, "values": [bar] * len(rows), "reference": True} for name, bar in bars if math.isfinite(bar)]
@@ -110,13 +102,14 @@ def _asked_drift(rows: Rows, method: str, metric: str) -> dict[str, Any]:
 
 
 def _spread(rows: Rows, method: str, metric: str) -> dict[str, list[float]]:
-    return {part: [row.get(tag.format(method, metric), math.nan) for row in rows] for part, tag in _DRIFT.items()}
+    names = {part: tags.drift_spread(method, metric, part) for part in ("p10", "median", "p90")}
+    return {part: [row.get(tag, math.nan) for row in rows] for part, tag in names.items()}
 
 
 def _bars(rows: Rows, method: str, metric: str) -> tuple[float, float]:
     """Noise and unrelated level at the baseline; NaN if not measured."""
-    noise, unrelated = (rows[0].get(tag.format(method, metric), math.nan) for tag in (_NOISE, _UNRELATED))
-    return noise, unrelated
+    noise, unrelated = (tags.drift_level(method, metric, level) for level in ("noise", "unrelated"))
+    return rows[0].get(noise, math.nan), rows[0].get(unrelated, math.nan)
 
 
 def _median(spread: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def _run(shown: Shown, methods: Sequence[str]) -> dict[str, Any]:
         "target": targets.tolist(),
         "target_probability": _numbers(probability[:, torch.arange(len(targets)), targets]),
         "methods": {method: _method(maps, run.probe) for method, maps in run.maps.items() if method in methods},
-        "charts": charts(rows, methods, list(run.probe.regions)),
+        "charts": charts(rows, methods, list(run.probe.regions), [metric.name for metric in run.metrics]),
         "blocks": block_values(rows),
         "scalars": {tag: curve(rows, tag) for tag in sorted(set().union(*rows))},
     }

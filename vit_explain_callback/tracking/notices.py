@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from vit_explain_callback.tracking.scalars import STATISTICS
+from vit_explain_callback.tracking import tags
 
 _SINK_LIFT = 8.0
 
@@ -23,14 +23,14 @@ class Notices:
     def of(self, values: Mapping[str, float]) -> Iterator[str]:
         """The new notices for a snapshot, from all its scalars."""
         for method in self._methods:
-            degenerate = values[f"{STATISTICS}/map/{method}/degenerate"]
+            degenerate = values[tags.map_statistic(method, "degenerate")]
             if degenerate > 0 and self._is_new(method, "degenerate"):
                 yield (
                     f"{degenerate:.0%} of the `{method}` maps are degenerate (flat, zero or not finite), so their "
                     "drift is NaN. Check that the weights are finite and, for gradient rollout, that the classifier is "
                     "not all zero, as a new one may be before its first step."
                 )
-            sinks = values.get(f"explain/map/sink_lift/{method}", 0)
+            sinks = values.get(tags.map_statistic(method, "sink_lift"), 0)
             if sinks > _SINK_LIFT and self._is_new(method, "sinks"):
                 yield (
                     f"the 1 % of patches that receive the most attention hold {sinks:.0f} times their share of the "

@@ -7,14 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+from vit_explain_callback.metrics.drift import DriftMetric
 from vit_explain_callback.system.files import write_text
+from vit_explain_callback.tracking import tags
 from vit_explain_callback.tracking.errors import Guard
 from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.pictures import animations, figures, last_filmstrips
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.run import Run
 from vit_explain_callback.tracking.run_folder import RunFolder, check_space
-from vit_explain_callback.tracking.scalars import final_tags, logged_at
+from vit_explain_callback.tracking.scalars import logged_at
 from vit_explain_callback.tracking.settings import Level
 from vit_explain_callback.tracking.snapshot import Snapshot
 from vit_explain_callback.tracking.writers import RunEnd, Writer
@@ -31,6 +33,7 @@ class Output:
         folder: Folder of raw maps and page, or None.
         writers: Writers of scalars and pictures.
         level: Which of these are written.
+        metrics: Drift metrics besides the built-in ones.
         write_page: Writes the page of a run and returns the file, or None if it skipped this snapshot (never the last).
         guard: Reports failures.
 
@@ -45,11 +48,12 @@ class Output:
         folder: RunFolder | None,
         writers: Sequence[Writer],
         level: Level,
+        metrics: Sequence[DriftMetric],
         write_page: PageWriter | None,
         guard: Guard,
     ) -> None:
         self.folder, self.writers = folder, tuple(writers)
-        self._probe, self._level, self._guard = probe, level, guard
+        self._probe, self._level, self._metrics, self._guard = probe, level, metrics, guard
         self._page = write_page
         self._begun = False
         self._written: set[str] = set()
@@ -103,7 +107,7 @@ class Output:
         values = logged_at(self._level, measured)
         new = {tag: value for tag, value in values.items() if tag not in self._written}
         if self._level == "full":
-            finals = final_tags(methods, self._probe.regions)
+            finals = tags.final(methods, self._probe.regions)
             new |= {final: values[tag] for final, tag in finals.items() if tag in values}
         return new
 
@@ -122,7 +126,7 @@ class Output:
         if page is None:
             return None
         rows = [self._rows.get(one.step, {"step": one.step}) for one in snapshots]
-        return self._to_folder(lambda folder: page(Run(folder, self._probe, snapshots, rows), is_last))
+        return self._to_folder(lambda folder: page(Run(folder, self._probe, snapshots, rows, self._metrics), is_last))
 
     def _to_folder(self, write: Callable[[Path], T]) -> T | None:
         folder = self.folder

@@ -12,6 +12,7 @@ import torch
 
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.probability import class_probabilities
+from vit_explain_callback.tracking import tags
 from vit_explain_callback.tracking.history import History
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.tracking.settings import Level
@@ -26,16 +27,15 @@ from vit_explain_callback.visualization.text import with_strip
 
 _FILMSTRIP_MAPS = 4
 _ADDED = 2
-HEAT_MAP = "explain/heatmap/blocks"
 
 
 def figures(history: History, probe: Probe, level: Level = "full") -> Iterator[tuple[str, Picture]]:
     """Tag and picture of each figure of the latest snapshot: filmstrips, heat map; at level full also overlays."""
     for method in history.now.maps:
-        yield filmstrip_tag(method), _filmstrip(history, probe, method)
+        yield tags.filmstrip(method), _filmstrip(history, probe, method)
     if history.block_drift:
         steps = [one.step for one in history.snapshots if one.step in history.block_drift]
-        yield HEAT_MAP, block_heatmap(torch.stack([history.block_drift[step] for step in steps], dim=1), steps)
+        yield tags.HEAT_MAP, block_heatmap(torch.stack([history.block_drift[step] for step in steps], dim=1), steps)
     if level == "full":
         for method in history.now.maps:
             yield from _overlays(history, probe, method)
@@ -48,7 +48,7 @@ def last_filmstrips(history: History, probe: Probe) -> Iterator[tuple[str, Pictu
         change[probe.shown] = math.nan
         added = most_changed(change, _ADDED)
         if added:
-            yield filmstrip_tag(method), _filmstrip(history, probe, method, added)
+            yield tags.filmstrip(method), _filmstrip(history, probe, method, added)
 
 
 def animations(history: History, probe: Probe) -> Iterator[tuple[str, bytes]]:
@@ -63,12 +63,7 @@ def animations(history: History, probe: Probe) -> Iterator[tuple[str, bytes]]:
                 )
                 for snapshot in history.snapshots
             ]
-            yield f"explain/overlay_animation/{method}/{index}", animation(frames)
-
-
-def filmstrip_tag(method: str) -> str:
-    """Tag of the filmstrip of a method."""
-    return f"explain/filmstrip/{method}"
+            yield tags.overlay(method, index, "_animation"), animation(frames)
 
 
 def _filmstrip(history: History, probe: Probe, method: str, added: Sequence[int] = ()) -> Picture:
@@ -98,10 +93,10 @@ def _overlays(history: History, probe: Probe, method: str) -> Iterator[tuple[str
     for index in probe.shown:
         picture, maps = probe.pictures[index], now.maps[method][index]
         text = f"step {now.step} · {_caption(probe, now, index)}"
-        yield f"explain/overlay/{method}/{index}", with_strip(overlay(picture, maps, limit), text)
+        yield tags.overlay(method, index), with_strip(overlay(picture, maps, limit), text)
         if now is not baseline:
             change = difference(picture, maps, baseline.maps[method][index], limit)
-            yield f"explain/overlay_change/{method}/{index}", with_strip(change, text)
+            yield tags.overlay(method, index, "_change"), with_strip(change, text)
 
 
 def _title(history: History, probe: Probe, row: int, added: bool) -> str:

@@ -15,9 +15,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from vit_explain_callback.metrics.drift import METRICS
 from vit_explain_callback.system.files import write_bytes
+from vit_explain_callback.tracking import tags
 from vit_explain_callback.tracking.errors import warn
 from vit_explain_callback.tracking.run_folder import RunFolder, check_space
-from vit_explain_callback.tracking.scalars import PREFIX, STATISTICS
 from vit_explain_callback.visualization.encode import jpeg, png
 from vit_explain_callback.visualization.overlay import Picture
 
@@ -29,7 +29,7 @@ def lay_out_margin_charts(experiment: Any, methods: Sequence[str]) -> None:
     charts = {
         f"{method} · {metric}": [
             "Margin",
-            [f"{STATISTICS}/drift_baseline_spread/{method}/{metric}/{part}" for part in ("median", "p10", "p90")],
+            [tags.drift_spread(method, metric, part) for part in ("median", "p10", "p90")],
         ]
         for method in methods
         for metric in METRICS
@@ -156,7 +156,7 @@ class TensorBoardWriter:
         experiment: Any,
         margin_charts: Sequence[str] = (),
         max_pictures_mb: float = math.inf,
-        prefix: str = PREFIX,
+        prefix: str = tags.PREFIX,
     ) -> None:
         self._experiment, self._prefix = experiment, prefix
         self._most = max_pictures_mb * 1e6
