@@ -154,7 +154,8 @@ def test_the_readme_names_the_lines_that_are_run_first() -> None:
     lines = readme.splitlines()
     assert len(lines) <= 180
     assert next(line for line in lines if "-m pytest" in line) == (
-        'python3 -m venv .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/python -m pytest -n auto'
+        'python3 -m venv .venv && .venv/bin/pip install -e ".[test,test-integrations]" '
+        "&& .venv/bin/python -m pytest -n auto"
     )
     assert "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/python examples/finetune.py" in lines
 
