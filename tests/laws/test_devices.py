@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from tests import pretend_device
 from tests.models import FAMILIES, random_images, steady_vit, tiny_vit
 from tests.pretend_device import Pretend, tensors_on_device
+from tests.processes import context
 from vit_explain_callback import Explainer, ExplanationTracker, MapFunction, Probe, explain, explain_targets
 from vit_explain_callback.explanation import Explanation
 from vit_explain_callback.methods.map_function import AnyMethod
@@ -192,7 +192,7 @@ def elsewhere() -> Iterator[Callable[..., Any]]:
     """Runs a function in another process, the same for all tests of this file."""
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("needs a torch in which a device can be made in Python")
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=context()) as pool:
         yield lambda work, *args, **kwargs: pool.submit(work, *args, **kwargs).result()
 
 

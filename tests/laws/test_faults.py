@@ -101,13 +101,25 @@ def test_a_fault_of_ours_at_the_baseline(tmp_path: Path, monkeypatch: pytest.Mon
     assert "the snapshot at step 0 failed: KeyError" in said[0]
 
 
+CHECKED: dict[str, Any] = {"check_every_n_snapshots": 20, "block_statistics": True}
+"""Checks and statistics of blocks as by default: they fail with the rest."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run in which nothing fails."""
+    return ending(quiet(**CHECKED), tmp_path_factory.mktemp("whole"), Classifier())
+
+
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_a_batch_that_memory_does_not_suffice_for_is_explained_in_halves(tmp_path: Path, error: Exception) -> None:
-    whole, plain, _ = ending(ViTExplainCallback(), tmp_path, Classifier())
-    halves, weights, said = ending(ViTExplainCallback(), tmp_path, Failing(error, (4,), most_images=3))
+def test_a_batch_that_memory_does_not_suffice_for_is_explained_in_halves(
+    tmp_path: Path, error: Exception, whole: Any
+) -> None:
+    trainer, plain, _ = whole
+    halves, weights, said = ending(quiet(**CHECKED), tmp_path, Failing(error, (4,), most_images=3))
     assert_trained_alike(weights, plain)
     assert said == []
-    for one, other in zip(saved(halves), saved(whole), strict=True):
+    for one, other in zip(saved(halves), saved(trainer), strict=True):
         for name, maps in one.maps.items():
             torch.testing.assert_close(maps, other.maps[name])
 
@@ -127,7 +139,7 @@ def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
                 with torch.no_grad():
                     self.net.blocks[0].attn.qkv.weight.fill_(value)
 
-    trainer, _, said = ending(ViTExplainCallback(every_n_steps=1, detail="full"), tmp_path, Diverges())
+    trainer, _, said = ending(quiet(every_n_steps=1, detail="full", **CHECKED), tmp_path, Diverges())
     assert len(said) == 2
     assert "100% of the `rollout` maps are degenerate" in said[0]
     assert "100% of the `grad_rollout` maps are degenerate" in said[1]
@@ -168,7 +180,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    trainer, _, said = ending(quiet(["rollout"], every_n_steps=1), tmp_path, Classifier())
+    trainer, _, said = ending(quiet(["rollout"], every_n_steps=1, report=True), tmp_path, Classifier())
     (only,) = said
     assert "cannot write to the folder" in only
     assert "No space left on device" in only
@@ -180,7 +192,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     logger = TensorBoardLogger(str(tmp_path))
     Path(logger.log_dir).mkdir(parents=True)
     Path(logger.log_dir, "explanations").write_text("a file is in the way", encoding="utf-8")
-    callback = quiet(["rollout"], every_n_steps=1)
+    callback = quiet(["rollout"], every_n_steps=1, report=True)
     trainer, _, said = ending(callback, tmp_path, Classifier(), logger=logger)
     (only,) = said
     assert "cannot write to the folder" in only

@@ -105,9 +105,7 @@ def test_regions_add_their_lift_to_the_first_scalars(tmp_path: Path) -> None:
 
 
 def test_what_is_not_asked_for_is_not_written(tmp_path: Path) -> None:
-    callback = ViTExplainCallback(
-        ["rollout"], checks=None, detail=Detail("full", block_statistics=False, margin_charts=False)
-    )
+    callback = quiet(["rollout"], margin_charts=False, detail="full")
     tags = events(fit(callback, tmp_path, Classifier(steady_vit()))).Tags()
     left_out = re.compile("faithfulness|scale|noise_to|attention|drift_blocks|sink_lift|left")
     expected = {tag for tag in full_tags("rollout", region="left") if not left_out.search(tag)}
@@ -153,8 +151,8 @@ def test_the_event_file_stays_small(tmp_path: Path) -> None:
 def test_pictures_stop_at_the_bound_and_it_is_said_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=1, detail=Detail(max_pictures_mb=0.4)), tmp_path)
-    assert len([text for text in messages(caught) if "the pictures reached 0.4 MB" in text]) == 1
+        trainer = fit(quiet(["rollout"], every_n_steps=1, max_pictures_mb=0.4, num_shown=3), tmp_path)
+    assert len([text for text in messages(caught) if "a larger `max_pictures_mb` than 0.4" in text]) == 1
     board = events(trainer)
     pictures = [event for tag in board.Tags()["images"] for event in board.Images(tag)]
     assert 0.2e6 < sum(len(event.encoded_image_string) for event in pictures) <= 0.4e6

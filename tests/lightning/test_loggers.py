@@ -19,7 +19,7 @@ from tests.runs import events, fit, messages, quiet
 def test_without_a_logger_maps_are_still_saved_and_it_is_said_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(quiet(["rollout"]), tmp_path, logger=False)
+        fit(quiet(["rollout"], block_statistics=True), tmp_path, logger=False)
     assert len(messages(caught)) == 1
     assert "Add a `TensorBoardLogger` to see them all" in messages(caught)[0]
     assert len(list((tmp_path / "explanations").glob("step_*.safetensors"))) == 3
@@ -101,7 +101,7 @@ class LikeComet(Spy):
 @pytest.mark.parametrize("kind", [LikeWandb, LikeMLflow, LikeComet])
 def test_loggers_that_take_pictures_another_way(tmp_path: Path, kind: type[Spy]) -> None:
     logger = kind()
-    fit(quiet(["rollout"], num_shown=1, detail="full"), tmp_path, logger=logger)
+    fit(quiet(["rollout"], block_statistics=True, detail="full"), tmp_path, logger=logger)
     assert logger.pictures == {
         "explain/filmstrip/rollout": [0, 4, 8, 8],
         "explain/heatmap/blocks": [0, 4, 8],
@@ -116,7 +116,7 @@ def test_several_loggers_each_get_everything(tmp_path: Path) -> None:
     spy = LikeWandb()
     board = TensorBoardLogger(str(tmp_path))
     table = CSVLogger(str(tmp_path), name="csv")
-    trainer = fit(quiet(["rollout"], num_shown=1), tmp_path, logger=[spy, board, table])
+    trainer = fit(quiet(["rollout"], block_statistics=True), tmp_path, logger=[spy, board, table])
     table.save()
     written = events(trainer, board.log_dir)
     assert (

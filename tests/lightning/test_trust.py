@@ -30,6 +30,8 @@ from vit_explain_callback.metrics.reference import nudged
 from vit_explain_callback.system.terminal import quoted
 from vit_explain_callback.tracking.snapshot import Snapshot
 
+CHECKED: dict[str, Any] = {"check_every_n_snapshots": 20}
+
 
 @pytest.mark.parametrize(
     ("every", "steps"), [(1, [0, 2, 4, 6, 8]), (2, [0, 2, 6, 8]), (3, [0, 2, 8]), (9, [0, 2, 8]), (None, [])]
@@ -37,7 +39,8 @@ from vit_explain_callback.tracking.snapshot import Snapshot
 def test_checks_begin_after_the_baseline_and_are_made_on_their_own_schedule_and_at_the_end(
     tmp_path: Path, every: int | None, steps: list[int]
 ) -> None:
-    callback = ViTExplainCallback(["rollout"], every_n_steps=2, checks=every, detail="full")
+    options: dict[str, Any] = {"num_images": 4, "check_every_n_snapshots": every, "detail": "full"}
+    callback = quiet(["rollout"], every_n_steps=2, **options)
     trainer = fit(callback, tmp_path)
     assert [one.step for one in saved(trainer) if one.reliability is not None] == steps
     assert [one.step for one in saved(trainer)] == [0, 2, 4, 6, 8]
@@ -52,7 +55,8 @@ def test_checks_begin_after_the_baseline_and_are_made_on_their_own_schedule_and_
 
 @pytest.mark.parametrize("removal", ["mean_colour", "tokens", "auto"])
 def test_checks_and_blocks_are_those_of_explain(tmp_path: Path, removal: Any) -> None:
-    callback = ViTExplainCallback(num_images=5, batch_size=2, checks=Checks(removal=removal), on_error="raise")
+    options: dict[str, Any] = {"batch_size": 2, "removal": removal, "block_statistics": True}
+    callback = quiet(num_images=5, on_error="raise", **CHECKED | options)
     module = Classifier()
     trainer = fit(callback, tmp_path, module)
     baseline, middle, last = saved(trainer)
@@ -87,7 +91,7 @@ def test_checks_and_blocks_are_those_of_explain(tmp_path: Path, removal: Any) ->
 def test_the_control_is_a_random_order_of_the_model_at_the_first_check(tmp_path: Path) -> None:
     """Of a model that does not change, so that it can be measured again."""
     module = Classifier(lr=0.0)
-    callback = ViTExplainCallback(["rollout"], num_images=5)
+    callback = quiet(["rollout"], num_images=5, **CHECKED)
     middle = saved(fit(callback, tmp_path, module))[1]
     assert callback.tracker is not None
     assert callback.tracker.probe.images is not None
@@ -100,7 +104,7 @@ def test_the_control_is_a_random_order_of_the_model_at_the_first_check(tmp_path:
 
 
 def test_faithfulness_is_measured_on_the_first_eight_images(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["rollout"], num_images=16), tmp_path)
+    trainer = fit(quiet(["rollout"], num_images=16, **CHECKED), tmp_path)
     checked = [one.reliability.gains for one in saved(trainer) if one.reliability is not None and one.reliability.gains]
     for gains in checked:
         for gain in gains.values():
@@ -112,9 +116,7 @@ def test_where_tokens_cannot_be_left_out_patches_are_painted_over(tmp_path: Path
     def last(removal: Any) -> Snapshot:
         torch.manual_seed(0)
         vit = tiny_vit("beit_base_patch16_224")
-        return saved(fit(ViTExplainCallback(["rollout"], checks=Checks(removal=removal)), tmp_path, Classifier(vit)))[
-            -1
-        ]
+        return saved(fit(quiet(["rollout"], removal=removal, **CHECKED), tmp_path, Classifier(vit)))[-1]
 
     painted, chosen = last("mean_colour").reliability, last("auto").reliability
     assert painted is not None
@@ -124,7 +126,7 @@ def test_where_tokens_cannot_be_left_out_patches_are_painted_over(tmp_path: Path
 
 
 def test_the_scale_is_fixed_at_the_baseline(tmp_path: Path) -> None:
-    trainer = fit(ViTExplainCallback(["grad_rollout"], detail="full"), tmp_path, Classifier(steady_vit()))
+    trainer = fit(quiet(["grad_rollout"], detail="full", **CHECKED), tmp_path, Classifier(steady_vit()))
     board = events(trainer)
 
     def curve(tag: str) -> list[float]:
@@ -308,10 +310,11 @@ def test_a_run_needs_no_standard_output(tmp_path: Path, kind: str, monkeypatch: 
         stream = io.TextIOWrapper(raw, "ascii" if kind == "closed" else kind)
     if kind == "closed":
         stream.close()
-    monkeypatch.setattr(
-        "vit_explain_callback.system.terminal.sys", SimpleNamespace(stdout=stream, stderr=stream, platform=sys.platform)
-    )
-    fit(ViTExplainCallback(["rollout"], on_error="raise", class_names=["ä→"] * 5), tmp_path)
+    for name in ("_terminal", "tracking.progress"):
+        monkeypatch.setattr(
+            f"vit_explain_callback.{name}.sys", SimpleNamespace(stdout=stream, stderr=stream, platform=sys.platform)
+        )
+    fit(quiet(["rollout"], on_error="raise", class_names=["ä→"] * 5, **CHECKED), tmp_path)
     if kind in ("ascii", "cp1252"):
         lines = raw.getvalue().decode(kind).splitlines()
         assert lines[0].startswith("ViTExplainCallback watches")
@@ -328,12 +331,12 @@ def test_the_bar_is_shown_where_the_trainers_is(
             done[self.desc] = (self.n, self.total)
             super().close()
 
-    monkeypatch.setattr("vit_explain_callback.system.terminal.SECONDS", 0.0)
-    monkeypatch.setattr("tqdm.tqdm", Noting)
-    fit(ViTExplainCallback(["rollout"]), tmp_path)
+    monkeypatch.setattr("vit_explain_callback.tracking.progress.SECONDS", 0.0)
+    monkeypatch.setattr("vit_explain_callback.tracking.progress.tqdm", Noting)
+    fit(quiet(["rollout"], **CHECKED), tmp_path)
     assert capsys.readouterr().err == ""
     assert done == {}
-    fit(ViTExplainCallback(["rollout"]), tmp_path, enable_progress_bar=True)
+    fit(quiet(["rollout"], **CHECKED), tmp_path, enable_progress_bar=True)
     assert "explaining 16 images at step 0" in capsys.readouterr().err
     # One of the images, one of the nudged ones, ten for the method and for a random order each.
     assert done == {
@@ -347,8 +350,8 @@ def test_the_bar_is_shown_where_the_trainers_is(
 def test_nothing_is_shown_of_what_is_quick(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vit_explain_callback.system.terminal.SECONDS", 600.0)
-    fit(ViTExplainCallback(["rollout"]), tmp_path, enable_progress_bar=True)
+    monkeypatch.setattr("vit_explain_callback.tracking.progress.SECONDS", 600.0)
+    fit(quiet(["rollout"], **CHECKED), tmp_path, enable_progress_bar=True)
     assert "ViTExplainCallback" not in capsys.readouterr().err
 
 
@@ -417,7 +420,7 @@ def test_sinks_are_said_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit(
-            ViTExplainCallback(["rollout"], images=random_images(2, (96, 96)), every_n_steps=4, checks=None),
+            quiet(["rollout"], images=random_images(2, (96, 96)), every_n_steps=4, block_statistics=True),
             tmp_path,
             Classifier(vit, lr=0.0),
             train=loader(data),

@@ -60,6 +60,7 @@ def test_statistics_equal_those_of_explicit_matrices(
     prefix = attentions[0].shape[-1] - P
     averaged = options.get("global_pool") == "avg"
     readout = list(range(prefix, prefix + P)) if averaged else [0]
+    by_block = [[naive(each, prefix, readout, None if averaged else 0) for each in block] for block in attentions]
     head = attentions[0][0, 0].numel()
     # All at once; an image and its heads, one head, ten rows, a row at a time.
     for entries in (2**25, 3 * head, head, 10 * attentions[0].shape[-1], 1):
@@ -67,9 +68,8 @@ def test_statistics_equal_those_of_explicit_matrices(
         monkeypatch.setattr("vit_explain_callback.methods.engine.HEAD_ENTRIES", entries)
         blocks = explain(model, images, methods, batch_size=2, block_statistics=True).blocks
         assert blocks is not None
-        for block, attention in enumerate(attentions):
-            for image in range(3):
-                expected = naive(attention[image], prefix, readout, None if averaged else 0)
+        for block, by_image in enumerate(by_block):
+            for image, expected in enumerate(by_image):
                 for name, value in expected.items():
                     found = getattr(blocks, name)[image, block]
                     torch.testing.assert_close(

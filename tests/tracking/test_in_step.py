@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,14 @@ def each(folder: Path, count: int, images: int, **options: Any) -> list[dict[str
     return found
 
 
+@functools.cache
+def of_one_process(images: int, fault: str) -> dict[str, Any]:
+    return run(Talking("", fault), images, Ranks(), None)
+
+
 def assert_as_one_process(found: list[dict[str, Any]], images: int, fault: str = "") -> None:
     """The same maps, gains, scalars and words as of one process, in which the same fails."""
-    expected = run(Talking("", fault), images, Ranks(), None)
+    expected = of_one_process(images, fault)
     for one in found:
         assert one["errors"].keys() == expected["errors"].keys()
         for snapshot, other in zip(one["snapshots"], expected["snapshots"], strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from tests.models import random_images, tiny_vit
 from tests.plain_vits import HEADS, SIZE, WIDTH, Attention, PlainViT, Product, built, check, matrices
 from vit_explain_callback import explain
-from vit_explain_callback.vit import attention_ops as functions
+from vit_explain_callback.explanation import Explanation
+from vit_explain_callback.vit import functions
 
 sdpa: Any = F.scaled_dot_product_attention
 
@@ -144,12 +146,16 @@ def test_every_other_method_gives_the_maps_of_the_kernel(name: str) -> None:
         torch.testing.assert_close(found.maps[key], maps, rtol=1e-9, atol=1e-12)
 
 
+@functools.cache
+def by_the_textbook(count: int) -> Explanation:
+    return explain(built(PlainViT).float(), random_images(count, SIZE))
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_it_is_one_image_and_single_precision_too(name: str) -> None:
     """As many images as heads would hide an order that is mistaken; one image would hide it at all."""
     for count in (1, HEADS):
-        images = random_images(count, SIZE)
-        expected = explain(built(PlainViT).float(), images)
+        images, expected = random_images(count, SIZE), by_the_textbook(count)
         found = explain(built(PlainViT, WRITTEN[name]).float(), images)
         for key, maps in expected.maps.items():
             torch.testing.assert_close(found.maps[key], maps, rtol=1e-4, atol=1e-6)
