@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tests.models import CLASSES, random_images, tiny_vit
-from vit_explain_callback import Detail, ViTExplainCallback
+from vit_explain_callback import Checks, Detail, ViTExplainCallback
 from vit_explain_callback.tracking.snapshot import Snapshot
 
 
@@ -101,12 +101,26 @@ def saved(trainer: pl.Trainer) -> list[Snapshot]:
     return [Snapshot.load(path) for path in sorted(Path(trainer.log_dir or "").glob("explanations/step_*.safetensors"))]
 
 
+QUIET: dict[str, Any] = {"checks": None, "num_shown": 1, "detail": Detail(block_statistics=False, page=False)}
+"""Options of the callback that leave out what takes most of a short run's time."""
+
+
 def quiet(*methods: Any, **options: Any) -> ViTExplainCallback:
-    """The callback for tests that look at no picture, page, check or statistics of blocks, or at those they ask for."""
-    level: Any = options.pop("detail", "brief")
-    detail = level if isinstance(level, Detail) else Detail(level, block_statistics=False, page=False)
-    left_out: dict[str, Any] = {"checks": None, "num_shown": 1, "detail": detail}
-    return ViTExplainCallback(*methods, **left_out | options)
+    """The callback for tests that look at no picture, page, check or statistics of blocks, or at those they ask for.
+
+    Args:
+        *methods: As the callback takes them.
+        **options: Likewise, and those of `Checks` and `Detail` by their own names.
+    """
+
+    def of(group: type[Checks] | type[Detail]) -> dict[str, Any]:
+        return {name: options.pop(name) for name in group.__annotations__ if name in options}
+
+    checks, detail = of(Checks), of(Detail)
+    if isinstance(options.get("detail", ""), str):
+        level = options.pop("detail", "brief")
+        options["detail"] = {"level": level, "block_statistics": False, "page": False} | detail
+    return ViTExplainCallback(*methods, **QUIET | ({"checks": checks} if checks else {}) | options)
 
 
 def messages(caught: list[warnings.WarningMessage]) -> list[str]:

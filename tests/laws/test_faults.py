@@ -101,7 +101,7 @@ def test_a_fault_of_ours_at_the_baseline(tmp_path: Path, monkeypatch: pytest.Mon
     assert "the snapshot at step 0 failed: KeyError" in said[0]
 
 
-CHECKED: dict[str, Any] = {"check_every_n_snapshots": 20, "block_statistics": True}
+CHECKED: dict[str, Any] = {"every_n_snapshots": 20, "block_statistics": True}
 """Checks and statistics of blocks as by default: they fail with the rest."""
 
 
@@ -180,7 +180,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    trainer, _, said = ending(quiet(["rollout"], every_n_steps=1, report=True), tmp_path, Classifier())
+    trainer, _, said = ending(quiet(["rollout"], every_n_steps=1, page=True), tmp_path, Classifier())
     (only,) = said
     assert "cannot write to the folder" in only
     assert "No space left on device" in only
@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     logger = TensorBoardLogger(str(tmp_path))
     Path(logger.log_dir).mkdir(parents=True)
     Path(logger.log_dir, "explanations").write_text("a file is in the way", encoding="utf-8")
-    callback = quiet(["rollout"], every_n_steps=1, report=True)
+    callback = quiet(["rollout"], every_n_steps=1, page=True)
     trainer, _, said = ending(callback, tmp_path, Classifier(), logger=logger)
     (only,) = said
     assert "cannot write to the folder" in only

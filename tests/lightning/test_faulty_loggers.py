@@ -23,7 +23,7 @@ from vit_explain_callback.tracking import run_folder as space
 
 
 def short() -> ViTExplainCallback:
-    return quiet(["rollout"], num_images=2, report=True, block_statistics=True)
+    return quiet(["rollout"], num_images=2, page=True, block_statistics=True)
 
 
 class Leaves(Spy):
@@ -193,7 +193,7 @@ def test_a_disk_that_fills_while_a_run_goes_on(tmp_path: Path, monkeypatch: pyte
                 monkeypatch.setattr(space, "SPARE_BYTES", 2**20)
 
     _, plain, _ = ending(None, tmp_path, Classifier())
-    callback = quiet(["rollout"], num_images=2, every_n_steps=1, report=True, block_statistics=True)
+    callback = quiet(["rollout"], num_images=2, every_n_steps=1, page=True, block_statistics=True)
     trainer, weights, said = ending(callback, tmp_path, Fills())
     assert_trained_alike(weights, plain)
     assert len(said) == 2

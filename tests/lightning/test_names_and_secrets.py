@@ -84,7 +84,7 @@ def test_no_secret_of_a_logger_is_shown_or_written(
     tmp_path: Path, url: str, fails: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    callback = quiet(["rollout"], num_images=2, report=True, block_statistics=True)
+    callback = quiet(["rollout"], num_images=2, page=True, block_statistics=True)
     trainer, _, said = ending(callback, tmp_path, Classifier(), logger=Remote(url, fails), max_epochs=1)
     assert trainer.global_step == 4
     assert [one for one in said if "cannot write to Remote" in one or not fails]
@@ -125,7 +125,7 @@ def test_names_that_are_no_utf8_are_saved_under_others(tmp_path: Path, given: st
         ["rollout"],
         images=(images, labels),
         regions=dict.fromkeys(NAMES, masks),
-        report=True,
+        page=True,
         num_shown=3,
         detail="full",
         **options,
@@ -154,7 +154,7 @@ def test_a_folder_whose_name_is_no_utf8(
 ) -> None:
     folder = tmp_path / name
     logger: Any = False if kind == "none" else CSVLogger(folder, name="", version=name)
-    callback = quiet(["rollout"], num_images=2, report=True, block_statistics=True)
+    callback = quiet(["rollout"], num_images=2, page=True, block_statistics=True)
     _, weights, said = ending(callback, folder, Classifier(), logger=logger, max_epochs=1)
     assert [text for text in said if "goes on" in text] == []
     (page_file,) = folder.rglob("report.html")

@@ -44,7 +44,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def test_a_resumed_run_keeps_its_baseline_and_takes_no_snapshot_twice(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"num_images": 4, "num_shown": 1, "report": False}
+    options: dict[str, Any] = {"num_images": 4, "num_shown": 1, "detail": {"page": False}}
     whole = fit(ViTExplainCallback(**options), tmp_path / "whole", max_epochs=4)
     first = fit(ViTExplainCallback(**options), tmp_path / "parts", max_epochs=2)
     first.save_checkpoint(tmp_path / "half.ckpt")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tests.models import random_images, steady_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, quiet, saved
-from vit_explain_callback import Checks, ViTExplainCallback, explain
+from vit_explain_callback import ViTExplainCallback, explain
 from vit_explain_callback.explainer import Explainer
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.faithfulness import mean_colour, random_maps, symmetric_relevance_gain
@@ -30,7 +30,7 @@ from vit_explain_callback.metrics.reference import nudged
 from vit_explain_callback.system.terminal import quoted
 from vit_explain_callback.tracking.snapshot import Snapshot
 
-CHECKED: dict[str, Any] = {"check_every_n_snapshots": 20}
+CHECKED: dict[str, Any] = {"every_n_snapshots": 20}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ CHECKED: dict[str, Any] = {"check_every_n_snapshots": 20}
 def test_checks_begin_after_the_baseline_and_are_made_on_their_own_schedule_and_at_the_end(
     tmp_path: Path, every: int | None, steps: list[int]
 ) -> None:
-    options: dict[str, Any] = {"num_images": 4, "check_every_n_snapshots": every, "detail": "full"}
+    options: dict[str, Any] = {"num_images": 4, "every_n_snapshots": every, "detail": "full"}
     callback = quiet(["rollout"], every_n_steps=2, **options)
     trainer = fit(callback, tmp_path)
     assert [one.step for one in saved(trainer) if one.reliability is not None] == steps

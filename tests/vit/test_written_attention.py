@@ -16,7 +16,7 @@ from tests.models import random_images, tiny_vit
 from tests.plain_vits import HEADS, SIZE, WIDTH, Attention, PlainViT, Product, built, check, matrices
 from vit_explain_callback import explain
 from vit_explain_callback.explanation import Explanation
-from vit_explain_callback.vit import functions
+from vit_explain_callback.vit import attention_ops
 
 sdpa: Any = F.scaled_dot_product_attention
 
@@ -368,5 +368,5 @@ def test_heads_before_images_in_a_model_of_timm() -> None:
 
 
 def test_the_kernel_is_known_under_its_own_name() -> None:
-    assert functions.SCALED_DOT_PRODUCT is torch._C._nn.scaled_dot_product_attention
+    assert attention_ops.SCALED_DOT_PRODUCT is torch._C._nn.scaled_dot_product_attention
     assert matrices(built(PlainViT), random_images(1, SIZE).double()).attentions[0].shape == (1, HEADS, 13, 13)
