@@ -433,7 +433,7 @@ class NoHead(pl.LightningModule):
     ("arguments", "run", "message"),
     [
         ({}, {"module": Swin}, "SwinTransformer, which is not a stack of blocks"),
-        ({}, {"module": NoHead}, "compare outputs, a row for each image, with labels in a loss, but saw no such loss"),
+        ({}, {"module": NoHead}, "compare outputs, one row per image, with labels in a loss, but saw no such loss"),
         ({"vit": "head"}, {}, "'head'"),
         ({}, {"validation": None}, "Expected a validation loader .* Pass the images"),
         ({"methods": [AttentionRollout(start_block=4)]}, {}, r"`start_block` in 1 … 3"),

@@ -152,7 +152,7 @@ def test_what_no_loss_confirms_is_refused_with_a_cure_that_works(
     torch.manual_seed(0)
     if sanity:  # and the module itself gives the embedding
         project = type(project.__name__, (project,), {"forward": Project.forward})
-    with pytest.raises(ValueError, match="`ViTExplainCallback\\(forward=lambda module, images: …\\)` gives logits"):
+    with pytest.raises(ValueError, match="`forward=lambda module, images: …`, which returns logits"):
         trained(quiet(num_images=5), tmp_path, project(), num_sanity_val_steps=sanity)
     if sanity:
         callback = quiet(num_images=5, **FORWARD)
