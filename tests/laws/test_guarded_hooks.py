@@ -91,7 +91,7 @@ def test_a_model_that_cannot_be_copied_is_no_refusal(tmp_path: Path, kind: str) 
     assert_trained_alike(weights, plain)
     if not saved(trainer):
         (only,) = said
-        assert "`explain(module.part, images)` explains checkpoints" in only
+        assert "explain the checkpoints of the run instead: `explain(module.part, images)`" in only
 
 
 def test_only_a_raise_of_this_package_is_a_refusal() -> None:

@@ -421,7 +421,7 @@ class Featured(Project):
         return F.cross_entropy(outputs, labels)
 
 
-@pytest.mark.filterwarnings("ignore:ViTExplainCallback. `forward` gives other outputs")
+@pytest.mark.filterwarnings("ignore:ViTExplainCallback. `forward` returns other outputs")
 @pytest.mark.parametrize("sanity", [0, 1])
 @pytest.mark.parametrize("regression", [False, True])
 def test_images_of_the_users_own_are_explained_as_the_loss_has_them(
