@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class Borrowed:
-    """Passes for an object in the object's own methods, and copies each of its attributes when that is asked for.
+    """Passes for an object in the object's own methods, and copies each attribute on first access.
 
-    What is never asked for is never copied: the records, files, metrics and caches that a LightningModule holds.
+    Attributes that are never accessed are never copied: records, files, metrics and caches of a LightningModule.
 
     Args:
         twin: Makes the copies.
-        source: The object; nothing is written to it.
+        source: The object, which is never written to.
     """
 
     __slots__ = ("__dict__", "__weakref__", "_borrowed_by", "_borrowed_from")
@@ -66,7 +66,7 @@ class Borrowed:
         del vars(self)[name]
 
     def get_submodule(self, target: str) -> nn.Module:
-        """A copy of one submodule, and of no other."""
+        """A copy of one submodule only."""
         if not target:
             return self  # type: ignore[return-value]
         submodule: nn.Module = self._borrowed_by.copy(self._borrowed_from.get_submodule(target))
@@ -74,7 +74,7 @@ class Borrowed:
 
 
 class Uncopied:
-    """Stands for an object of which no copy can be made: whatever is asked of it raises.
+    """Stands for an object that cannot be copied: any use of it raises.
 
     Args:
         kind: Name of the object's class.
@@ -96,7 +96,7 @@ _NOWHERE = object()
 
 
 def _special(name: str) -> Any:
-    """A method that Python looks for in the class alone."""
+    """A method that Python looks up in the class only."""
 
     def method(self: Borrowed, *args: Any, **kwargs: Any) -> Any:
         return getattr(type(self._borrowed_from), name)(self, *args, **kwargs)

@@ -47,20 +47,20 @@ class Failed(Exception):
 
 
 def can_fork() -> bool:
-    """Whether forking is safe and what a fork shares can be told: not on macOS, whose libraries may not be forked."""
+    """Whether forking is safe; not on macOS, whose libraries may not be forked."""
     return sys.platform.startswith("linux") and os.path.isdir("/proc/self/fd")
 
 
 def in_fork(work: Callable[[Beat], Any]) -> Any:
-    """What `work` gives in a forked process that cannot reach this one; only its result is pickled.
+    """Return the result of `work` from a forked process that cannot reach this one; only the result is pickled.
 
     Args:
-        work: Given a function that it calls as a sign of life. What it makes and must not be finalised, it keeps.
+        work: Receives a function to call as a sign of life. It keeps a reference to objects that must not be finalised.
 
     Raises:
         Lost: If there is no result.
         Failed: If `work` raises an error.
-        OSError: If there can be no further process.
+        OSError: If no further process can be started.
     """
     receiving, sending = Pipe(duplex=False)
     state = random.getstate()
@@ -85,9 +85,9 @@ def in_fork(work: Callable[[Beat], Any]) -> Any:
 
 
 def in_spawn(work: Callable[[Beat], Any]) -> Any:
-    """What `work`, which can be pickled, gives in a new Python process; see `in_fork` for what is raised.
+    """Return the result of `work`, which must be picklable, from a new Python process; it raises as `in_fork`.
 
-    That process imports the main module again, as a DataLoader's worker does where there is no fork.
+    That process imports the main module again, as a DataLoader's worker does without fork.
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
@@ -107,7 +107,7 @@ def in_spawn(work: Callable[[Beat], Any]) -> Any:
 
 
 def _forked() -> int:
-    """`os.fork` without its warning about threads: where warnings are errors, the child would be lost."""
+    """`os.fork` without its warning about threads; if warnings are errors, the child would be lost."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return os.fork()
@@ -121,7 +121,7 @@ def _become_child(descriptor: int, state: Any) -> None:
 
 
 def _serve(connection: Connection, work: Callable[[Beat], Any]) -> NoReturn:
-    """Send what `work` gives, and end without finalising anything."""
+    """Send the result of `work`, and end without finalising anything."""
     silence_output()
     torch.set_num_threads(1)  # the threads of OpenMP are not forked, and waiting for them would not end
     try:
@@ -152,7 +152,7 @@ def _result(message: bytes, ending: str) -> Any:
 
 
 def _heard(connection: Connection) -> bytes:
-    """The first message that is no sign of life; empty where the process ends before."""
+    """The first message that is not a sign of life; empty if the process ends before."""
     with contextlib.suppress(EOFError, ConnectionError):
         while connection.poll(PATIENCE):
             if message := connection.recv_bytes():
@@ -162,7 +162,7 @@ def _heard(connection: Connection) -> bytes:
 
 
 def _reaped(process: int) -> str:
-    """Kill a forked process with all that it started, and say how it ended."""
+    """Kill a forked process and its children, and say how it ended."""
     try:
         os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         for kill in (os.killpg, os.kill):
@@ -187,7 +187,7 @@ def _ending(code: int | None) -> str:
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, part: Any) -> Any:
-        """Send the values of a tensor alone, from the CPU: it may be a row of one that holds the whole data set."""
+        """Send only the values of a tensor, from the CPU; it may be a view of one that holds the whole data set."""
         if type(part) is not Tensor or part.layout is not torch.strided or part.is_quantized:
             return NotImplemented
         if part.is_cpu and part.untyped_storage().nbytes() == part.nbytes:

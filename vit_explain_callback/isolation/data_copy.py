@@ -1,4 +1,4 @@
-"""Copy what is read of a user's data, so that reading it does not change it."""
+"""Copy a user's data set, so that reading the copy does not change the original."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _shared: dict[int, object] = {}  # by `id`, while something is copied
 
 
 def copied(value: Any) -> Any:
-    """A copy of any object, which shares tensors, arrays, functions and classes with it.
+    """Copy any object; the copy shares tensors, arrays, functions and classes with it.
 
     Raises:
-        Exception: If it cannot be copied: open files, running iterators, locks and sockets cannot, nor what has a
-            finaliser, which may delete or close what the original still uses.
+        Exception: If it cannot be copied: open files, running iterators, locks, sockets, and objects with a finaliser,
+            which might delete or close what the original still uses.
     """
     file = io.BytesIO()
     try:

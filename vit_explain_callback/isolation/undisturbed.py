@@ -21,17 +21,17 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 @contextmanager
 def undisturbed(model: nn.Module, stand_in: StandIn = lambda _twin, _value: None) -> Iterator[Twin]:
-    """Give a twin of `model` to evaluate, in full precision, and put everything else back, also after an error.
+    """Yield a twin of `model` to evaluate in full precision, and restore everything else, also after an error.
 
-    Inside, autocast and inference mode are off, and what is compiled runs eagerly. Afterwards the autocast, inference
-    and gradient modes and all random streams are what they were.
+    Inside, autocast and inference mode are off, and compiled modules run eagerly. Afterwards autocast, inference and
+    gradient modes and all random streams are restored.
 
-    A model whose parameters are sharded over processes has no twin: it is evaluated itself, and afterwards every module
-    has its own training flag again; what its forward pass writes to itself, buffers say, stays written.
+    A model whose parameters are sharded over processes has no twin. It is evaluated itself, and every module gets its
+    training flag back; what its forward writes to itself, such as buffers, stays written.
 
     Args:
-        model: Any module; stays as it is.
-        stand_in: Gives what stands in for an object on the twin; None for most.
+        model: Any module; it is not changed.
+        stand_in: Returns a stand-in for an object on the twin; None for most objects.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_random_state())
@@ -55,10 +55,10 @@ def undisturbed(model: nn.Module, stand_in: StandIn = lambda _twin, _value: None
 
 @contextmanager
 def preserved_random_state(seed: int | None = None) -> Iterator[None]:
-    """Put the random streams of Python, NumPy and torch (CPU, CUDA, MPS) back on leaving, also after an error.
+    """Restore the random streams of Python, NumPy and torch (CPU, CUDA, MPS) on exit, also after an error.
 
     Args:
-        seed: Start of all of these streams inside; None leaves them where they are.
+        seed: Seed of all these streams inside; None leaves them where they are.
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -87,9 +87,9 @@ def preserved_random_state(seed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[list[str]]:
-    """Put gradients, hooks, flags and buffers of a model back on leaving, also after an error.
+    """Restore gradients, hooks, flags and buffers of a model on exit, also after an error.
 
-    Parameters keep their values where a guarded twin runs inside: every write to their memory goes to a copy.
+    Parameters keep their values if a guarded twin runs inside: every write to their memory goes to a copy.
 
     Yields:
         A list that names every change once the context is left.
@@ -132,7 +132,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class _NonReentrant:
-    """Stands in for torch's reentrant checkpoints, which know no `torch.autograd.grad`."""
+    """Replaces torch's reentrant checkpoints, which do not support `torch.autograd.grad`."""
 
     @staticmethod
     def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:

@@ -40,11 +40,11 @@ class Loss:
     """A loss and the tensors that it was computed from.
 
     Attributes:
-        name: Of the function, or of the operation in which outputs meet labels where it is written by hand.
+        name: Name of the function, or of the operation that combines outputs and labels in a hand-written loss.
         outputs: Logits (B, C) or (B,), or quantities, in the autograd graph if there is one.
-        labels: (B,) class indices, -1 where an image has none that the outputs know; None where nothing is known.
+        labels: (B,) class indices, -1 for an image without a label among the outputs; None if there are no labels.
         task: What the outputs are.
-        reading: How labels are read off what the outputs were compared with.
+        reading: How to read labels off the target.
         target: What the outputs were compared with, (B,) or (B, C); None for other shapes.
         counts: Whether the outputs depend on the images and not on their labels, and what they were compared with
             depends on labels and neither on images nor on weights.
@@ -64,7 +64,7 @@ class Loss:
 
     @property
     def values(self) -> Tensor:
-        """The outputs as the loss was given them, whatever was written to them afterwards."""
+        """The outputs as the loss received them, whatever was written to them afterwards."""
         return self.outputs if self.copied_outputs is None else self.copied_outputs
 
     @property
@@ -78,21 +78,21 @@ class Loss:
 
 
 class LossRecorder(TorchFunctionMode):
-    """Context manager that notes every loss computed inside it, of `torch.nn.functional` or written by hand.
+    """Context manager that records every loss computed inside it, by `torch.nn.functional` or by hand.
 
-    Log-probabilities and probabilities are traced back to the logits that they were made of. Outputs that are compared
-    with something which itself depends on the images or on weights have no labels: they are embeddings, or a teacher's.
+    Log-probabilities and probabilities are traced back to their logits. Outputs that are compared with something that
+    depends on images or weights have no labels: they are embeddings, or a teacher's outputs.
 
     Args:
-        flow: What tensors are computed of; the images must be marked in it.
+        flow: Tracks what tensors are computed from; the images must be marked in it.
 
     Attributes:
         losses: In the order of the calls.
-        returned: Sources of what was differentiated, or is returned by the step.
+        returned: Sources of what was differentiated, or returned by the step.
         failure: The error that stopped recording, if any.
         lets_out: Whether numbers may leave torch where gradients are on, as in a validation step, which has none.
         needs_training: Whether outputs count only if weights that are trained have a share in them.
-        needs_labels: Whether labels count only if they are made of what was `given`.
+        needs_labels: Whether labels count only if they are computed from tensors passed to `give`.
     """
 
     def __init__(self, flow: Flow | None = None) -> None:
@@ -156,7 +156,7 @@ class LossRecorder(TorchFunctionMode):
     def best(self, images: int) -> tuple[list[Loss], Loss | None]:
         """The losses that the step returns and that have labels, those of classes first, and the one that counts.
 
-        None counts where the first is not one of outputs with a row for each image.
+        None counts if the first is not computed from outputs with a row for each image.
         """
         returned = [loss for loss in self.losses if loss.source & self.returned] or self.losses
         ranked = sorted(
@@ -200,7 +200,7 @@ class LossRecorder(TorchFunctionMode):
             self._add(name, logits, "signs" if func is F.soft_margin_loss else "yes_or_no", target, result)
 
     def _note_by_hand(self, name: str, operands: list[Any], result: Tensor) -> None:
-        """Where outputs meet labels in a loss that is written by hand."""
+        """Note an operation that combines outputs and labels in a hand-written loss."""
         logits = next(
             (self._logits[part] for part in operands if isinstance(part, Tensor) and part in self._logits), None
         )

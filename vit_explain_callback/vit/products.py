@@ -1,4 +1,4 @@
-"""Products of attention with its values, read off the letters of an einsum.
+"""Products of attention with its values, expressed by the letters of an einsum.
 
 Shapes: B images, H heads, N query tokens, M key tokens, d head width.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Letters:
-    """The dimensions of A, v and O = A v, a letter each.
+    """The dimensions of A, v and O = A v, one letter each.
 
     Attributes:
-        attention: Those of A.
-        value: Those of v.
-        output: Those of O.
+        attention: Letters of A.
+        value: Letters of v.
+        output: Letters of O.
     """
 
     attention: tuple[str, ...]
@@ -29,12 +29,12 @@ class Letters:
 
 @dataclass(frozen=True)
 class Product:
-    """How the dimensions of A, v and O are to be ordered.
+    """The order of the dimensions of A, v and O.
 
     Attributes:
-        attention: Those of A, to be (B, …, N, M).
-        value: Those of v, to be (B, …, M, d); None stands for one that v lacks, as where heads share values.
-        output: Those of O, to be (B, …, N, d).
+        attention: Permutation of A to (B, …, N, M).
+        value: Permutation of v to (B, …, M, d); None for a dimension that v lacks, for example if heads share values.
+        output: Permutation of O to (B, …, N, d).
     """
 
     attention: tuple[int, ...]
@@ -52,7 +52,7 @@ class Product:
 
 
 def read(letters: Letters, key: int) -> Product | None:
-    """How attention, normalised over its dimension `key`, is multiplied with values; None if it is not.
+    """How attention that is normalised over its dimension `key` is multiplied with values; None if it is not.
 
     Example:
         >>> read(Letters((*"bhij",), (*"bjhd",), (*"bihd",)), key=3)
@@ -66,7 +66,7 @@ def read(letters: Letters, key: int) -> Product | None:
     summed = [letter for letter in attention if letter in value and letter not in output]
     query = [letter for letter in attention if letter not in value and letter in output]
     width = [letter for letter in value if letter not in attention and letter in output]
-    # A head that shares its values with others has a letter that the values lack: of several, the query is the last.
+    # Heads that share values have a letter that the values lack; the last of several such letters is the query.
     batch = [letter for letter in attention if letter in output and letter not in query[-1:]]
     if not query or len(width) != 1 or summed != [attention[key]]:
         return None
@@ -82,7 +82,7 @@ def read(letters: Letters, key: int) -> Product | None:
 
 
 def of_matmul(left: int, right: int, attention_is_left: bool) -> Letters | None:
-    """The letters of `left @ right`, given by their numbers of dimensions, of which one is attention."""
+    """The letters of `left @ right`, from their numbers of dimensions; one of them is attention."""
     most = max(left, right)
     if min(left, right) < 2:
         return None
@@ -95,12 +95,12 @@ def of_matmul(left: int, right: int, attention_is_left: bool) -> Letters | None:
 
 
 def of_einsum(equation: str, dims: tuple[int, int], place: int) -> Letters | None:
-    """The letters of an einsum of two operands, given by their numbers of dimensions, of which one is attention.
+    """The letters of an einsum of two operands, from their numbers of dimensions; one of them is attention.
 
     Args:
-        equation: As `torch.einsum` takes it, with an ellipsis or without the letters of the output, too.
-        dims: Of the operands.
-        place: Of the attention among them, 0 or 1.
+        equation: As `torch.einsum` takes it; an ellipsis and an implicit output are allowed.
+        dims: Numbers of dimensions of the operands.
+        place: Index of the attention among them, 0 or 1.
 
     Example:
         >>> of_einsum("...ij, ...jd", (4, 4), 0).output
@@ -122,7 +122,7 @@ def of_einsum(equation: str, dims: tuple[int, int], place: int) -> Letters | Non
 
 
 def _spelled(operand: str, dims: int) -> Iterator[str]:
-    """A letter for each dimension; those of an ellipsis are counted from its end."""
+    """One letter per dimension; the dimensions of an ellipsis are counted from its end."""
     before, ellipsis, after = operand.partition("...")
     hidden = dims - len(before) - len(after) if ellipsis else 0
     yield from before

@@ -18,15 +18,15 @@ from vit_explain_callback.vit.recorder import AttentionRecorder
 
 @dataclass(frozen=True)
 class Site:
-    """A place where a tensor goes by.
+    """A place in a forward pass where a tensor passes.
 
     Attributes:
-        module: Path of the module; None for what runs in none.
-        call: Which of the module's calls in a forward pass it is, counted from 0.
-        calls: How often a forward pass calls the module.
+        module: Path of the module; None for an operation outside every module.
+        call: Index of the call among the module's calls in a forward pass.
+        calls: Number of the module's calls in a forward pass.
         kind: "input" or "output" of the module, or "operation" in its forward.
-        key: Position or name of the input, position of the output, or number of the operation among those that give
-            three dimensions.
+        key: Position or name of the input, position of the output, or index of the operation among those with a
+            three-dimensional result.
         batch_first: Whether the tokens are (B, N, D) there, and not (N, B, D).
     """
 
@@ -43,13 +43,13 @@ class Site:
 
 
 class SiteVisitor(TorchFunctionMode):
-    """Context manager that shows every tensor which goes by in a module, and may put another in its place.
+    """Context manager that passes every tensor in a module to a function, which may replace it.
 
-    Enter it after other modes: it then counts the model's operations, and not theirs.
+    Enter it after other function modes, so that it counts the operations of the model and not theirs.
 
     Args:
-        module: The module; sites are named as seen from it.
-        visit: Given a site, whose `calls` is 0, and the tensor; returns what the model is to go on with.
+        module: The module; sites are named relative to it.
+        visit: Receives a site, whose `calls` is 0, and the tensor; returns the tensor that the model continues with.
     """
 
     visiting: ClassVar[bool] = False  # whether what runs is a `visit`, of any visitor, and not the model
@@ -82,7 +82,7 @@ class SiteVisitor(TorchFunctionMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if SiteVisitor.visiting or not isinstance(output, Tensor) or output.ndim != 3:
-            return output  # uncounted, as what is done to images differs between passes
+            return output  # not counted, as operations on images differ between passes
         self._operations[-1] += 1
         return self._shown("operation", self._operations[-1], output)
 
@@ -116,10 +116,10 @@ class SiteVisitor(TorchFunctionMode):
 
 @contextmanager
 def changing(module: nn.Module, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Put `change` of the tokens, (B, N, D), in the place of those that go by at a site of a module.
+    """Replace the tokens at a site of a module by `change` of them, (B, N, D).
 
     Raises:
-        ValueError: If nothing went by there.
+        ValueError: If no tokens passed there.
     """
     reached, place = False, (site.module, site.kind, site.key, site.call)
 
@@ -145,13 +145,13 @@ NO_ATTENTION_NEEDED = "Explain it with a method that needs no attention: `MapFun
 
 @dataclass(frozen=True)
 class Visit:
-    """Tokens that went by.
+    """Tokens that passed a site.
 
     Attributes:
-        site: Where.
-        tokens: As they came, in the graph.
-        node: The node that leads on from them.
-        calls_before: How many attentions had run.
+        site: The site.
+        tokens: The tokens, in the graph.
+        node: The node of the graph that follows them.
+        calls_before: Number of attentions that ran before.
     """
 
     site: Site
@@ -162,14 +162,14 @@ class Visit:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one pass was seen to do.
+    """A forward pass with the outputs of attention as leaves of the graph.
 
     Attributes:
         name: Class of the model.
         calls: The blocks' attention, (2, H, N, N); outputs are leaves, and values are in the graph.
-        pool: That of a pool, likewise, or None.
-        visits: Tokens that went by, in order.
-        logits: The node that gave the logits.
+        pool: The attention of a pool, likewise, or None.
+        visits: Tokens that passed, in order.
+        logits: The node of the logits.
         images: B.
         tokens: N.
         parameters: `id` of each parameter.
@@ -248,7 +248,7 @@ def _with_heads(call: AttentionCall, images: int, tokens: int) -> AttentionCall:
 
 
 def leaf_of(output: Tensor) -> Any:
-    """The node of the graph that stands for a leaf."""
+    """The node of the graph for a leaf."""
     return output.view_as(output).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 

@@ -1,4 +1,4 @@
-"""Follow the result of a softmax from where it is computed to where it is multiplied with values."""
+"""Track the result of a softmax until it is multiplied with values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vit_explain_callback.vit.products import Letters, Product, of_einsum, of_ma
 _SOFTMAX = {"softmax", "special_softmax"}
 _LOG_SOFTMAX = {"log_softmax", "special_log_softmax"}
 _DIVIDE = {"div", "__truediv__", "true_divide", "divide", "div_", "__itruediv__", "__idiv__", "divide_"}
-# What changes the precision or the memory of a tensor, but not its values.
+# Functions that change the precision or the memory of a tensor, but not its values.
 SAME = {
     *("dropout", "dropout_", "to", "type_as", "type", "float", "double", "half", "bfloat16", "contiguous", "clone"),
     *("alias", "detach", "requires_grad_"),
@@ -34,7 +34,7 @@ class Softmax:
 
     Attributes:
         module: Path of the innermost module that ran it.
-        among_tokens: Whether it has as many queries as keys, as attention among tokens has.
+        among_tokens: Whether it has as many queries as keys, like attention among tokens.
         used: Whether its result was multiplied with values.
     """
 
@@ -45,16 +45,16 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Weights:
-    """A tensor with the result of a softmax, or with what becomes one.
+    """A tensor with the result of a softmax, or an intermediate result of one.
 
     Attributes:
-        tensor: As the model has it; held so that its `id` is not given to another.
-        precise: The same in the precision of the softmax, outside the autograd graph.
-        marker: A tensor without memory, shaped like it, whose strides tell the dimensions apart.
-        key: Stride and size of the dimension over which it is normalised.
-        stage: "softmax"; or on the way to one "log", "exp" or "sum", which is the sum of `of`.
-        softmax: Where it comes from.
-        of: For a sum, the tensor that was summed.
+        tensor: The model's tensor; referenced so that no other tensor gets its `id`.
+        precise: The same values in the precision of the softmax, outside the autograd graph.
+        marker: A meta tensor of the same shape, whose strides identify the dimensions.
+        key: Stride and size of the dimension that it is normalised over.
+        stage: "softmax", or an intermediate stage: "log", "exp" or "sum", the sum of `of`.
+        softmax: The softmax that it comes from.
+        of: For a sum, the summed tensor.
     """
 
     tensor: Tensor
@@ -67,7 +67,7 @@ class Weights:
 
     @property
     def key_dim(self) -> int | None:
-        """The dimension over which it is normalised; None if it is no dimension any more."""
+        """The dimension that it is normalised over; None if that no longer is a dimension."""
         pairs = zip(self.marker.stride(), self.marker.shape, strict=True)
         dims = [dim for dim, stride_and_size in enumerate(pairs) if stride_and_size == self.key]
         return dims[0] if len(dims) == 1 else None
@@ -75,20 +75,20 @@ class Weights:
 
 @dataclass
 class WeightsTracker:
-    """Knows which tensors hold the result of a softmax, in which order of dimensions.
+    """Knows which tensors hold the result of a softmax, and the order of their dimensions.
 
-    Softmaxes are those of torch, the exponential of a log-softmax, and exponentials divided by their sum.
+    A softmax is torch's own, the exponential of a log-softmax, or exponentials divided by their sum.
     """
 
     _held: dict[int, Weights] = field(default_factory=dict)
     _softmaxes: list[Softmax] = field(default_factory=list)
 
     def changed(self) -> Iterator[Softmax]:
-        """Those among tokens whose result was never multiplied with values as it was."""
+        """The softmaxes among tokens whose unchanged result was never multiplied with values."""
         return (softmax for softmax in self._softmaxes if softmax.among_tokens and not softmax.used)
 
     def note(self, name: str, func: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> None:
-        """Take in what an operation made of its arguments."""
+        """Note the result of an operation on its arguments."""
         held = self._held.get(id(args[0])) if args else None
         if isinstance(output, Tensor) and output.ndim >= 3 and name in _SOFTMAX | _LOG_SOFTMAX | {"exp"}:
             self._begin(name, output, args, kwargs, held, path)
@@ -106,7 +106,7 @@ class WeightsTracker:
             del self._held[id(args[0])]  # changed in place
 
     def product(self, name: str, args: tuple[Any, ...]) -> tuple[Weights, Product, Tensor] | None:
-        """The attention that an operation multiplies with values, how, and the values; None if it does not."""
+        """The attention that an operation multiplies with values, how it does, and the values; None if it does not."""
         if name == "einsum" and len(args) == 2 and isinstance(args[1], list | tuple):
             args = (args[0], *args[1])
         operands = args[1:3] if name in ("einsum", "baddbmm") else args[:2]
@@ -170,7 +170,7 @@ class WeightsTracker:
             self._hold(replace(held, tensor=output, key=(dim, held.tensor.shape[dim]), stage="sum", of=held.tensor))
 
     def _divided(self, output: Tensor, held: Weights, divisor: object) -> None:
-        """Exponentials divided by their own sum are a softmax; anything else divided is changed."""
+        """Exponentials divided by their own sum are a softmax; any other quotient is not."""
         total = self._held.get(id(divisor))
         is_sum = held.stage == "exp" and total is not None and total.stage == "sum" and total.of is held.tensor
         if output is held.tensor:
@@ -215,5 +215,5 @@ def _listed(part: Any) -> Any:
 
 
 def _shares(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are views of the same memory: a copy would have lost the order of the dimensions."""
+    """Whether two tensors view the same memory; a copy has lost the order of the dimensions."""
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)

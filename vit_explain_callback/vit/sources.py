@@ -1,4 +1,4 @@
-"""Follow what tensors are computed of, in a pass with or without gradients."""
+"""Track what tensors are computed from, with or without gradients."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-# They give the values they are given, in another form.
+# They return the values of their argument in another form.
 _SAME_VALUES = {
     *("to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "clone", "detach", "cpu", "cuda", "long"),
     *("squeeze", "unsqueeze", "view", "view_as", "reshape", "flatten", "unflatten", "as_subclass"),
 }
-# They take shape and precision of a tensor, and none of its values.
+# They use the shape and precision of a tensor, but not its values.
 _ONLY_LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}
 _ONLY_LIKE |= {"new_zeros", "new_ones", "new_full", "new_empty", "size", "dim", "numel"}
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 
 
 class Flow:
-    """Knows of tensors which sources they were computed of; keeps none of them alive.
+    """Knows from which sources tensors were computed, without keeping them alive.
 
-    A source is a bit of an integer, so that the sources of a tensor are a number.
+    A source is a bit of an integer, so a set of sources is an integer.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Flow:
                     self._sources[tensor] = self._sources.get(tensor, 0) | sources
 
     def mark_lasting(self, tensors: Iterable[Tensor], sources: int) -> None:
-        """Add sources to tensors that are kept alive by others as long as this is asked."""
+        """Add sources to tensors that outlive this object."""
         for tensor in tensors:
             self._lasting[id(tensor)] = self._lasting.get(id(tensor), 0) | sources
 
@@ -56,7 +56,7 @@ class Flow:
         return sources
 
     def name(self, tensor: Tensor) -> int:
-        """A number that stands for the values of a tensor, also in another shape or precision."""
+        """A number that identifies the values of a tensor, also in another shape or precision."""
         if id(tensor) in self._lasting:
             return -id(tensor)
         if tensor not in self._names:
@@ -64,7 +64,7 @@ class Flow:
         return int(self._names[tensor])
 
     def computed(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
-        """Note that a function of torch gave a result."""
+        """Note the result of a function of torch."""
         name = getattr(function, "__name__", "")
         if name in _ONLY_LIKE:
             return
@@ -87,7 +87,7 @@ class Flow:
 
 
 def _keeps_values(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether a function gives the values that it is given, in their order."""
+    """Whether a function returns the values of its argument, in their order."""
     if name != "__getitem__":
         return name in _SAME_VALUES
     if is_mask_of_rows(args[1]):
@@ -97,12 +97,12 @@ def _keeps_values(name: str, args: tuple[Any, ...]) -> bool:
 
 
 def is_mask_of_rows(index: object) -> bool:
-    """Whether an index says which rows are kept, and nothing of what is in them."""
+    """Whether an index selects whole rows."""
     return isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim == 1
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in a value: itself, or those in tuples, lists, mappings and what holds attributes of the kind."""
+    """The tensors in a value: itself, or those in tuples, lists, mappings and attributes."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
