@@ -87,9 +87,15 @@ def masks(count: int = 16) -> dict[str, Tensor]:
     return {"left": left}
 
 
-def test_full_detail_writes_exactly_the_documented_tags(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def tags_of_full_detail(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run with everything on writes."""
     callback = ViTExplainCallback(detail="full", regions=masks())
-    tags = events(fit(callback, tmp_path, Classifier(steady_vit()))).Tags()
+    return events(fit(callback, tmp_path_factory.mktemp("full"), Classifier(steady_vit()))).Tags()
+
+
+def test_full_detail_writes_exactly_the_documented_tags(tags_of_full_detail: dict[str, Any]) -> None:
+    tags = tags_of_full_detail
     methods = ("rollout", "grad_rollout")
     assert set(tags["scalars"]) - {"epoch"} == full_tags(*methods, region="left")
     images = {f"explain/filmstrip/{method}" for method in methods} | {"explain/heatmap/blocks"}
@@ -100,7 +106,8 @@ def test_full_detail_writes_exactly_the_documented_tags(tmp_path: Path) -> None:
 
 
 def test_regions_add_their_lift_to_the_first_scalars(tmp_path: Path) -> None:
-    tags = events(fit(ViTExplainCallback(regions=masks()), tmp_path, Classifier(steady_vit()))).Tags()
+    callback = ViTExplainCallback(regions=masks(), report=False, num_shown=1)
+    tags = events(fit(callback, tmp_path, Classifier(steady_vit()))).Tags()
     assert set(tags["scalars"]) - {"epoch"} == brief_tags("rollout", "grad_rollout", region="left")
 
 
@@ -114,10 +121,10 @@ def test_what_is_not_asked_for_is_not_written(tmp_path: Path) -> None:
     assert not [tag for tag in tags["images"] if "heatmap" in tag]
 
 
-def test_every_tag_is_named_in_the_docstring_and_its_family_in_the_readme(tmp_path: Path) -> None:
+def test_every_tag_is_named_in_the_docstring_and_its_family_in_the_readme(tags_of_full_detail: dict[str, Any]) -> None:
     known = re.findall("`(explain/[^`]*)`", ViTExplainCallback.__doc__ or "")
     patterns = [re.sub(r"\{\w+\}", r"[^/]+", tag) for tag in known]
-    tags = events(fit(ViTExplainCallback(detail="full", regions=masks()), tmp_path)).Tags()
+    tags = tags_of_full_detail
     readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
     for tag in {*tags["images"], *tags["scalars"]} - {"epoch"}:
         assert any(re.fullmatch(pattern, tag) for pattern in patterns), tag
@@ -127,7 +134,7 @@ def test_every_tag_is_named_in_the_docstring_and_its_family_in_the_readme(tmp_pa
 def test_the_event_file_stays_small(tmp_path: Path) -> None:
     """Images of noise, which compress worst, and a model of the usual size of grid."""
     images = torch.rand(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    options: dict[str, Any] = {"images": (images, torch.arange(8) % CLASSES), "every_n_steps": 1}
+    options: dict[str, Any] = {"images": (images, torch.arange(8) % CLASSES), "every_n_steps": 1, "report": False}
 
     def trained(**more: Any) -> tuple[int, int]:
         folder = tmp_path / more.get("detail", "brief")

@@ -34,6 +34,7 @@ from vit_explain_callback import ViTExplainCallback, explain
 from vit_explain_callback.tracking.snapshot import Snapshot
 
 PLAIN = Situation(NO_THREAD, RIGHT, Project)
+UNSEEN: dict[str, Any] = {"report": False, "num_shown": 1}
 
 
 class Endless(IterableDataset[Any]):
@@ -71,7 +72,7 @@ def test_the_last_maps_are_of_the_weights_one_keeps(name: str, first: str, tmp_p
     ids=["other methods", "same methods, other target"],
 )
 def test_two_callbacks_in_one_trainer(options: Any, tmp_path: Path) -> None:
-    callbacks: list[Any] = [ViTExplainCallback(**each) for each in options]
+    callbacks: list[Any] = [ViTExplainCallback(**UNSEEN, **each) for each in options]
     trainer = fit(None, tmp_path, Project(), loader(), training(), more_callbacks=callbacks)
     assert callbacks[0].state_key != callbacks[1].state_key
     trainer.save_checkpoint(tmp_path / "end.ckpt")

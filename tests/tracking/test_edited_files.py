@@ -55,8 +55,11 @@ TENSORS: list[Callable[[Tensor], Tensor]] = [
 WORDS = ["null", "[]", "{}", '""', "-1", "1e400", "NaN", "[[[", '["a", 3]', "true", "7", "\x1b[31m", "9" * 40]
 
 
+VIT = tiny_vit()
+
+
 def make_tracker(folder: Path | None = None) -> ExplanationTracker:
-    return ExplanationTracker(Explainer(tiny_vit(), ["rollout", "grad_rollout"]), WHOLE, folder=folder, checks=2)
+    return ExplanationTracker(Explainer(VIT, ["rollout", "grad_rollout"]), WHOLE, folder=folder, check_every=2)
 
 
 @pytest.fixture(scope="module")

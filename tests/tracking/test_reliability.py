@@ -63,10 +63,10 @@ def measured(
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_faithfulness_is_of_the_same_images_however_many_processes_share_them(count: int) -> None:
-    whole = checked()
+    whole, each = checked(), [checked(ranks=OneOf(rank, count)) for rank in range(count)]
     for name, gain in whole.gains.items():
         assert gain.isfinite().tolist() == [True] * MOST_CHECKED + [False] * (IMAGES - MOST_CHECKED)
-        shares = [checked(ranks=OneOf(rank, count)).gains[name] for rank in range(count)]
+        shares = [one.gains[name] for one in each]
         parts = [share[: len(share) - (IMAGES - MOST_CHECKED)] for share in shares]
         torch.testing.assert_close(torch.cat(parts), gain[:MOST_CHECKED])
 
