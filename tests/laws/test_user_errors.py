@@ -15,7 +15,7 @@ from tests.laws.user_project import NAMED, Case, check, leave
 from tests.models import CLASSES
 from tests.runs import fit, quiet
 from tests.situations.project import LABELS, Project, loader, training
-from vit_explain_callback import ViTExplainCallback
+from vit_explain_callback import Detail, ViTExplainCallback
 
 NO_THREAD, RIGHT = "no thread", "right, and must stay so"
 
@@ -131,7 +131,7 @@ def test_what_is_ours_stands_under_one_prefix(tmp_path: Path) -> None:
     """So that no name of the user's can be taken."""
     without = leave(Case(NO_THREAD, "names such as `probe/accuracy`"), tmp_path / "without", []).everything
     found = leave(
-        Case(NO_THREAD, "as above"), tmp_path / "with", [ViTExplainCallback(report=False, num_shown=1)]
+        Case(NO_THREAD, "as above"), tmp_path / "with", [ViTExplainCallback(detail=Detail(page=False), num_shown=1)]
     ).everything
     for part in NAMED:
         ours = found[part].keys() - without[part].keys()

@@ -106,7 +106,7 @@ def test_full_detail_writes_exactly_the_documented_tags(tags_of_full_detail: dic
 
 
 def test_regions_add_their_lift_to_the_first_scalars(tmp_path: Path) -> None:
-    callback = ViTExplainCallback(regions=masks(), report=False, num_shown=1)
+    callback = ViTExplainCallback(regions=masks(), detail=Detail(page=False), num_shown=1)
     tags = events(fit(callback, tmp_path, Classifier(steady_vit()))).Tags()
     assert set(tags["scalars"]) - {"epoch"} == brief_tags("rollout", "grad_rollout", region="left")
 
@@ -134,7 +134,7 @@ def test_every_tag_is_named_in_the_docstring_and_its_family_in_the_readme(tags_o
 def test_the_event_file_stays_small(tmp_path: Path) -> None:
     """Images of noise, which compress worst, and a model of the usual size of grid."""
     images = torch.rand(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    options: dict[str, Any] = {"images": (images, torch.arange(8) % CLASSES), "every_n_steps": 1, "report": False}
+    options: dict[str, Any] = {"images": (images, torch.arange(8) % CLASSES), "every_n_steps": 1}
 
     def trained(**more: Any) -> tuple[int, int]:
         folder = tmp_path / more.get("detail", "brief")

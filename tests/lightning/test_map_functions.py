@@ -56,8 +56,7 @@ def run(net: Any, folder: Path, methods: list[Any] | None, **options: Any) -> tu
     """Two epochs of four steps with dropout and an outcome to compare; without methods, without the callback."""
     pl.seed_everything(1, verbose=False)
     module = Net(net)
-    named = ("every_n_steps", "detail", "images", "forward", "report")
-    own: dict[str, Any] = {"report": False} | {name: options.pop(name) for name in named if name in options}
+    own = {name: options.pop(name) for name in ("every_n_steps", "detail", "images", "forward") if name in options}
     callback = None if methods is None else ViTExplainCallback(methods, num_images=6, num_shown=2, **own)
     loaders: dict[str, Any] = {"train": DataLoader(DATA, 4, shuffle=True), "validation": DataLoader(DATA, 4)}
     trainer = fit(callback, folder, module, **(loaders | options))
@@ -83,7 +82,7 @@ def test_a_model_without_a_vit_is_tracked_and_training_ends_in_the_same_bits(tmp
     _, _, without = run(make(), tmp_path / "without", None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer, module, outcome = run(make(), tmp_path / "with", [method, SALIENCY], detail="full", report=True)
+        trainer, module, outcome = run(make(), tmp_path / "with", [method, SALIENCY], detail="full")
     told = messages(caught)
     assert [text for text in told if "num_images" not in text] == []
     assert differing(without, outcome) == []

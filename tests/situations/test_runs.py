@@ -34,7 +34,7 @@ from vit_explain_callback import ViTExplainCallback, explain
 from vit_explain_callback.tracking.snapshot import Snapshot
 
 PLAIN = Situation(NO_THREAD, RIGHT, Project)
-UNSEEN: dict[str, Any] = {"report": False, "num_shown": 1}
+UNSEEN: dict[str, Any] = {"detail": {"page": False}, "num_shown": 1}
 
 
 class Endless(IterableDataset[Any]):

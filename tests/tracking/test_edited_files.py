@@ -59,7 +59,7 @@ VIT = tiny_vit()
 
 
 def make_tracker(folder: Path | None = None) -> ExplanationTracker:
-    return ExplanationTracker(Explainer(VIT, ["rollout", "grad_rollout"]), WHOLE, folder=folder, check_every=2)
+    return ExplanationTracker(Explainer(VIT, ["rollout", "grad_rollout"]), WHOLE, folder=folder, checks=2)
 
 
 @pytest.fixture(scope="module")
