@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tests.models import CLASSES, random_images, steady_vit, tiny_vit
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, quiet, saved
-from vit_explain_callback import AttentionRollout, ViTExplainCallback, explain
+from vit_explain_callback import AttentionRollout, Detail, ViTExplainCallback, explain
 from vit_explain_callback.metrics.drift import spearman
 from vit_explain_callback.metrics.localisation import region_statistics
 from vit_explain_callback.metrics.shape import map_statistics

@@ -310,10 +310,9 @@ def test_a_run_needs_no_standard_output(tmp_path: Path, kind: str, monkeypatch: 
         stream = io.TextIOWrapper(raw, "ascii" if kind == "closed" else kind)
     if kind == "closed":
         stream.close()
-    for name in ("_terminal", "tracking.progress"):
-        monkeypatch.setattr(
-            f"vit_explain_callback.{name}.sys", SimpleNamespace(stdout=stream, stderr=stream, platform=sys.platform)
-        )
+    monkeypatch.setattr(
+        "vit_explain_callback.system.terminal.sys", SimpleNamespace(stdout=stream, stderr=stream, platform=sys.platform)
+    )
     fit(quiet(["rollout"], on_error="raise", class_names=["ä→"] * 5, **CHECKED), tmp_path)
     if kind in ("ascii", "cp1252"):
         lines = raw.getvalue().decode(kind).splitlines()
@@ -331,8 +330,8 @@ def test_the_bar_is_shown_where_the_trainers_is(
             done[self.desc] = (self.n, self.total)
             super().close()
 
-    monkeypatch.setattr("vit_explain_callback.tracking.progress.SECONDS", 0.0)
-    monkeypatch.setattr("vit_explain_callback.tracking.progress.tqdm", Noting)
+    monkeypatch.setattr("vit_explain_callback.system.terminal.SECONDS", 0.0)
+    monkeypatch.setattr("tqdm.tqdm", Noting)
     fit(quiet(["rollout"], **CHECKED), tmp_path)
     assert capsys.readouterr().err == ""
     assert done == {}
@@ -350,7 +349,7 @@ def test_the_bar_is_shown_where_the_trainers_is(
 def test_nothing_is_shown_of_what_is_quick(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vit_explain_callback.tracking.progress.SECONDS", 600.0)
+    monkeypatch.setattr("vit_explain_callback.system.terminal.SECONDS", 600.0)
     fit(quiet(["rollout"], **CHECKED), tmp_path, enable_progress_bar=True)
     assert "ViTExplainCallback" not in capsys.readouterr().err
 
