@@ -59,7 +59,7 @@ def explain(
         RuntimeError: If a `MapFunction` fails, or does not return maps.
 
     Example:
-        >>> import timm
+        >>> import timm, torch
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=2)
         >>> explanation = explain(model, torch.zeros(1, 3, 224, 224), ["rollout", "grad_rollout_max"])
         >>> {name: tuple(maps.shape) for name, maps in explanation.maps.items()}
