@@ -200,7 +200,7 @@ def test_a_method_of_which_it_is_not_clear_is_not_called_unchanged() -> None:
 
 def test_where_nothing_that_is_taken_away_matters_trust_is_not_known() -> None:
     (line,) = [line for line in run_of({"a": 0.5}, gain=0.002, spread=0.001) if "trusted" in line]
-    assert line.startswith("Can the maps be trusted? Not known, as the target's probability does not depend on what is")
+    assert line.startswith("Can the maps be trusted? Not known, as the target's probability does not depend on the")
     assert line.endswith("try the other `removal`.")
 
 
