@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
 from vit_explain_callback.lightning.adapter import LightningAdapter, StepName, transferred
 from vit_explain_callback.lightning.batches import images_and_labels
+from vit_explain_callback.lightning.locate import locate_vit_of
 from vit_explain_callback.lightning.steps import CURE, Steps
 from vit_explain_callback.lightning.trace import StepTrace, leaves_of
 from vit_explain_callback.vit.labels import Task, read_labels
-from vit_explain_callback.vit.locate import LocatedViT, locate_vit
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class OutputFinder:
     def _finished(
         self, adapter: LightningAdapter, trace: StepTrace, inputs: Tensor, labels: Tensor | None
     ) -> LossOutputs:
-        located = self._locate(adapter, inputs)
+        located = locate_vit_of(adapter, inputs, self._needs_vit)
         if located.images is None:
             raise self._imageless(adapter.step)
         images = _plain(located.images)
@@ -227,53 +227,6 @@ class OutputFinder:
             except Exception as error:
                 return error
 
-    def _locate(self, adapter: LightningAdapter, inputs: Tensor) -> LocatedViT:
-        """The ViT behind the outputs, in one of the parts, and the images that reach it; a twin is run to see both."""
-        located: LocatedViT | None = None
-        for path in self._paths(adapter.parts or ("",)):
-            with adapter.evaluating() as twin:
-                copied = inputs.to(self._module.device, copy=True)
-
-                def run(root: nn.Module = twin.module, copied: Tensor = copied) -> Any:
-                    if adapter.parts:
-                        return adapter.of_parts(root, copied)
-                    return adapter.of_step(root, list(range(adapter.count)))
-
-                parts = [twin.module.get_submodule(part) for part in adapter.parts if part]
-                weights = [weight for part in parts for weight in part.parameters()]
-                model = twin.module.get_submodule(path)
-                located = locate_vit(model, run, self._within(path), self._needs_vit, weights)
-            if located.attends or not self._needs_vit:
-                break
-        assert located is not None
-        if located.images is None and adapter.parts:
-            located = replace(located, images=inputs, feed=adapter.parts[0])  # earlier parts turn them into features
-        else:
-            located = replace(located, feed=".".join(filter(None, (path, located.feed))))
-        vit = path if located.vit is None else ".".join(filter(None, (path, located.vit)))
-        return replace(located, vit=vit or None)
-
-    def _paths(self, parts: tuple[str, ...]) -> list[str]:
-        """The parts that may hold the ViT.
-
-        Raises:
-            ValueError: If the user's `vit` lies in none of them.
-        """
-        vit = self._vit
-        inside = [path for path in parts if vit is None or _is_inside(vit, path) or _is_inside(path, vit)]
-        if not inside:
-            raise ValueError(
-                f"Expected `vit` to name the ViT that the loss depends on, inside `{parts[0]}`, but got {vit!r}. {CURE}"
-            )
-        return inside
-
-    def _within(self, path: str) -> str | None:
-        """Path of the user's `vit` inside a part; None if the part lies inside it."""
-        vit = self._vit
-        if vit is None or vit == path:
-            return None if vit is None else ""
-        return vit.removeprefix(f"{path}." if path else "") if _is_inside(vit, path) else None
-
     def _notice(self, adapter: LightningAdapter, trace: StepTrace) -> str | None:
         if trace.others:
             return (
@@ -303,10 +256,6 @@ class OutputFinder:
             f"Expected `{step}` of {type(self._module).__name__} to compare outputs, one row per image, with labels in "
             f"a loss, but saw {losses}: an embedding is not the logits of classes. {CURE}"
         )
-
-
-def _is_inside(path: str, outer: str) -> bool:
-    return not outer or f"{path}.".startswith(f"{outer}.")
 
 
 def _inputs_and_outputs(trace: StepTrace) -> tuple[Tensor, Tensor]:
