@@ -158,7 +158,7 @@ def test_the_event_file_stays_small(tmp_path: Path) -> None:
 def test_pictures_stop_at_the_bound_and_it_is_said_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = fit(quiet(["rollout"], every_n_steps=1, max_pictures_mb=0.4, num_shown=3), tmp_path)
+        trainer = fit(ViTExplainCallback(["rollout"], every_n_steps=1, detail=Detail(max_pictures_mb=0.4)), tmp_path)
     assert len([text for text in messages(caught) if "the pictures reached 0.4 MB" in text]) == 1
     board = events(trainer)
     pictures = [event for tag in board.Tags()["images"] for event in board.Images(tag)]
