@@ -16,7 +16,7 @@ from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_
 from vit_explain_callback.lightning.adapter import LightningAdapter, StepName, transferred
 from vit_explain_callback.lightning.batches import images_and_labels
 from vit_explain_callback.lightning.locate import locate_vit_of
-from vit_explain_callback.lightning.steps import CURE, Steps
+from vit_explain_callback.lightning.steps import CURE, TwinSteps
 from vit_explain_callback.lightning.trace import StepTrace, leaves_of
 from vit_explain_callback.vit.labels import Task, read_labels
 
@@ -29,14 +29,14 @@ class LossOutputs:
         adapter: Runs the module.
         images: The images as they reach the ViT, (B, C, H, W), on the CPU.
         labels: (B,), -1 for an image without a label; None if no image has one.
-        words: What is explained, for the greeting.
+        description: What is explained, for the greeting.
         notice: What the user should know about it, or None.
     """
 
     adapter: LightningAdapter
     images: Tensor
     labels: Tensor | None
-    words: str
+    description: str
     notice: str | None = None
 
 
@@ -54,7 +54,7 @@ class OutputFinder:
     def __init__(
         self, module: LightningModule, trainer: Trainer, vit: str | None, needs_vit: bool, task: Task | None
     ) -> None:
-        self._module, self._trainer, self._steps = module, trainer, Steps(module, trainer)
+        self._module, self._trainer, self._steps = module, trainer, TwinSteps(module, trainer)
         self._vit, self._needs_vit, self._task = vit, needs_vit, task
 
     def for_batch(self, batch: Any, is_ready: bool, watched: StepTrace | None) -> LossOutputs:
@@ -160,8 +160,8 @@ class OutputFinder:
             adapter = replace(adapter, feed=located.feed, inputs=inputs if adapter.parts else None)
         adapter = replace(adapter, vit=located.vit, batch=None if adapter.parts else adapter.batch)
         labels = None if labels is None else labels[: len(images)]
-        words = adapter.in_words(trace.loss, located.outputs.shape[1] if located.outputs.ndim > 1 else 1)
-        return LossOutputs(adapter, images, labels, words, self._notice(adapter, trace))
+        description = adapter.describe(trace.loss, located.outputs.shape[1] if located.outputs.ndim > 1 else 1)
+        return LossOutputs(adapter, images, labels, description, self._notice(adapter, trace))
 
     def _confirmed(self, base: LightningAdapter, trace: StepTrace) -> LightningAdapter | None:
         """The parts whose copies reproduce the outputs of the step; None if only the step itself does."""
