@@ -391,7 +391,7 @@ def test_a_process_that_gives_nothing_is_given_up_once(
     case = replace(case, trainer={"max_epochs": 3})
     without, found = leave(case, tmp_path / "without", []), leave(case, tmp_path / "with", [quiet()])
     assert differing(without.everything, of_user(found.everything, without.everything)) == []
-    said = [text for text in found.said if "in a process of their own" in text]
+    said = [text for text in found.said if "in a separate process" in text]
     assert len(said) == 1, found.said
     assert why in said[0]
     assert "Pass `images=(images, labels)`" in said[0]

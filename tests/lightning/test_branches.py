@@ -235,8 +235,8 @@ class TwoSizes(Pictures):
     ("module", "data", "said"),
     [
         (Classifier, Pictures(7), "the validation set gave 7"),
-        (Filtered, Pictures(16), r"of the 16 in the validation set \d+ can be explained: those of one size"),
-        (Classifier, TwoSizes(20), "of the 20 in the validation set 15 can be explained: those of one size"),
+        (Filtered, Pictures(16), r"only \d+ of the 16 validation images can be explained: those of one size"),
+        (Classifier, TwoSizes(20), "only 15 of the 20 validation images can be explained: those of one size"),
     ],
 )
 def test_what_was_given_and_what_is_left_are_told_apart(tmp_path: Path, module: Any, data: Any, said: str) -> None:

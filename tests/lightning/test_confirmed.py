@@ -324,7 +324,7 @@ def test_images_without_a_label_are_left_out_where_the_step_fails_on_them(
     labels = [0, 1, 2, 3, 4, *[unlabelled, 0, 1, unlabelled, 2] * 3]
     callback = quiet(num_images=8)
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=r"`num_images=8`, but of the 20 in the validation set [67] can be explained"):
+    with pytest.warns(UserWarning, match=r"`num_images=8`, but only [67] of the 20 validation images can be explained"):
         trained(callback, tmp_path, Fussy(), labels, num_sanity_val_steps=sanity, limit_val_batches=1)
     assert callback.tracker is not None
     known = callback.tracker.probe.labels
@@ -360,7 +360,7 @@ def test_images_that_the_step_leaves_out_have_no_label(project: Any, sanity: int
     torch.manual_seed(0)
     module = project()
     is_fewer = project is MaskedImages and not sanity
-    fewer = pytest.warns(UserWarning, match=r"of the 20 in the validation set [67] can be explained")
+    fewer = pytest.warns(UserWarning, match=r"only [67] of the 20 validation images can be explained")
     with fewer if is_fewer else contextlib.nullcontext():
         trained(callback, tmp_path, module, labels, num_sanity_val_steps=sanity)
     assert callback.tracker is not None

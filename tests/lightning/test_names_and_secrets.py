@@ -17,7 +17,7 @@ from tests.lightning.test_loggers import Spy
 from tests.models import random_images
 from tests.runs import Classifier, Pictures, events, fit, loader, messages, quiet, saved
 from vit_explain_callback import Probe, load_run
-from vit_explain_callback.lightning.sample import sample
+from vit_explain_callback.lightning.weights import sample_weights
 from vit_explain_callback.page.document import render_page
 from vit_explain_callback.system.terminal import redacted
 
@@ -208,12 +208,12 @@ def test_parameters_of_every_kind_are_looked_at(kind: str) -> None:
         PARAMETERS[kind](),
         nn.Parameter(torch.ones(2)),
     )
-    seen = sample(module)
-    assert seen.equal(sample(module))
+    seen = sample_weights(module)
+    assert seen.equal(sample_weights(module))
     assert seen.dtype is torch.uint8
     with torch.no_grad():
         module.last[1] = 2
-    assert not seen.equal(sample(module))
+    assert not seen.equal(sample_weights(module))
 
 
 class Embeds(Classifier):

@@ -29,7 +29,7 @@ from torch.utils.data import (
 )
 
 from vit_explain_callback.isolation.child import can_fork
-from vit_explain_callback.lightning.batches import BatchBuffer, images_and_labels, picked
+from vit_explain_callback.lightning.batches import BatchBuffer, images_and_labels, pick_rows
 from vit_explain_callback.lightning.items import labels_of, spread_over_classes
 from vit_explain_callback.lightning.probe_batch import probe_batch
 
@@ -216,13 +216,13 @@ def test_images_of_the_commonest_size_are_taken(forks: bool) -> None:
 
 def test_rows_are_picked_from_a_batch_of_any_form() -> None:
     batch = {"deep": [(IMAGES, "same"), {"y": LABELS}], "names": list("abcdefghij"), "size": torch.tensor(3)}
-    found = picked(batch, [7, 1], 10)
+    found = pick_rows(batch, [7, 1], 10)
     assert found["deep"][0][0].equal(IMAGES[[7, 1]])
     assert found["deep"][0][1] == "same"
     assert found["deep"][1]["y"].tolist() == [7, 1]
     assert found["names"] == ["h", "b"]
     assert found["size"] == 3
-    assert picked([IMAGES[:2], LABELS[:2]], [1], 2)[1].tolist() == [1]  # a pair, not two items
+    assert pick_rows([IMAGES[:2], LABELS[:2]], [1], 2)[1].tolist() == [1]  # a pair, not two items
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def test_images_that_could_not_be_chosen_are_said_to_be_the_first(
             raise TypeError("not to be copied")
 
     options: dict[str, Any] = {"num_sanity_val_steps": 2, "max_epochs": 1}
-    with pytest.warns(UserWarning, match="others than the first validation images"):
+    with pytest.warns(UserWarning, match="so the first validation images are explained"):
         fit(quiet(["rollout"]), tmp_path, validation=loader(Bound(), 8), **options)
     text = "of 16 images of 1 class (the first of the validation; choose others with `images=`), with each validation"
     assert text in capsys.readouterr().out

@@ -184,7 +184,7 @@ SITUATIONS = {
         module=Project,
         validation=lambda: DataLoader(BoundToItsProcess(), 8),
         train=training,
-        says="others than the first validation images",
+        says="so the first validation images are explained",
     ),
     "data whose copy cannot be read": Situation(
         source=NO_THREAD,

@@ -14,60 +14,15 @@ from torch import Tensor, nn
 from vit_explain_callback.isolation.twin import Twin
 from vit_explain_callback.isolation.undisturbed import undisturbed
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
-from vit_explain_callback.lightning.batches import picked
-from vit_explain_callback.lightning.read_only_trainer import StandIns, unheard
-from vit_explain_callback.lightning.trace import leaves_of, says_more
+from vit_explain_callback.lightning.batches import pick_rows
+from vit_explain_callback.lightning.read_only_trainer import StandIns, silenced
+from vit_explain_callback.lightning.trace import has_more_than_tensors, leaves_of
 from vit_explain_callback.options.model import LogitsOf
 from vit_explain_callback.vit.labels import Task
 from vit_explain_callback.vit.losses import IMAGES, LossRecorder
 
 StepName = Literal["validation_step", "training_step"]
 _TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-
-
-@contextmanager
-def evaluating(module: LightningModule, trainer: Trainer) -> Iterator[Twin]:
-    """A twin of a module, in the precision that its weights need."""
-    stand_ins = StandIns(trainer, module)
-    with ExitStack() as stack:
-        stack.callback(stand_ins.close)
-        twin = stack.enter_context(undisturbed(module, stand_ins))
-        kinds = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
-        if kinds - {
-            torch.float32,
-            torch.float64,
-        }:  # lower precision needs the context of training
-            stack.enter_context(trainer.precision_plugin.forward_context())
-        yield twin
-
-
-def transferred(module: LightningModule, trainer: Trainer, batch: Any) -> Any:
-    """Move a batch to the module's device through the transfer hooks; the user's own hooks run on a twin."""
-    data = getattr(trainer, "datamodule", None)
-    batch = trainer.precision_plugin.convert_input(batch)
-    if not any(is_overridden(name, owner) for name in _TRANSFERS for owner in (module, data) if owner is not None):
-        return trainer.strategy.batch_to_device(batch, module.device, 0)
-    with evaluating(module, trainer) as twin, torch.no_grad(), unheard():
-        for name in _TRANSFERS:
-            owner = data if data is not None and is_overridden(name, data) else module
-            arguments = (module.device, 0) if name == "transfer_batch_to_device" else (0,)
-            batch = getattr(twin.copy(owner), name)(batch, *arguments)
-    return batch
-
-
-def run_step(twin: Any, step: StepName, batch: Any) -> Any:
-    """Call a step with as many positional arguments as it takes, as Lightning does; its output is discarded.
-
-    The index of the loader is passed only to a parameter of that name or without a default.
-    """
-    function = getattr(twin, step)
-    kinds = inspect.Parameter
-    places = [one for one in inspect.signature(function).parameters.values() if one.kind < kinds.KEYWORD_ONLY]
-    index_of_batch = len(places) > 1 or places[-1].kind == kinds.VAR_POSITIONAL
-    more = [one for one in places[2:] if one.kind != kinds.VAR_POSITIONAL]
-    index_of_loader = bool(more) and (more[0].name == "dataloader_idx" or more[0].default is kinds.empty)
-    with unheard():
-        return function(batch, *[0] * (index_of_batch + index_of_loader))
 
 
 _WORDS = {"cross_entropy": "cross-entropy", "nll_loss": "negative log-likelihood", "mse_loss": "squared error"}
@@ -118,7 +73,7 @@ class LightningAdapter:
         """False: it runs parts of the module or its step."""
         return False
 
-    def in_words(self, loss: str | None, columns: int) -> str:
+    def describe(self, loss: str | None, columns: int) -> str:
         """What is explained, for the greeting.
 
         Args:
@@ -131,10 +86,12 @@ class LightningAdapter:
             "multilabel": ("label", "labels"),
             "regression": ("number", "numbers"),
         }[self.task]
-        what = f"{count} {one if count == 1 else many}"
-        what = what if self.task == "regression" else f"logits of {what}"
+        counted = f"{count} {one if count == 1 else many}"
+        outputs = counted if self.task == "regression" else f"logits of {counted}"
         where = "" if self.parts else ", which is run on a copy"
-        return what if loss is None else f"{what}, from the {_WORDS.get(loss, f'`{loss}`')} of `{self.step}`{where}"
+        if loss is None:
+            return outputs
+        return f"{outputs}, from the {_WORDS.get(loss, f'`{loss}`')} of `{self.step}`{where}"
 
     @contextmanager
     def evaluating(self) -> Iterator[Twin]:
@@ -145,7 +102,7 @@ class LightningAdapter:
     def outputs(self, twin: nn.Module, images: Tensor, rows: range) -> object:
         """Run the twin on images, (B, C, H, W), which are at `rows` of the batch, counted modulo its size."""
         if self.forward is not None:
-            with unheard():
+            with silenced():
                 return self.forward(twin, images)
         in_batch = [row % max(self.count, 1) for row in rows]
         with self._feeding(twin, images):
@@ -156,7 +113,7 @@ class LightningAdapter:
     def of_parts(self, twin: nn.Module, inputs: Tensor) -> Any:
         """Outputs of the parts, one after another, for inputs of the first."""
         outputs: Any = inputs
-        with unheard():
+        with silenced():
             for path in self.parts:
                 outputs = twin.get_submodule(path)(outputs)
         return getattr(outputs, "logits", outputs)
@@ -167,12 +124,12 @@ class LightningAdapter:
         Raises:
             ValueError: If it computes no loss from outputs with a row for each image.
         """
-        batch = picked(self.batch, rows, self.count, self.rows)
+        batch = pick_rows(self.batch, rows, self.count, self.rows)
         recorder, leaves = LossRecorder(), leaves_of(batch)
         flow = recorder.flow
         flow.mark(images, IMAGES)
         recorder.give(leaves)
-        recorder.needs_labels = not says_more(batch)
+        recorder.needs_labels = not has_more_than_tensors(batch)
         with recorder:
             try:
                 recorder.returned |= flow.of(run_step(twin, self.step, batch))
@@ -209,3 +166,46 @@ class LightningAdapter:
             yield
         finally:
             handle.remove()
+
+
+@contextmanager
+def evaluating(module: LightningModule, trainer: Trainer) -> Iterator[Twin]:
+    """A twin of a module, in the precision that its weights need."""
+    stand_ins = StandIns(trainer, module)
+    with ExitStack() as stack:
+        stack.callback(stand_ins.close)
+        twin = stack.enter_context(undisturbed(module, stand_ins))
+        kinds = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+        # Lower precision needs the context of training.
+        if kinds - {torch.float32, torch.float64}:
+            stack.enter_context(trainer.precision_plugin.forward_context())
+        yield twin
+
+
+def transferred(module: LightningModule, trainer: Trainer, batch: Any) -> Any:
+    """Move a batch to the module's device through the transfer hooks; the user's own hooks run on a twin."""
+    data = getattr(trainer, "datamodule", None)
+    batch = trainer.precision_plugin.convert_input(batch)
+    if not any(is_overridden(name, owner) for name in _TRANSFERS for owner in (module, data) if owner is not None):
+        return trainer.strategy.batch_to_device(batch, module.device, 0)
+    with evaluating(module, trainer) as twin, torch.no_grad(), silenced():
+        for name in _TRANSFERS:
+            owner = data if data is not None and is_overridden(name, data) else module
+            arguments = (module.device, 0) if name == "transfer_batch_to_device" else (0,)
+            batch = getattr(twin.copy(owner), name)(batch, *arguments)
+    return batch
+
+
+def run_step(twin: Any, step: StepName, batch: Any) -> Any:
+    """Call a step with as many positional arguments as it takes, as Lightning does; its output is discarded.
+
+    The index of the loader is passed only to a parameter of that name or without a default.
+    """
+    function = getattr(twin, step)
+    kinds = inspect.Parameter
+    places = [one for one in inspect.signature(function).parameters.values() if one.kind < kinds.KEYWORD_ONLY]
+    index_of_batch = len(places) > 1 or places[-1].kind == kinds.VAR_POSITIONAL
+    more = [one for one in places[2:] if one.kind != kinds.VAR_POSITIONAL]
+    index_of_loader = bool(more) and (more[0].name == "dataloader_idx" or more[0].default is kinds.empty)
+    with silenced():
+        return function(batch, *[0] * (index_of_batch + index_of_loader))

@@ -24,7 +24,7 @@ def cloned(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, lambda part: part.detach().clone())
 
 
-def picked(batch: Any, rows: list[int], count: int, leaves: Collection[int] | None = None) -> Any:
+def pick_rows(batch: Any, rows: list[int], count: int, leaves: Collection[int] | None = None) -> Any:
     """Pick rows of a batch of any form: of every part that has `count` rows.
 
     Args:
@@ -35,13 +35,13 @@ def picked(batch: Any, rows: list[int], count: int, leaves: Collection[int] | No
             `count` rows.
 
     Example:
-        >>> picked({"image": torch.arange(3), "size": (4, 4), "names": ["a", "b", "c"]}, [2, 0], 3)
+        >>> pick_rows({"image": torch.arange(3), "size": (4, 4), "names": ["a", "b", "c"]}, [2, 0], 3)
         {'image': tensor([2, 0]), 'size': (4, 4), 'names': ['c', 'a']}
     """
-    return _picked(batch, rows, count, leaves, itertools.count())
+    return _pick(batch, rows, count, leaves, itertools.count())
 
 
-def _picked(batch: Any, rows: list[int], count: int, leaves: Collection[int] | None, place: Iterator[int]) -> Any:
+def _pick(batch: Any, rows: list[int], count: int, leaves: Collection[int] | None, place: Iterator[int]) -> Any:
     if isinstance(batch, Tensor | np.ndarray):
         is_of_images = not isinstance(batch, Tensor) or next(place) in (leaves or ()) or leaves is None
         if batch.ndim > 0 and len(batch) == count and is_of_images:
@@ -49,16 +49,16 @@ def _picked(batch: Any, rows: list[int], count: int, leaves: Collection[int] | N
         return batch.clone() if isinstance(batch, Tensor) else batch.copy()
     more = (rows, count, leaves, place)
     if isinstance(batch, dict):
-        parts = {key: _picked(part, *more) for key, part in batch.items()}
+        parts = {key: _pick(part, *more) for key, part in batch.items()}
         return type(batch)(parts) if type(batch) is dict else _like(batch, parts)
     if isinstance(batch, list | tuple):
         if len(batch) == count and not any(has_rows(part, count) for part in batch):
             items: Any = [batch[row] for row in rows]
         else:
-            items = [_picked(part, *more) for part in batch]
+            items = [_pick(part, *more) for part in batch]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     if hasattr(batch, "__dict__") and not isinstance(batch, type | types.FunctionType | random.Random):
-        return _like(batch, {}, {name: _picked(part, *more) for name, part in vars(batch).items()})
+        return _like(batch, {}, {name: _pick(part, *more) for name, part in vars(batch).items()})
     return batch
 
 
@@ -169,7 +169,7 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
         return images, None
     labels = labels.detach().flatten().to("cpu", torch.int64, copy=True)
     if len(labels) != len(images):
-        raise ValueError(f"Expected one label per image, but got {len(images)} images but {len(labels)} labels.")
+        raise ValueError(f"Expected one label per image, but got {len(images)} images and {len(labels)} labels.")
     return images, labels
 
 

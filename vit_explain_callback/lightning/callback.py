@@ -15,7 +15,7 @@ from vit_explain_callback.lightning.batches import BatchBuffer
 from vit_explain_callback.lightning.fit import Fit
 from vit_explain_callback.lightning.settings import MODEL_OPTIONS, CallbackModelOptions, Settings
 from vit_explain_callback.lightning.state_key import changed_options
-from vit_explain_callback.lightning.steps import StepWatch
+from vit_explain_callback.lightning.steps import FirstStepWatcher
 from vit_explain_callback.methods.map_function import AnyMethod
 from vit_explain_callback.metrics.drift import DriftMetric
 from vit_explain_callback.options.rules import refuse_unknown
@@ -154,7 +154,7 @@ class ViTExplainCallback(Callback):
         self._fit: Fit | None = None
         self._previous: Fit | None = None
         self._state: dict[str, Any] | None = None
-        self._buffer, self._step = BatchBuffer(self.settings.num_images), StepWatch()
+        self._buffer, self._step = BatchBuffer(self.settings.num_images), FirstStepWatcher()
 
     @property
     def tracker(self) -> ExplanationTracker | None:
@@ -164,7 +164,7 @@ class ViTExplainCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer without validation images, and continue from the previous fit of the same module."""
         if stage == "fit":
-            self._buffer, self._step = BatchBuffer(self.settings.num_images), StepWatch()
+            self._buffer, self._step = BatchBuffer(self.settings.num_images), FirstStepWatcher()
             self.guard = Guard(self.settings.on_error)
             self._previous, self._fit, self._state = self._fit, None, None
             if self._previous is not None:

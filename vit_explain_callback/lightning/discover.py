@@ -17,7 +17,7 @@ from vit_explain_callback.lightning.batches import BatchBuffer, images_and_label
 from vit_explain_callback.lightning.outputs import OutputFinder
 from vit_explain_callback.lightning.probe_batch import class_names, probe_batch, validation_size
 from vit_explain_callback.lightning.settings import Settings
-from vit_explain_callback.lightning.steps import Steps
+from vit_explain_callback.lightning.steps import TwinSteps
 from vit_explain_callback.lightning.trace import StepTrace
 from vit_explain_callback.options.model import LogitsOf
 from vit_explain_callback.tracking.distributed import Ranks
@@ -25,63 +25,6 @@ from vit_explain_callback.tracking.errors import is_refusal, warn
 from vit_explain_callback.tracking.probe import Probe
 from vit_explain_callback.vit.adapter import Adapter, PlainAdapter
 from vit_explain_callback.vit.timm import check_classifier, find_vit, normalisation, refuse_other_timm_models
-
-
-def ranks_of(trainer: Trainer) -> Ranks:
-    """The processes of a trainer whose strategy is set up.
-
-    Raises:
-        ValueError: If the processes share out the heads of each attention.
-    """
-    strategy = trainer.strategy
-    mesh = getattr(strategy, "_device_mesh", None)  # of `ModelParallelStrategy`, public only inside the module
-    if mesh is not None and mesh["tensor_parallel"].size() > 1:
-        raise ValueError(
-            "Expected every process to compute all heads of an attention, but the strategy's `tensor_parallel_size`"
-            f" is {mesh['tensor_parallel'].size()}: no process sees a whole attention matrix. Explain checkpoints "
-            "of this run with `explain` instead."
-        )
-    whole_model = is_kind(strategy, "DDPStrategy") and not is_kind(strategy, "DeepSpeedStrategy")
-    return Ranks(trainer.global_rank, trainer.world_size, trainer.world_size == 1 or whole_model)
-
-
-def explained_module(
-    pl_module: LightningModule, vit: str | None, forward: LogitsOf | None, needs_vit: bool
-) -> nn.Module:
-    """The module that turns images into logits: the LightningModule if it can, else the ViT itself.
-
-    Raises:
-        ValueError: If neither can.
-    """
-    if forward is not None or is_overridden("forward", pl_module):
-        return pl_module
-    if not needs_vit:
-        raise ValueError(
-            f"Expected {type(pl_module).__name__} to define `forward(images)`, returning logits, but it does not. Say "
-            "how to get them: `ViTExplainCallback(forward=lambda module, images: module.model(images))`."
-        )
-    vit_module = find_vit(pl_module, vit)
-    if vit_module is pl_module:
-        raise ValueError(
-            f"Expected {type(pl_module).__name__} to define `forward(images)`, returning logits, or `vit=` to name "
-            "the attribute that holds its model, but got neither."
-        )
-    return vit_module
-
-
-def forward_of(trainer: Trainer) -> LogitsOf | None:
-    """How to call the LightningModule if the strategy needs more than a plain call, else None."""
-    if not is_kind(trainer.strategy, "FSDPStrategy"):
-        return None
-    # Only the outermost wrapper gathers parameters that lie outside every wrapped submodule.
-    outermost = trainer.strategy.model
-
-    def forward(_: nn.Module, images: Tensor) -> Any:
-        assert outermost is not None
-        return outermost(images)
-
-    return forward
-
 
 _FEW = 16
 """Images to run a step with if only its loss is needed."""
@@ -95,13 +38,13 @@ class Discovered:
         explainer: Explains the module.
         probe: The images.
         is_first: Whether they are the first images of the validation, because others could not be read.
-        words: What is explained, for the greeting.
+        description: What is explained, for the greeting.
     """
 
     explainer: Explainer
     probe: Probe
     is_first: bool = False
-    words: str = ""
+    description: str = ""
 
 
 def discover(
@@ -150,8 +93,8 @@ class _Discovery:
 
     def from_validation(self, buffer: BatchBuffer, trace: StepTrace | None) -> Discovered | None:
         # The first process reads the images and sends them to all.
-        work = partial(_collected, self.trainer, self.settings.num_images, buffer)
-        gathered = self.ranks.together(lambda: (*work(), trace) if self.ranks.rank == 0 else (None, False, None))
+        read = partial(_read_or_buffered, self.trainer, self.settings.num_images, buffer)
+        gathered = self.ranks.together(lambda: (*read(), trace) if self.ranks.rank == 0 else (None, False, None))
         batch, is_ready, trace = gathered[0]
         if batch is None:
             return None
@@ -160,14 +103,14 @@ class _Discovery:
             return self._discovered(self._calling_adapter(), images, labels, is_first=is_ready)
         try:
             outputs = self.ranks.alike(lambda: self.finder.for_batch(batch, is_ready, trace))
-        except RuntimeError:  # the step may take another form of batch: that of several loaders at once
+        except RuntimeError:  # the step may take batches of several loaders at once; the buffer of one process has them
             if is_ready or buffer.batch is None or self.ranks.count > 1:
                 raise
-            outputs, is_ready = self.finder.for_batch(buffer.batch, True, trace), True  # of one process alone
+            outputs, is_ready = self.finder.for_batch(buffer.batch, True, trace), True
         if outputs.notice is not None:
             warn(outputs.notice)
-        found = self._discovered(outputs.adapter, outputs.images, outputs.labels, is_first=is_ready)
-        return replace(found, words=outputs.words)
+        discovered = self._discovered(outputs.adapter, outputs.images, outputs.labels, is_first=is_ready)
+        return replace(discovered, description=outputs.description)
 
     def from_images(self, trace: StepTrace | None) -> Discovered:
         assert self.settings.images is not None
@@ -180,7 +123,8 @@ class _Discovery:
         if first is not None:
             try:
                 outputs = self.ranks.alike(lambda: self.finder.for_images(images, labels, first))
-                return replace(self._discovered(outputs.adapter, outputs.images, labels), words=outputs.words)
+                discovered = self._discovered(outputs.adapter, outputs.images, labels)
+                return replace(discovered, description=outputs.description)
             except Exception as error:
                 if is_refusal(error):
                     raise
@@ -217,9 +161,9 @@ class _Discovery:
         """Calls the module, its ViT or the user's `forward`."""
         options, module = self.settings.model, self.module
         vit, forward, task = options.get("vit"), options.get("forward"), options.get("task")
-        model = explained_module(module, vit, forward, self.settings.needs_vit)
+        model = _explained_module(module, vit, forward, self.settings.needs_vit)
         if is_sharded(module):
-            forward = forward or forward_of(self.trainer)
+            forward = forward or _forward_of(self.trainer)
             return PlainAdapter(model, vit if model is module else None, forward, task == "regression")
         if model is not module:
             check_classifier(model)
@@ -227,7 +171,45 @@ class _Discovery:
         return LightningAdapter(module, self.trainer, vit, task or "classification", forward, (path,))
 
 
-def _collected(trainer: Trainer, num_images: int, buffer: BatchBuffer) -> tuple[Any, bool]:
+def _explained_module(
+    pl_module: LightningModule, vit: str | None, forward: LogitsOf | None, needs_vit: bool
+) -> nn.Module:
+    """The module that turns images into logits: the LightningModule if it can, else the ViT itself.
+
+    Raises:
+        ValueError: If neither can.
+    """
+    if forward is not None or is_overridden("forward", pl_module):
+        return pl_module
+    if not needs_vit:
+        raise ValueError(
+            f"Expected {type(pl_module).__name__} to define `forward(images)`, returning logits, but it does not. Say "
+            "how to get them: `ViTExplainCallback(forward=lambda module, images: module.model(images))`."
+        )
+    vit_module = find_vit(pl_module, vit)
+    if vit_module is pl_module:
+        raise ValueError(
+            f"Expected {type(pl_module).__name__} to define `forward(images)`, returning logits, or `vit=` to name "
+            "the attribute that holds its model, but got neither."
+        )
+    return vit_module
+
+
+def _forward_of(trainer: Trainer) -> LogitsOf | None:
+    """How to call the LightningModule if the strategy needs more than a plain call, else None."""
+    if not is_kind(trainer.strategy, "FSDPStrategy"):
+        return None
+    # Only the outermost wrapper gathers parameters that lie outside every wrapped submodule.
+    outermost = trainer.strategy.model
+
+    def forward(_: nn.Module, images: Tensor) -> Any:
+        assert outermost is not None
+        return outermost(images)
+
+    return forward
+
+
+def _read_or_buffered(trainer: Trainer, num_images: int, buffer: BatchBuffer) -> tuple[Any, bool]:
     """A batch of validation images, and whether it has been through the transfer hooks; None if there is none yet.
 
     Buffered images are the first of the data, and often of one class; they are used if no others can be read.
@@ -238,8 +220,8 @@ def _collected(trainer: Trainer, num_images: int, buffer: BatchBuffer) -> tuple[
         if buffer.batch is None:
             raise
         warn(
-            "only the first validation images are explained, as others than the first validation images cannot be read "
-            f"in a process of their own ({error.__cause__!r}). Pass `images=(images, labels)` to choose them."
+            f"the validation data cannot be read in a separate process ({error.__cause__!r}), so the first validation "
+            "images are explained. Pass `images=(images, labels)` to choose others."
         )
         batch = None
     return (buffer.batch, True) if batch is None else (batch, False)
@@ -257,8 +239,8 @@ def _traced_on_a_copy(trainer: Trainer, module: LightningModule, ranks: Ranks) -
         return None
 
     def run() -> StepTrace | None:
-        with suppress(Exception):  # nor is a step that runs
-            trace = Steps(module, trainer).first_with_loss(transferred(module, trainer, batch))[2]
+        with suppress(Exception):  # a step that fails is not needed either
+            trace = TwinSteps(module, trainer).first_with_loss(transferred(module, trainer, batch))[2]
             return replace(trace, error=None)
         return None
 
@@ -271,8 +253,8 @@ def _number_read(trainer: Trainer, used: int) -> str:
     if total <= used:
         return f"the validation set gave {used}"
     return (
-        f"of the {total} in the validation set {used} can be explained: those of one size, and with a label where the "
-        "step needs one"
+        f"only {used} of the {total} validation images can be explained: those of one size, with a label if the step "
+        "needs one"
     )
 
 
@@ -282,3 +264,21 @@ def _on_device(trainer: Trainer, module: LightningModule, batch: Any, is_ready: 
     if is_sharded(module):
         return trainer.strategy.batch_to_device(batch, module.device)
     return transferred(module, trainer, batch)
+
+
+def ranks_of(trainer: Trainer) -> Ranks:
+    """The processes of a trainer whose strategy is set up.
+
+    Raises:
+        ValueError: If the processes share out the heads of each attention.
+    """
+    strategy = trainer.strategy
+    mesh = getattr(strategy, "_device_mesh", None)  # of `ModelParallelStrategy`, public only inside the module
+    if mesh is not None and mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            "Expected every process to compute all heads of an attention, but the strategy's `tensor_parallel_size`"
+            f" is {mesh['tensor_parallel'].size()}: no process sees a whole attention matrix. Explain checkpoints "
+            "of this run with `explain` instead."
+        )
+    whole_model = is_kind(strategy, "DDPStrategy") and not is_kind(strategy, "DeepSpeedStrategy")
+    return Ranks(trainer.global_rank, trainer.world_size, trainer.world_size == 1 or whole_model)

@@ -12,10 +12,11 @@ from torch import Tensor
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_kind
 from vit_explain_callback.lightning.batches import BatchBuffer
 from vit_explain_callback.lightning.discover import Discovered, discover, ranks_of
-from vit_explain_callback.lightning.loggers import LoggerWriter, run_folder
-from vit_explain_callback.lightning.sample import sample
+from vit_explain_callback.lightning.loggers import LoggerWriter
+from vit_explain_callback.lightning.run_folder import run_folder
 from vit_explain_callback.lightning.settings import Settings
-from vit_explain_callback.lightning.steps import StepWatch
+from vit_explain_callback.lightning.steps import FirstStepWatcher
+from vit_explain_callback.lightning.weights import sample_weights
 from vit_explain_callback.system.terminal import announce, quoted
 from vit_explain_callback.tracker import ExplanationTracker
 from vit_explain_callback.tracking.errors import Guard, is_refusal, warn
@@ -55,7 +56,7 @@ class Fit:
         pl_module: LightningModule,
         state: Mapping[str, Any] | None,
         buffer: BatchBuffer,
-        step: StepWatch,
+        step: FirstStepWatcher,
         guard: Guard,
         place: int = 0,
         previous: Fit | None = None,
@@ -167,7 +168,7 @@ class Fit:
         self._guard.failed(f"the snapshot at step {self._trainer.global_step} failed", error, cure=cure)
 
     def _sample(self) -> Tensor | None:
-        return self._guard.attempt("cannot tell whether weights are replaced", partial(sample, self._module))
+        return self._guard.attempt("cannot tell whether weights are replaced", partial(sample_weights, self._module))
 
     def _take(self) -> None:
         tracker = self._ready()
@@ -225,7 +226,7 @@ class Fit:
         if settings.save_maps and folder.is_made:
             where.append(f"vit-explain report {quoted(folder)}")
         look = f"; to see them: {' or '.join(where)}" if where else ""
-        what = f" ({discovered.words})" if discovered.words else ""
+        what = f" ({discovered.description})" if discovered.description else ""
         watched = f"ViTExplainCallback watches {discovered.explainer.name}{what}"
         return f"{watched}: {methods} of {images}, {settings.schedule}{look}"
 

@@ -82,10 +82,10 @@ class Source:
         if not self.is_batched:  # each item is a batch
             return joined([self.collate(item) for item in items(chosen)], num_images)
         read = list(items(chosen))
-        if len(_alike(read)) < len(read):
+        if len(_of_most_common_size(read)) < len(read):
             candidates = spread_over_classes(indices, None, 3 * num_images)
             more = [index for index in candidates if index not in set(chosen)]
-            read = _alike([*read, *items(more)])[:num_images]
+            read = _of_most_common_size([*read, *items(more)])[:num_images]
         return self.collate(read) if read else None
 
     def _indices(self) -> list[int]:
@@ -108,16 +108,16 @@ def spread_over_classes(indices: Sequence[int], labels: Sequence[int] | None, co
         groups.setdefault(0 if labels is None else labels[place], []).append(index)
     names = sorted(groups)
     if len(names) > count:
-        names = [names[place] for place in _even(len(names), count)]
+        names = [names[place] for place in _evenly_spaced(len(names), count)]
     shares = Counter(itertools.islice(itertools.cycle(names), max(count, 0)))
-    chosen = {name: [groups[name][at] for at in _even(len(groups[name]), shares[name])] for name in names}
+    chosen = {name: [groups[name][at] for at in _evenly_spaced(len(groups[name]), shares[name])] for name in names}
     rounds = itertools.zip_longest(*(chosen[name] for name in names))
     taking_turns = [index for turn in rounds for index in turn if index is not None]
     rest = [index for index in indices if index not in set(taking_turns)]
-    return taking_turns + [rest[at] for at in _even(len(rest), count - len(taking_turns))]
+    return taking_turns + [rest[at] for at in _evenly_spaced(len(rest), count - len(taking_turns))]
 
 
-def _even(length: int, count: int) -> list[int]:
+def _evenly_spaced(length: int, count: int) -> list[int]:
     """At most `count` of the places 0 … length − 1, evenly spaced."""
     count = min(length, max(count, 0))
     return [(2 * place + 1) * length // (2 * count) for place in range(count)]
@@ -158,7 +158,7 @@ def _of_all_processes(sampler: Any) -> Iterator[Any]:
         yield from sampler
 
 
-def _alike(items: list[Any]) -> list[Any]:
+def _of_most_common_size(items: list[Any]) -> list[Any]:
     """The items whose images have the most common size."""
     sizes = [_sizes(item) for item in items]
     most_common = Counter(sizes).most_common(1)[0][0] if sizes else ()

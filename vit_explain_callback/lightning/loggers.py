@@ -10,97 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-
-from vit_explain_callback.lightning._compat import Logger, Trainer, is_kind
-from vit_explain_callback.tracking.errors import Guard, warn
-from vit_explain_callback.tracking.run_folder import RunFolder, check_space
+from vit_explain_callback.lightning._compat import Logger, is_kind
+from vit_explain_callback.lightning.run_folder import local_path
+from vit_explain_callback.tracking.run_folder import check_space
 from vit_explain_callback.tracking.tags import PREFIX, with_prefix
 from vit_explain_callback.tracking.writers import RunEnd, TensorBoardWriter
 from vit_explain_callback.visualization.overlay import Picture
-
-
-def run_folder(trainer: Trainer, guard: Guard) -> RunFolder:
-    """The folder `explanations` beside the logs, else in the trainer's root directory; call it on every process.
-
-    If both are on another machine, such as `s3://…`, it is in the working directory, with a warning.
-    """
-    log_dir = guard.attempt("cannot ask the logger for its folder", lambda: trainer.log_dir)
-    directories = [*filter(None, [log_dir]), trainer.default_root_dir]
-    local = next((path for directory in directories if (path := local_path(directory)) is not None), Path.cwd())
-    # All processes use the run name of the first one.
-    folder = RunFolder(local / "explanations", trainer.strategy.broadcast(RunFolder(local).run))
-    if local_path(directories[0]) is None:
-        warn(f"the run's folder, {directories[0]}, is not on this machine; the raw maps are in {folder}.")
-    return folder
-
-
-def local_path(directory: str | Path) -> Path | None:
-    """The path of a folder on this machine, from its path or URL; None if it is elsewhere or its scheme is unknown."""
-    try:
-        system, path = url_to_fs(str(directory))
-    except (ImportError, ValueError):
-        return None
-    return Path(path) if isinstance(system, LocalFileSystem) else None
-
-
-def add_summary_and_page(logger: Logger, prefix: str, summary: str, page: Path | None, step: int) -> None:
-    """Add the summary of a run as text, and the page as a file, to a logger that takes them.
-
-    Args:
-        logger: Any Lightning logger but TensorBoard's, which has a writer of its own.
-        prefix: Prefix of our names, such as `explain/`.
-        summary: The summary.
-        page: The HTML file, or None.
-        step: Step of the last snapshot.
-    """
-    for kind, add in _ADDERS.items():
-        if is_kind(logger, kind):
-            add(logger, prefix, summary, page, step)
-
-
-def _wandb(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
-    """The page as a panel and as an artifact, the text as a value of the run's summary."""
-    import wandb
-
-    run = logger.experiment
-    run.summary[f"{prefix}summary"] = summary
-    if page is not None:
-        panel = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
-        logger.log_metrics({f"{prefix}report": panel}, step=step)
-        artifact = wandb.Artifact(f"{prefix.strip('/')}-{run.id}", type="report")
-        artifact.add_file(str(page))
-        run.log_artifact(artifact)
-
-
-def _mlflow(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
-    """Artifacts of the run, which MLflow shows on the run's page."""
-    folder = prefix.strip("/")
-    logger.experiment.log_text(logger.run_id, summary, f"{folder}/summary.txt")
-    if page is not None:
-        logger.experiment.log_artifact(logger.run_id, str(page), folder)
-
-
-def _comet(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
-    logger.experiment.log_text(summary, step=step)
-    if page is not None:
-        logger.experiment.log_asset(str(page), file_name=f"{prefix}{page.name}", step=step)
-
-
-def _neptune(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
-    logger.experiment[f"{prefix}summary"] = summary
-    if page is not None:
-        logger.experiment[f"{prefix}report"].upload(str(page))
-
-
-_ADDERS: dict[str, Callable[[Any, str, str, Path | None, int], None]] = {
-    "WandbLogger": _wandb,
-    "MLFlowLogger": _mlflow,
-    "CometLogger": _comet,
-    "NeptuneLogger": _neptune,
-}
-
 
 T = TypeVar("T")
 Show: TypeAlias = Callable[[str, Picture, int], Any]
@@ -228,3 +143,60 @@ def _takes(function: Any, arguments: Mapping[str, Any]) -> bool:
     except (TypeError, ValueError):  # ValueError: it has no signature
         return False
     return True
+
+
+def add_summary_and_page(logger: Logger, prefix: str, summary: str, page: Path | None, step: int) -> None:
+    """Add the summary of a run as text, and the page as a file, to a logger that takes them.
+
+    Args:
+        logger: Any Lightning logger but TensorBoard's, which has a writer of its own.
+        prefix: Prefix of our names, such as `explain/`.
+        summary: The summary.
+        page: The HTML file, or None.
+        step: Step of the last snapshot.
+    """
+    for kind, add in _ADDERS.items():
+        if is_kind(logger, kind):
+            add(logger, prefix, summary, page, step)
+
+
+def _wandb(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
+    """The page as a panel and as an artifact, the text as a value of the run's summary."""
+    import wandb
+
+    run = logger.experiment
+    run.summary[f"{prefix}summary"] = summary
+    if page is not None:
+        panel = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
+        logger.log_metrics({f"{prefix}report": panel}, step=step)
+        artifact = wandb.Artifact(f"{prefix.strip('/')}-{run.id}", type="report")
+        artifact.add_file(str(page))
+        run.log_artifact(artifact)
+
+
+def _mlflow(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
+    """Artifacts of the run, which MLflow shows on the run's page."""
+    folder = prefix.strip("/")
+    logger.experiment.log_text(logger.run_id, summary, f"{folder}/summary.txt")
+    if page is not None:
+        logger.experiment.log_artifact(logger.run_id, str(page), folder)
+
+
+def _comet(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
+    logger.experiment.log_text(summary, step=step)
+    if page is not None:
+        logger.experiment.log_asset(str(page), file_name=f"{prefix}{page.name}", step=step)
+
+
+def _neptune(logger: Any, prefix: str, summary: str, page: Path | None, step: int) -> None:
+    logger.experiment[f"{prefix}summary"] = summary
+    if page is not None:
+        logger.experiment[f"{prefix}report"].upload(str(page))
+
+
+_ADDERS: dict[str, Callable[[Any, str, str, Path | None, int], None]] = {
+    "WandbLogger": _wandb,
+    "MLFlowLogger": _mlflow,
+    "CometLogger": _comet,
+    "NeptuneLogger": _neptune,
+}

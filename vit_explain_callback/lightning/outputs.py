@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
 from vit_explain_callback.lightning.adapter import LightningAdapter, StepName, transferred
 from vit_explain_callback.lightning.batches import images_and_labels
-from vit_explain_callback.lightning.steps import CURE, Steps
+from vit_explain_callback.lightning.locate import locate_vit_of
+from vit_explain_callback.lightning.steps import CURE, TwinSteps
 from vit_explain_callback.lightning.trace import StepTrace, leaves_of
 from vit_explain_callback.vit.labels import Task, read_labels
-from vit_explain_callback.vit.locate import LocatedViT, locate_vit
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class LossOutputs:
         adapter: Runs the module.
         images: The images as they reach the ViT, (B, C, H, W), on the CPU.
         labels: (B,), -1 for an image without a label; None if no image has one.
-        words: What is explained, for the greeting.
+        description: What is explained, for the greeting.
         notice: What the user should know about it, or None.
     """
 
     adapter: LightningAdapter
     images: Tensor
     labels: Tensor | None
-    words: str
+    description: str
     notice: str | None = None
 
 
@@ -54,7 +54,7 @@ class OutputFinder:
     def __init__(
         self, module: LightningModule, trainer: Trainer, vit: str | None, needs_vit: bool, task: Task | None
     ) -> None:
-        self._module, self._trainer, self._steps = module, trainer, Steps(module, trainer)
+        self._module, self._trainer, self._steps = module, trainer, TwinSteps(module, trainer)
         self._vit, self._needs_vit, self._task = vit, needs_vit, task
 
     def for_batch(self, batch: Any, is_ready: bool, watched: StepTrace | None) -> LossOutputs:
@@ -152,7 +152,7 @@ class OutputFinder:
     def _finished(
         self, adapter: LightningAdapter, trace: StepTrace, inputs: Tensor, labels: Tensor | None
     ) -> LossOutputs:
-        located = self._locate(adapter, inputs)
+        located = locate_vit_of(adapter, inputs, self._needs_vit)
         if located.images is None:
             raise self._imageless(adapter.step)
         images = _plain(located.images)
@@ -160,8 +160,8 @@ class OutputFinder:
             adapter = replace(adapter, feed=located.feed, inputs=inputs if adapter.parts else None)
         adapter = replace(adapter, vit=located.vit, batch=None if adapter.parts else adapter.batch)
         labels = None if labels is None else labels[: len(images)]
-        words = adapter.in_words(trace.loss, located.outputs.shape[1] if located.outputs.ndim > 1 else 1)
-        return LossOutputs(adapter, images, labels, words, self._notice(adapter, trace))
+        description = adapter.describe(trace.loss, located.outputs.shape[1] if located.outputs.ndim > 1 else 1)
+        return LossOutputs(adapter, images, labels, description, self._notice(adapter, trace))
 
     def _confirmed(self, base: LightningAdapter, trace: StepTrace) -> LightningAdapter | None:
         """The parts whose copies reproduce the outputs of the step; None if only the step itself does."""
@@ -227,53 +227,6 @@ class OutputFinder:
             except Exception as error:
                 return error
 
-    def _locate(self, adapter: LightningAdapter, inputs: Tensor) -> LocatedViT:
-        """The ViT behind the outputs, in one of the parts, and the images that reach it; a twin is run to see both."""
-        located: LocatedViT | None = None
-        for path in self._paths(adapter.parts or ("",)):
-            with adapter.evaluating() as twin:
-                copied = inputs.to(self._module.device, copy=True)
-
-                def run(root: nn.Module = twin.module, copied: Tensor = copied) -> Any:
-                    if adapter.parts:
-                        return adapter.of_parts(root, copied)
-                    return adapter.of_step(root, list(range(adapter.count)))
-
-                parts = [twin.module.get_submodule(part) for part in adapter.parts if part]
-                weights = [weight for part in parts for weight in part.parameters()]
-                model = twin.module.get_submodule(path)
-                located = locate_vit(model, run, self._within(path), self._needs_vit, weights)
-            if located.attends or not self._needs_vit:
-                break
-        assert located is not None
-        if located.images is None and adapter.parts:
-            located = replace(located, images=inputs, feed=adapter.parts[0])  # earlier parts turn them into features
-        else:
-            located = replace(located, feed=".".join(filter(None, (path, located.feed))))
-        vit = path if located.vit is None else ".".join(filter(None, (path, located.vit)))
-        return replace(located, vit=vit or None)
-
-    def _paths(self, parts: tuple[str, ...]) -> list[str]:
-        """The parts that may hold the ViT.
-
-        Raises:
-            ValueError: If the user's `vit` lies in none of them.
-        """
-        vit = self._vit
-        inside = [path for path in parts if vit is None or _is_inside(vit, path) or _is_inside(path, vit)]
-        if not inside:
-            raise ValueError(
-                f"Expected `vit` to name the ViT that the loss depends on, inside `{parts[0]}`, but got {vit!r}. {CURE}"
-            )
-        return inside
-
-    def _within(self, path: str) -> str | None:
-        """Path of the user's `vit` inside a part; None if the part lies inside it."""
-        vit = self._vit
-        if vit is None or vit == path:
-            return None if vit is None else ""
-        return vit.removeprefix(f"{path}." if path else "") if _is_inside(vit, path) else None
-
     def _notice(self, adapter: LightningAdapter, trace: StepTrace) -> str | None:
         if trace.others:
             return (
@@ -303,10 +256,6 @@ class OutputFinder:
             f"Expected `{step}` of {type(self._module).__name__} to compare outputs, one row per image, with labels in "
             f"a loss, but saw {losses}: an embedding is not the logits of classes. {CURE}"
         )
-
-
-def _is_inside(path: str, outer: str) -> bool:
-    return not outer or f"{path}.".startswith(f"{outer}.")
 
 
 def _inputs_and_outputs(trace: StepTrace) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ _not_finalised: list[Any] = []  # objects of a forked process, which ends withou
 def probe_batch(trainer: Trainer, num_images: int, any_items: bool = False) -> Any:
     """Read a batch of validation items, spread over the data and its classes, collated as the loader does.
 
-    They are read in a forked process, which has the user's project as it stands and cannot reach this one. Without
+    They are read in a forked process, which has the user's project as it is and cannot change this one. Without
     fork, they are read in a new process if the loader's workers are such processes, else here from a copy of the data.
 
     Args:
@@ -51,8 +51,8 @@ def probe_batch(trainer: Trainer, num_images: int, any_items: bool = False) -> A
         _hanging.add(trainer)
         if not any_items:
             warn(
-                "only the first validation images are explained, as reading others in a process of their own was given "
-                f"up ({error}). Pass `images=(images, labels)` to explain others than the first validation images."
+                f"reading the validation data in a separate process failed ({error}), so the first validation images "
+                "are explained. Pass `images=(images, labels)` to choose others."
             )
         return None
     except Exception as error:
@@ -69,10 +69,10 @@ def class_names(trainer: Trainer) -> Sequence[str] | None:
     try:
         if can_fork():
             with contextlib.suppress(OSError):  # no further process can be started
-                names: list[str] | None = in_fork(lambda _: _all_names(_loader(trainer, _asked)))
+                names: list[str] | None = in_fork(lambda _: _all_names(_loader(trainer, _loaders_of_hook)))
                 return names
         with preserved_random_state():
-            return _all_names(_loader(trainer, _asked_of_copy))
+            return _all_names(_loader(trainer, _loaders_of_copied_hook))
     except Exception as error:
         warn(f"the class names of the validation data cannot be read ({error!r}). Pass `class_names=` to show them.")
         return None
@@ -88,14 +88,15 @@ def validation_size(trainer: Trainer) -> int | None:
 def _read(trainer: Trainer, num_images: int, any_items: bool) -> Any:
     if can_fork():
         with contextlib.suppress(OSError):
-            return in_fork(lambda beat: _read_own(Source.of(_loader(trainer, _asked, any_items)), num_images, beat))
-    loader = _loader(trainer, _asked_of_copy, any_items)
+            load = partial(_loader, trainer, _loaders_of_hook, any_items)
+            return in_fork(lambda beat: _read_in_process(Source.of(load()), num_images, beat))
+    loader = _loader(trainer, _loaders_of_copied_hook, any_items)
     source = Source.of(loader)
     if source is None:
         return None
     if _spawns_workers(loader):
         with contextlib.suppress(OSError, TypeError, AttributeError, pickle.PicklingError):
-            return in_spawn(partial(_read_sent, pickle.dumps(source), num_images))
+            return in_spawn(partial(_read_pickled, pickle.dumps(source), num_images))
     with preserved_random_state(seed=0):
         try:
             source = copied(source)
@@ -104,8 +105,8 @@ def _read(trainer: Trainer, num_images: int, any_items: bool) -> Any:
         return source.read(num_images)
 
 
-def _read_own(source: Source | None, num_images: int, beat: Beat) -> Any:
-    """Read a batch in a process of our own."""
+def _read_in_process(source: Source | None, num_images: int, beat: Beat) -> Any:
+    """Read a batch in a process that was started for it."""
     _not_finalised.append(source)
     if source is None:
         return None
@@ -114,8 +115,8 @@ def _read_own(source: Source | None, num_images: int, beat: Beat) -> Any:
         return source.read(num_images, beat)
 
 
-def _read_sent(sent: bytes, num_images: int, beat: Beat) -> Any:
-    return _read_own(pickle.loads(sent), num_images, beat)
+def _read_pickled(pickled: bytes, num_images: int, beat: Beat) -> Any:
+    return _read_in_process(pickle.loads(pickled), num_images, beat)
 
 
 def _spawns_workers(loader: DataLoader[Any]) -> bool:
@@ -143,13 +144,13 @@ def _loader(trainer: Trainer, ask: Callable[[Any], Any], any_items: bool = False
     return loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
 
 
-def _asked(source: Any) -> Any:
+def _loaders_of_hook(source: Any) -> Any:
     loaders = getattr(source.instance, source.name)()
     _not_finalised.append(loaders)
     return loaders
 
 
-def _asked_of_copy(source: Any) -> Any:
+def _loaders_of_copied_hook(source: Any) -> Any:
     """Call the hook on a copy, as it may count calls or draw random numbers."""
     twin = Twin(lambda twin, value: twin.borrowed(value) if value is source.instance else None)
     with preserved_random_state():

@@ -155,7 +155,7 @@ class _SingleProcess:
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Discard what code inside prints, or logs with Python's logging or a tracker such as `wandb.log`."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Run the steps of a LightningModule on a twin; watch the first validation step in the user's own loop."""
+"""Trace steps of a LightningModule: those that run on a twin, and the first validation step of the user's own loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vit_explain_callback.isolation.undisturbed import preserved_random_state
 from vit_explain_callback.isolation.wrappers import is_sharded
 from vit_explain_callback.lightning._compat import LightningModule, Trainer, is_overridden
 from vit_explain_callback.lightning.adapter import StepName, evaluating, run_step
-from vit_explain_callback.lightning.batches import cloned, images_in, picked
+from vit_explain_callback.lightning.batches import cloned, images_in, pick_rows
 from vit_explain_callback.lightning.trace import StepRecorder, StepTrace, leaves_of
 
 CURE = (
@@ -21,8 +21,8 @@ CURE = (
 )
 
 
-class Steps:
-    """Runs steps of a module on a twin.
+class TwinSteps:
+    """Runs steps of a module on a twin, and traces them.
 
     Args:
         module: The LightningModule.
@@ -64,7 +64,7 @@ class Steps:
                 break
             rows = (~torch.stack(unlabelled).any(dim=0)).nonzero().flatten().tolist()
             if 0 < len(rows) < count:
-                fewer = picked(batch, rows, count)
+                fewer = pick_rows(batch, rows, count)
                 again = self.run(fewer, step)
                 if again.error is None and (again.loss is not None or trace.error is not None):
                     return fewer, again
@@ -105,8 +105,10 @@ class Steps:
 _STEP = "validation_step"
 
 
-class StepWatch:
-    """Watches one call of a strategy's `validation_step`, by wrapping it; the module is not changed.
+class FirstStepWatcher:
+    """Traces the first validation step of the user's loop, by wrapping the strategy's `validation_step` for one call.
+
+    The module is not changed.
 
     Attributes:
         trace: Trace of the first step; None before, and if watching failed.

@@ -99,8 +99,8 @@ class StepRecorder:
         self._leaves = leaves_of(batch)
         self._first_rows = [leaf[self._rows].clone() if leaf.ndim == 4 else None for leaf in self._leaves]
         self._recorder.give(self._leaves)
-        self._of_leaf = [self._flow.name(leaf) for leaf in self._leaves]
-        self._recorder.needs_labels = not says_more(batch)
+        self._leaf_names = [self._flow.name(leaf) for leaf in self._leaves]
+        self._recorder.needs_labels = not has_more_than_tensors(batch)
         self._flow.mark_lasting(module.parameters(), WEIGHTS)
         trained = {name for name, weight in (source or module).named_parameters() if weight.requires_grad}
         self._flow.mark_lasting((weight for name, weight in module.named_parameters() if name in trained), TRAINED)
@@ -194,20 +194,15 @@ class StepRecorder:
         counts = dict.fromkeys(call.count for call in entered)
         ranked, loss = next((best for best in map(self._recorder.best, counts) if best[1] is not None), ([], None))
         ranked = ranked or self._recorder.best(0)[0]
-        seen = tuple(dict.fromkeys(one.name for one in self._recorder.losses))
         first = next((call for call in entered if loss is None or call.count == len(loss.outputs)), None)
         parts = self._parts(loss.outputs) if loss is not None else []
         itself = next((call for call in fed if call.path == ""), None)
         start = parts[0] if parts else itself or first
-        label_leaf = None
-        if loss is not None and loss.target is not None:
-            name = self._flow.name(loss.target)
-            label_leaf = next((place for place, of in enumerate(self._of_leaf) if of == name), None)
-        others = [one.name for one in ranked if loss is not None and one.outputs is not loss.outputs]
+        label_leaf = self._leaf(loss.target) if loss is not None else None
         return StepTrace(
             loss=None if loss is None else loss.name,
-            others=tuple(dict.fromkeys(others)),
-            seen=seen,
+            others=tuple(dict.fromkeys(one.name for one in ranked if loss and one.outputs is not loss.outputs)),
+            seen=tuple(dict.fromkeys(one.name for one in self._recorder.losses)),
             task="classification" if loss is None else loss.task,
             reading="classes" if loss is None else loss.reading,
             parts=tuple(call.path for call in parts),
@@ -225,6 +220,11 @@ class StepRecorder:
             called=itself is not None,
             error=error,
         )
+
+    def _leaf(self, tensor: Tensor | None) -> int | None:
+        """Index of a tensor among those of the batch; None if it is none of them."""
+        name = None if tensor is None else self._flow.name(tensor)
+        return self._leaf_names.index(name) if name in self._leaf_names else None
 
     def _parts(self, outputs: Tensor) -> list[_Call]:
         """The outermost modules that, one after another, turn images into some outputs.
@@ -256,12 +256,12 @@ def leaves_of(batch: Any) -> list[Tensor]:
     return leaves
 
 
-def says_more(batch: Any) -> bool:
+def has_more_than_tensors(batch: Any) -> bool:
     """Whether a batch holds more than tensors (names, numbers, objects), from which labels may be computed."""
     if isinstance(batch, Mapping):
-        return any(map(says_more, batch.values()))
+        return any(map(has_more_than_tensors, batch.values()))
     if isinstance(batch, list | tuple):
-        return any(map(says_more, batch))
+        return any(map(has_more_than_tensors, batch))
     return batch is not None and not isinstance(batch, Tensor)
 
 

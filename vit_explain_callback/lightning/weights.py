@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def sample(module: nn.Module) -> Tensor:
+def sample_weights(module: nn.Module) -> Tensor:
     """The bytes of the first values of each parameter; they change when the weights are replaced."""
     return torch.cat([torch.empty(0, dtype=torch.uint8), *map(_bytes_of, module.parameters())])
 
