@@ -51,8 +51,8 @@ def probe_batch(trainer: Trainer, num_images: int, any_items: bool = False) -> A
         _hanging.add(trainer)
         if not any_items:
             warn(
-                f"reading the validation data in a separate process failed ({error}), so the first validation images "
-                "are explained. Pass `images=(images, labels)` to choose others."
+                f"reading the validation data in a separate process was given up ({error}), so the first validation "
+                "images are explained. Pass `images=(images, labels)` to choose others."
             )
         return None
     except Exception as error:
