@@ -35,7 +35,6 @@ from vit_explain_callback.tracking.writers import Writer
 
 _VERSION = 2  # of the state
 _RULES = {"metrics": METRICS, "batch_size": COUNT | NONE, "progress": FLAG, "on_error": ON_ERROR}
-_OPTIONS = ("folder", "writers", "target", "checks", "metrics", "detail", "batch_size", "progress", "on_error", "ranks")
 
 
 class ExplanationTracker:
@@ -101,7 +100,7 @@ class ExplanationTracker:
         ranks: Ranks | None = None,
         **unknown: NoReturn,
     ) -> None:
-        refuse_unknown(unknown, _OPTIONS)
+        refuse_unknown(unknown, ExplanationTracker.__init__.__kwdefaults__ or ())
         options = checked_options(
             {"metrics": metrics, "batch_size": batch_size, "progress": progress, "on_error": on_error}, _RULES
         )

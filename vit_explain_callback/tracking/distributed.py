@@ -21,6 +21,8 @@ from vit_explain_callback.vit.session import OutOfMemoryElsewhere, agreeing
 
 Place: TypeAlias = Literal["collective", "part", "end", "out of memory", "failed"]
 _GO_ON: tuple[Place, ...] = ("collective", "part", "end")
+T = TypeVar("T")
+_groups: list[Any] = []  # the process group of the run, and ours beside it
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
@@ -101,9 +103,6 @@ class _BeforeCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-_groups: list[Any] = []  # the process group of the run, and ours beside it
-
-
 def own_group() -> torch.distributed.ProcessGroup:
     """A process group that nothing else uses, created once by all processes together; on the CPU if possible."""
     world = torch.distributed.group.WORLD
@@ -112,9 +111,6 @@ def own_group() -> torch.distributed.ProcessGroup:
         _groups[:] = [world, torch.distributed.new_group(backend=backend)]
     group: torch.distributed.ProcessGroup = _groups[1]
     return group
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,15 @@ import torch.distributed
 from vit_explain_callback.system.files import savable
 from vit_explain_callback.system.terminal import print_line, redacted
 
+T = TypeVar("T")
+OnError = Literal["warn", "raise"]
+
+_REFUSALS = (ValueError, TypeError, ImportError)  # other errors are faults, ours too, and stop no run
+_VARYING = re.compile(r"[\w.+-]*\d[\w.+-]*|\b(?:nan|inf)\b")  # numbers, addresses, and names with a number in them
+_SERIES = re.compile(r"0(?:[\s,()\[\]]+0)+")
+_MOST_OF_ONE_PLACE = 3
+_BEFORE_TRAINING = ("on_train_start",)  # our refusals still stop the run here
+
 
 def warn(message: str) -> None:
     """Warn on the first process of the run, at the line that called this; never raise.
@@ -50,15 +59,6 @@ def _is_first_process() -> bool:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
-
-
-T = TypeVar("T")
-OnError = Literal["warn", "raise"]
-
-_REFUSALS = (ValueError, TypeError, ImportError)  # other errors are faults, ours too, and stop no run
-_VARYING = re.compile(r"[\w.+-]*\d[\w.+-]*|\b(?:nan|inf)\b")  # numbers, addresses, and names with a number in them
-_SERIES = re.compile(r"0(?:[\s,()\[\]]+0)+")
-_MOST_OF_ONE_PLACE = 3
 
 
 def raised_by_us(error: BaseException) -> bool:
@@ -164,7 +164,6 @@ class _Guarded(Protocol):
 
 C = TypeVar("C", bound=_Guarded)
 P = ParamSpec("P")
-_BEFORE_TRAINING = ("on_train_start",)  # our refusals still stop the run here
 
 
 def guarded(hook: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C, P], T | None]:

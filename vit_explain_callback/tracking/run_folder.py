@@ -13,7 +13,13 @@ from pathlib import Path
 from vit_explain_callback.system.files import whole_file
 from vit_explain_callback.tracking.errors import warn
 
+try:
+    import resource
+except ImportError:  # Windows has no such limit
+    resource = None  # type: ignore[assignment]
+
 _MARK = "run.txt"
+SPARE_BYTES = 64 * 2**20
 _STEP = re.compile(r"step_(\d+)\.safetensors")
 
 
@@ -104,14 +110,6 @@ class RunFolder:
             return False
         with mark.open(encoding="utf-8", errors="replace") as file:
             return file.read(1000).strip() == self.run
-
-
-try:
-    import resource
-except ImportError:  # Windows has no such limit
-    resource = None  # type: ignore[assignment]
-
-SPARE_BYTES = 64 * 2**20
 
 
 def check_space(folder: Path) -> None:

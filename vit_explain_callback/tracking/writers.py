@@ -21,6 +21,7 @@ from vit_explain_callback.tracking.run_folder import RunFolder, check_space
 from vit_explain_callback.visualization.encode import jpeg, png
 from vit_explain_callback.visualization.overlay import Picture
 
+_QUALITY = 75  # two filmstrips of three rows and a heat map take less than 300 kB, whatever is on the images
 _COLUMNS = 110  # that a window of 1366 pixels shows
 
 
@@ -49,9 +50,6 @@ def add_lines(experiment: Any, tag: str, text: str, step: int) -> None:
     """Add text line by line, and wrap the lines that the pane would cut off."""
     wrapped = [part for line in text.splitlines() for part in wrap(line, _COLUMNS, subsequent_indent="    ")]
     experiment.add_text(tag, "\n".join(f"    {line}" for line in wrapped), step)
-
-
-_QUALITY = 75  # two filmstrips of three rows and a heat map take less than 300 kB, whatever is on the images
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,9 @@ class FolderWriter:
             self._write(tag, "gif", gif)
 
     def _write(self, tag: str, ending: str, content: bytes) -> None:
-        check_space(self._folder.preferred if isinstance(self._folder, RunFolder) else self._folder)
-        folder = self._folder.path if isinstance(self._folder, RunFolder) else self._folder
+        folder = self._folder
+        check_space(folder.preferred if isinstance(folder, RunFolder) else folder)
+        folder = folder.path if isinstance(folder, RunFolder) else folder
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / f"{tag.replace('/', '-')}.{ending}", content)
 
